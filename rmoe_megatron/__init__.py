@@ -1,0 +1,1 @@
+"""Recursive sparse mixture-of-experts for text-to-image diffusion transformers on Megatron-Core."""

@@ -1,0 +1,156 @@
+"""What a checkpoint holds, saved and loaded by Megatron-Core's dist_checkpointing (torch_dist)."""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from rmoe_megatron.checkpoint.folders import CheckpointFolder, checkpoint_path, publish, remove_old
+from rmoe_megatron.config.loading import save_config
+from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.training.ema import ExponentialMovingAverage
+
+# Megatron-Core's format that can be loaded under any other parallel layout.
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass
+class Progress:
+    """Where a run is: optimizer steps done and samples drawn; the data order is a function of the latter."""
+
+    step: int = 0
+    samples: int = 0
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while training."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    ema: ExponentialMovingAverage
+    progress: Progress
+
+    def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
+        """Describe the state to dist_checkpointing; with ``is_loading`` it names where loaded values go."""
+        model = model_state(self.model.module)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+        return {
+            "model": model,
+            "ema": ema_state(self.model.module, self.ema.averages),
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            "rng": rng_state(),
+        }
+
+
+def model_state(model: MegatronModule) -> ShardedStateDict:
+    """Return the model's sharded state dict."""
+    return model.sharded_state_dict(metadata={"dp_cp_group": _data_parallel_group()})
+
+
+def ema_state(model: MegatronModule, averages: dict[str, Tensor]) -> ShardedStateDict:
+    """Return the averages sharded as the parameters they average, under keys that start with ``ema.``."""
+    return {
+        name: replace(sharded, key=f"ema.{sharded.key}", data=averages[name], dtype=torch.float32)
+        for name, sharded in model_state(model).items()
+        if name in averages
+    }
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the random states of this rank; a run on another number of ranks starts from its seed instead.
+
+    Training draws its numbers from :mod:`rmoe_megatron.counter_rng`, which has no state; these states matter to
+    layers that use torch's generators.
+    """
+    states = {"default": torch.get_rng_state()}
+    states |= tensor_parallel.get_cuda_rng_tracker().get_states()
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"rng.{name}.world_size_{world_size}", state.unsqueeze(0), (0, rank, world_size)
+        )
+        for name, state in states.items()
+    }
+
+
+def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> Path:
+    """Save the state under ``run_dir`` and return the published folder; every rank takes part."""
+    final = checkpoint_path(run_dir, state.progress.step)
+    partial = final.with_name(final.name + ".partial")
+    is_rank0 = dist.get_rank() == 0
+    if is_rank0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state.sharded_state_dict(is_loading=False), str(partial))
+    if is_rank0:
+        save_config(config, partial / "config.yaml")
+        (partial / "run_state.json").write_text(
+            json.dumps({"step": state.progress.step, "samples": state.progress.samples})
+        )
+        publish(partial, final)
+        remove_old(run_dir, config.checkpoint.keep_last)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
+    """Load a checkpoint into ``state``, whatever parallel layout it was saved under."""
+    sharded = state.sharded_state_dict(is_loading=True)
+    saved_keys = dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).keys()
+    sharded["rng"] = {name: tensor for name, tensor in sharded["rng"].items() if tensor.key in saved_keys}
+    loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
+    state.model.module.load_state_dict(loaded["model"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["scheduler"])
+    for name, average in loaded["ema"].items():
+        state.ema.averages[name].copy_(average)
+    _load_rng(loaded["rng"])
+    progress = json.loads((checkpoint.path / "run_state.json").read_text())
+    state.progress.step, state.progress.samples = progress["step"], progress["samples"]
+
+
+def load_weights(model: MegatronModule, checkpoint: CheckpointFolder, averaged: bool) -> None:
+    """Load only the weights of a checkpoint into a bare model: the moving averages or the last step's."""
+    names = set(dict(model.named_parameters()))
+    wanted = model_state(model)
+    if averaged:
+        wanted = {
+            name: replace(sharded, key=f"ema.{sharded.key}") if name in names else sharded
+            for name, sharded in wanted.items()
+        }
+    loaded = dist_checkpointing.load(wanted, str(checkpoint.path))
+    model.load_state_dict({name: loaded[name] for name in wanted})
+
+
+def _load_rng(states: dict[str, Tensor]) -> None:
+    states = {name: state.squeeze(0) for name, state in states.items()}
+    if not states:
+        return
+    torch.set_rng_state(states.pop("default"))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states.pop("cuda"))
+    tensor_parallel.get_cuda_rng_tracker().set_states(states)
+
+
+def _data_parallel_group() -> dist.ProcessGroup:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,0 +1,200 @@
+"""The command line: ``rmoe data / train / convert / sample / eval``. Thin: every command calls one function."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from rmoe_megatron.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, help="Build and prepare data.")
+convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
+eval_app = typer.Typer(no_args_is_help=True, help="Score models.")
+app.add_typer(data_app, name="data")
+app.add_typer(convert_app, name="convert")
+app.add_typer(eval_app, name="eval")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    warnings.filterwarnings("ignore", module="megatron")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Bar:
+    """A progress callback (done, total) that shows a bar with rate and ETA."""
+
+    def __init__(self, description: str, unit: str) -> None:
+        self.bar = tqdm(desc=description, unit=unit, mininterval=1.0, dynamic_ncols=True)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()
+
+
+@data_app.command("build-shapes")
+def build_shapes_command(
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    train: Annotated[int, typer.Option(help="Training images.")] = 20000,
+    val: Annotated[int, typer.Option(help="Validation prompts.")] = 1000,
+    seed: int = 0,
+) -> None:
+    """Write the toy shapes set as WebDataset shards."""
+    from rmoe_megatron.data.shapes import build_shapes
+
+    build_shapes(out, train, val, seed, progress=_Bar("shapes", "image"))
+
+
+@data_app.command("precompute")
+def precompute_command(
+    config: Annotated[Path, typer.Argument(help="Configuration whose encoders are used.")],
+    source: Annotated[Path, typer.Argument(help="Folder with raw shards, possibly in subfolders.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    overrides: Overrides = None,
+) -> None:
+    """Encode raw shards once into latents and text embeddings."""
+    from rmoe_megatron.config.loading import load_config
+    from rmoe_megatron.encoders.precompute import precompute
+
+    precompute(load_config(config, overrides or []), source, out, progress=_Bar("precompute", "shard"))
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="CONFIG, then key=value settings; with --resume only settings.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Check the configuration and stop.")] = False,
+) -> None:
+    """Train a model: `rmoe train CONFIG [key=value ...]` or `rmoe train --resume RUN [key=value ...]`."""
+    from rmoe_megatron.config.loading import load_config
+
+    arguments = arguments or []
+    if resume is not None:
+        from rmoe_megatron.training import run
+
+        run.resume(resume, arguments)
+        return
+    if not arguments:
+        raise UserError("train needs a configuration file, or --resume RUN; see `rmoe train --help`.")
+    config = load_config(Path(arguments[0]), arguments[1:])
+    if check:
+        from rmoe_megatron.config.loading import to_yaml
+        from rmoe_megatron.config.validation import validate
+
+        validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+        print(to_yaml(config), end="")
+        return
+    from rmoe_megatron.training import run
+
+    run.train(config)
+
+
+@convert_app.command("to-hf")
+def to_hf(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint to export; default is the newest.")] = None,
+    averaged: Annotated[bool, typer.Option("--ema/--raw", help="Averaged weights or those of the step.")] = True,
+) -> None:
+    """Export a run to a diffusers folder."""
+    from rmoe_megatron.hf.export import export_run
+
+    export_run(run_dir, out, step, averaged)
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; can be given several times.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the images and grid.png.")] = Path("samples"),
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    guidance: float = 3.0,
+    seed: int = 0,
+    images_per_prompt: Annotated[int, typer.Option(min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Make images from prompts."""
+    from rmoe_megatron.config.validation import check_writable
+
+    prompts = read_prompts(prompt or [], prompts_file)
+    check_writable(out, "--out")
+    pipeline = load_pipeline(model)
+    from rmoe_megatron.sampling import labelled_grid, sample_images, save_images
+
+    repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    seeds = [seed + index for index in range(len(repeated))]
+    images = sample_images(pipeline, repeated, seeds, steps, guidance, batch_size, _Bar("sample", "image"))
+    save_images(images, out, [f"{index:05d}" for index in range(len(repeated))])
+    labelled_grid(images, repeated).save(out / "grid.png")
+    print(f"{len(images)} images and grid.png in {out}")
+
+
+@eval_app.command("shapes")
+def eval_shapes(
+    model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
+    data: Annotated[Path, typer.Option(help="Folder made by `rmoe data build-shapes`.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json and examples.png.")],
+    images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
+    limit: Annotated[int | None, typer.Option(help="Prompts per split; default is all.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    guidance: float = 3.0,
+    seed: int = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+) -> None:
+    """Score a model on the toy shapes set by GenEval's rules."""
+    import numpy as np
+
+    from rmoe_megatron.config.validation import check_writable
+    from rmoe_megatron.evaluation.shapes import evaluate_shapes
+
+    check_writable(out, "--out")
+    pipeline = load_pipeline(model)
+    from rmoe_megatron.sampling import sample_images
+
+    def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
+        return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
+
+    evaluate_shapes(generate, data, out, images_per_prompt, limit, seed, progress=_Bar("eval shapes", "image"))
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """Return the prompts of the command line and those of the file."""
+    if file is not None:
+        try:
+            prompts = [*prompts, *(line.strip() for line in file.read_text().splitlines() if line.strip())]
+        except OSError as error:
+            raise UserError(f"Cannot read the prompts file {file} ({error.strerror}); check the path.") from error
+    if not prompts:
+        raise UserError("There is no prompt; give --prompt TEXT or --prompts-file FILE.")
+    return prompts
+
+
+def load_pipeline(model: Path):  # type: ignore[no-untyped-def]  # importing the class here would make --help slow
+    """Load an exported folder as a pipeline that shows no bar of its own."""
+    if not (model / "model_index.json").is_file():
+        raise UserError(f"{model} is not a diffusers folder (no model_index.json); make one with `rmoe convert to-hf`.")
+    from rmoe_megatron.hf import RecurrentSD3Pipeline
+
+    pipeline = RecurrentSD3Pipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

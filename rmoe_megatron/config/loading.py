@@ -1,0 +1,120 @@
+"""From a YAML file and command-line overrides to a checked, typed configuration and back."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rmoe_megatron.config.schema import RecurrenceConfig, RunConfig
+from rmoe_megatron.errors import UserError
+
+OPTIONAL_SECTIONS = {"recurrence": RecurrenceConfig}
+
+
+def load_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Read a YAML file, apply ``key=value`` overrides and return the typed configuration.
+
+    Overrides use dots for nested keys and YAML for values: ``recurrence.layers=[0,2]``, ``recurrence=null``.
+
+    Raises:
+        UserError: unknown key (names the nearest valid one), value of a wrong type, or a required value missing.
+    """
+    tree = OmegaConf.structured(RunConfig)
+    values = _read_yaml(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, like `seed: 0`.")
+    _merge(tree, values, str(path))
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"The override {override!r} is not of the form key=value.")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"The value of the override {override!r} is not valid YAML; quote it.") from error
+        nested: Any = parsed
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _merge(tree, nested, "the command line")
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise UserError(f"{path} leaves required values open: {', '.join(missing)}; add them.")
+    return OmegaConf.to_object(tree)  # type: ignore[return-value]
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML that :func:`load_config` reads back to the same values."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration; the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(to_yaml(config))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"Cannot read the configuration {path} ({error.strerror}); check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}).") from error
+
+
+def _merge(tree: DictConfig, values: dict[str, Any], source: str, prefix: str = "") -> None:
+    """Merge ``values`` into ``tree`` key by key, so that every complaint can name its key."""
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in tree.keys() and not _is_free(tree):
+            raise UserError(f"Unknown key {path} in {source}{_nearest(str(key), path, prefix, tree)}?")
+        node = tree._get_node(key) if key in tree.keys() else None
+        if isinstance(value, dict) and path in OPTIONAL_SECTIONS:
+            if tree[key] is None:
+                tree[key] = OmegaConf.structured(OPTIONAL_SECTIONS[path])
+            _merge(tree[key], value, source, f"{path}.")
+        elif isinstance(value, dict) and isinstance(node, DictConfig) and not node._is_none():
+            _merge(node, value, source, f"{path}.")
+        else:
+            try:
+                OmegaConf.update(tree, str(key), value)
+            except (OmegaConfBaseException, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{path} in {source} cannot be {value!r}: {reason}.") from error
+
+
+def _is_free(node: DictConfig) -> bool:
+    """A mapping without a schema, such as the arguments of wandb.init."""
+    return OmegaConf.get_type(node) is dict
+
+
+def _nearest(key: str, path: str, prefix: str, tree: DictConfig) -> str:
+    """Suggest the nearest valid key of this section, else the same key of another one."""
+    here = difflib.get_close_matches(key, [str(name) for name in tree], n=1)
+    if here:
+        return f"; did you mean {prefix}{here[0]}"
+    everywhere = _all_keys(OmegaConf.structured(RunConfig)) + [
+        f"{section}.{name}" for section, schema in OPTIONAL_SECTIONS.items() for name in OmegaConf.structured(schema)
+    ]
+    by_leaf = [full for full in everywhere if full.rsplit(".", 1)[-1] == key]
+    nearest = by_leaf or difflib.get_close_matches(path, everywhere, n=1, cutoff=0.4)
+    if not nearest:
+        return f"; valid here are {', '.join(str(name) for name in tree)}. Is it one of them"
+    return f"; did you mean {nearest[0]}"
+
+
+def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name in node:
+        child = node._get_node(name)
+        is_section = isinstance(child, DictConfig) and not child._is_none() and not _is_free(child)
+        keys += _all_keys(child, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
+    return keys

@@ -1,0 +1,165 @@
+"""The configuration of a run as typed dataclasses, one per concern.
+
+Everything a run depends on is here; the resolved tree is saved with every checkpoint. Values are checked by
+:mod:`rmoe_megatron.config.validation` before any process group, download or file is touched.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Precision(Enum):
+    """Data type of parameters and activations; the optimizer's main parameters are always float32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(Enum):
+    """Where the run happens; ``auto`` takes CUDA if there is a GPU, the CPU otherwise."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class ModelConfig:
+    """An MM-DiT (Stable Diffusion 3's dual-stream transformer). Names follow diffusers' SD3Transformer2DModel."""
+
+    sample_size: int = MISSING  # latent height and width
+    patch_size: int = MISSING
+    in_channels: int = MISSING
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    qk_norm: bool = True  # RMSNorm on queries and keys, as in SD3.5
+    text_length: int = MISSING  # tokens of text in the joint sequence
+    text_hidden_size: int = MISSING  # width of the text encoder's token states
+    pooled_size: int = MISSING  # width of the pooled text embedding
+    pos_embed_max_size: int = MISSING  # in patches
+
+
+@dataclass
+class RecurrenceConfig:
+    """The recursive sparse mixture of experts inside joint attention (arXiv 2604.25299)."""
+
+    layers: list[int] = MISSING  # indices of transformer blocks, first is 0
+    num_modules: int = 5  # M
+    steps: int = 2  # T, latent steps
+    rank: int | None = 128  # null makes the modules full-rank
+    tau: float = 5.0
+    modulation: bool = True  # Mod(LN(a)) of the latent step
+    gate_inputs: list[str] = field(default_factory=lambda: ["tokens", "conditioning"])
+    up_init_std: float = 0.0  # of B; 0 leaves a base model unchanged, small and positive for training from scratch
+    aux_loss_coeff: float = 0.0  # load balancing (Switch)
+    z_loss_coeff: float = 0.0
+
+
+@dataclass
+class DiffusionConfig:
+    """Rectified flow with logit-normal timesteps (SD3) and classifier-free guidance dropout."""
+
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0  # SD3's resolution-dependent shift of sigma
+    guidance_dropout: float = 0.1  # share of captions replaced by the empty one
+
+
+@dataclass
+class EncodersConfig:
+    """Frozen encoders. ``text_encoder`` and ``autoencoder`` are folders, or the names of the embedded defaults."""
+
+    text_encoder: str = "minilm"
+    autoencoder: str = "pixel"
+
+
+@dataclass
+class DataConfig:
+    """WebDataset shards of images with captions, raw or precomputed (``rmoe data precompute``)."""
+
+    train: str = MISSING  # folder of .tar shards
+    validation: str | None = None
+    shuffle: bool = True
+    num_workers: int = 0  # data loading processes per rank
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay, and an exponential moving average of the weights."""
+
+    learning_rate: float = MISSING
+    min_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1.0e-8
+    clip_grad: float = 1.0
+    ema_decay: float = 0.999
+    distributed_optimizer: bool = True
+
+
+@dataclass
+class TrainingConfig:
+    """Length and batch of the run, and what is looked at on the way."""
+
+    steps: int = MISSING
+    micro_batch_size: int = MISSING  # samples per rank and forward pass
+    global_batch_size: int = MISSING  # samples per optimizer step over all ranks
+    log_every: int = 10
+    validate_every: int = 500
+    validation_samples: int = 512
+    sample_every: int = 1000
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_steps: int = 20
+    sample_guidance: float = 3.0
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of Megatron-Core's process groups; data parallelism is what remains of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+
+
+@dataclass
+class CheckpointConfig:
+    """Megatron-Core distributed checkpoints in ``RUN/checkpoints``."""
+
+    every: int = 500  # optimizer steps; the last step is always saved
+    keep_last: int = 2
+
+
+@dataclass
+class LoggingConfig:
+    """JSONL metrics are always written; TensorBoard and wandb are optional."""
+
+    tensorboard: bool = True
+    wandb: dict[str, Any] | None = None  # arguments of wandb.init, for instance {project: rmoe, mode: offline}
+
+
+@dataclass
+class RunConfig:
+    """One training run, whole."""
+
+    run_dir: str = MISSING
+    seed: int = 0
+    precision: Precision = Precision.fp32
+    device: Device = Device.auto
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recurrence: RecurrenceConfig | None = None
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,172 @@
+"""Checks of a configuration before any process group, download or file is touched."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from rmoe_megatron.config.schema import Device, RunConfig
+from rmoe_megatron.data.shards import list_shards
+from rmoe_megatron.errors import UserError
+
+GATE_INPUTS = ("tokens", "conditioning")
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Check every value, the parallel layout for ``world_size`` ranks, and the folders.
+
+    Raises:
+        UserError: names the key, the value and what is allowed.
+    """
+    _check_values(config)
+    _check_model(config)
+    _check_layout(config, world_size)
+    if config.device is Device.cuda and not torch.cuda.is_available():
+        raise UserError("device is cuda but PyTorch finds no GPU here; set device=cpu or device=auto.")
+    list_shards(Path(config.data.train))
+    if config.data.validation is not None:
+        list_shards(Path(config.data.validation))
+    check_writable(Path(config.run_dir), "run_dir")
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Check that ``folder`` can be created or written to.
+
+    Raises:
+        UserError: a parent is a file, or permission is missing.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{name} {folder} cannot be written: {existing} is a file; choose another folder.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{name} {folder} cannot be written: no permission in {existing}; choose another folder.")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _divides(divisor: int, divisor_name: str, number: int, number_name: str) -> None:
+    _require(number % divisor == 0, f"{number_name} ({number}) is not divisible by {divisor_name} ({divisor}).")
+
+
+def _check_values(config: RunConfig) -> None:
+    model, optimizer, training, diffusion = config.model, config.optimizer, config.training, config.diffusion
+    positive = {
+        "model": (model, "sample_size patch_size in_channels num_layers hidden_size num_attention_heads text_length"),
+        "model ": (model, "text_hidden_size pooled_size pos_embed_max_size"),
+        "optimizer": (optimizer, "learning_rate eps"),
+        "training": (training, "steps micro_batch_size global_batch_size log_every validate_every sample_every"),
+        "training ": (training, "validation_samples sample_steps"),
+        "diffusion": (diffusion, "logit_std shift"),
+        "parallel": (
+            config.parallel,
+            "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size",
+        ),
+        "checkpoint": (config.checkpoint, "every keep_last"),
+    }
+    for section, (values, names) in positive.items():
+        for name in names.split():
+            value = getattr(values, name)
+            _require(value > 0, f"{section.strip()}.{name} must be greater than 0, it is {value}.")
+    fractions = {
+        "diffusion.guidance_dropout": diffusion.guidance_dropout,
+        "optimizer.ema_decay": optimizer.ema_decay,
+        "optimizer.beta1": optimizer.beta1,
+        "optimizer.beta2": optimizer.beta2,
+    }
+    for name, value in fractions.items():
+        _require(0 <= value <= 1, f"{name} must lie between 0 and 1, it is {value}.")
+    not_negative = {
+        "optimizer.warmup_steps": optimizer.warmup_steps,
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "optimizer.min_learning_rate": optimizer.min_learning_rate,
+        "optimizer.clip_grad": optimizer.clip_grad,
+        "data.num_workers": config.data.num_workers,
+        "seed": config.seed,
+    }
+    for name, value in not_negative.items():
+        _require(value >= 0, f"{name} must not be negative, it is {value}.")
+    _require(
+        optimizer.warmup_steps < training.steps,
+        f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than training.steps ({training.steps}).",
+    )
+    _require(
+        optimizer.min_learning_rate <= optimizer.learning_rate,
+        f"optimizer.min_learning_rate ({optimizer.min_learning_rate}) must not exceed optimizer.learning_rate "
+        f"({optimizer.learning_rate}).",
+    )
+
+
+def _check_model(config: RunConfig) -> None:
+    model, recurrence = config.model, config.recurrence
+    _divides(model.patch_size, "model.patch_size", model.sample_size, "model.sample_size")
+    _divides(model.num_attention_heads, "model.num_attention_heads", model.hidden_size, "model.hidden_size")
+    _divides(2, "2", model.hidden_size, "model.hidden_size")
+    patches = model.sample_size // model.patch_size
+    _require(
+        model.pos_embed_max_size >= patches,
+        f"model.pos_embed_max_size ({model.pos_embed_max_size}) must be at least sample_size / patch_size ({patches}).",
+    )
+    if recurrence is None:
+        return
+    layers = recurrence.layers
+    _require(len(layers) > 0, "recurrence.layers is empty; name at least one block or set recurrence=null.")
+    _require(len(set(layers)) == len(layers), f"recurrence.layers {layers} names a block twice.")
+    for layer in layers:
+        _require(
+            0 <= layer < model.num_layers,
+            f"recurrence.layers names block {layer}, but blocks are numbered 0 to {model.num_layers - 1}.",
+        )
+    for name in ("num_modules", "steps", "tau"):
+        value = getattr(recurrence, name)
+        _require(value > 0, f"recurrence.{name} must be greater than 0, it is {value}.")
+    _require(
+        recurrence.rank is None or recurrence.rank > 0,
+        f"recurrence.rank must be greater than 0 or null, it is {recurrence.rank}.",
+    )
+    for name in ("up_init_std", "aux_loss_coeff", "z_loss_coeff"):
+        value = getattr(recurrence, name)
+        _require(value >= 0, f"recurrence.{name} must not be negative, it is {value}.")
+    inputs = recurrence.gate_inputs
+    _require(
+        len(inputs) > 0 and set(inputs) <= set(GATE_INPUTS),
+        f"recurrence.gate_inputs {inputs} must be one or both of {', '.join(GATE_INPUTS)}.",
+    )
+
+
+def _check_layout(config: RunConfig, world_size: int) -> None:
+    model, training, parallel = config.model, config.training, config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    expert = parallel.expert_model_parallel_size
+    _divides(
+        tensor * pipeline,
+        f"tensor_model_parallel_size x pipeline_model_parallel_size = {tensor} x {pipeline}",
+        world_size,
+        "The number of ranks",
+    )
+    data = world_size // (tensor * pipeline)
+    _divides(expert, "parallel.expert_model_parallel_size", world_size // pipeline, "ranks per pipeline stage")
+    _divides(tensor, "parallel.tensor_model_parallel_size", model.num_attention_heads, "model.num_attention_heads")
+    _divides(pipeline, "parallel.pipeline_model_parallel_size", model.num_layers, "model.num_layers")
+    if config.recurrence is None:
+        _require(
+            expert == 1,
+            f"parallel.expert_model_parallel_size is {expert} but the model has no experts (recurrence is null).",
+        )
+    else:
+        modules = config.recurrence.num_modules
+        _divides(expert, "parallel.expert_model_parallel_size", modules, "recurrence.num_modules")
+    _require(
+        not parallel.sequence_parallel or tensor > 1,
+        "parallel.sequence_parallel needs parallel.tensor_model_parallel_size greater than 1.",
+    )
+    _divides(
+        training.micro_batch_size * data,
+        f"micro_batch_size x data-parallel ranks = {training.micro_batch_size} x {data}",
+        training.global_batch_size,
+        "training.global_batch_size",
+    )

@@ -1,0 +1,1 @@
+"""Data: WebDataset shards, their deterministic order, and the toy shapes set."""

@@ -1,0 +1,103 @@
+"""The order of a run's samples and their batches: a function of the seed, independent of the parallel layout."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class GlobalOrder:
+    """Which sample the i-th draw of a run takes: a new permutation in every epoch if shuffled.
+
+    Any draw can be asked for, so a run resumes from one integer.
+    """
+
+    def __init__(self, num_samples: int, shuffle: bool, seed: int) -> None:
+        self.num_samples = num_samples
+        self.shuffle = shuffle
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = np.arange(num_samples)
+
+    def __getitem__(self, draw: int) -> int:
+        epoch, position = divmod(draw, self.num_samples)
+        if self.shuffle and epoch != self._epoch:
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+            self._epoch = epoch
+        return int(self._permutation[position])
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the draws of one optimizer step are spread: each data-parallel rank takes a contiguous slice."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def micro_batches(self, first_draw: int) -> list[range]:
+        """Return the draws of this rank's micro-batches for the step that starts at ``first_draw``."""
+        per_rank = self.global_batch_size // self.data_parallel_size
+        start = first_draw + self.data_parallel_rank * per_rank
+        return [
+            range(begin, begin + self.micro_batch_size)
+            for begin in range(start, start + per_rank, self.micro_batch_size)
+        ]
+
+
+class _Draws(Dataset):
+    """Samples addressed by their draw number, which they carry as ``sample_index``."""
+
+    def __init__(self, dataset: Dataset, order: GlobalOrder) -> None:
+        self.dataset = dataset
+        self.order = order
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        return {**self.dataset[self.order[draw]], "sample_index": draw}
+
+
+class _MicroBatches(Sampler):
+    def __init__(self, layout: BatchLayout, first_draw: int, last_draw: int | None) -> None:
+        self.layout = layout
+        self.first_draw = first_draw
+        self.last_draw = last_draw
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draw = self.first_draw
+        while self.last_draw is None or draw < self.last_draw:
+            for micro_batch in self.layout.micro_batches(draw):
+                yield list(micro_batch)
+            draw += self.layout.global_batch_size
+
+
+def batches(
+    dataset: Dataset,
+    order: GlobalOrder,
+    layout: BatchLayout,
+    first_draw: int = 0,
+    last_draw: int | None = None,
+    num_workers: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Iterate over this rank's micro-batches.
+
+    Args:
+        dataset: maps a sample's index to a dictionary.
+        first_draw: draws consumed so far by the run, a multiple of the global batch size.
+        last_draw: where to stop; None never stops.
+        num_workers: data loading processes.
+
+    Yields:
+        Collated samples with ``sample_index``, int64 [micro_batch], the draw numbers.
+    """
+    loader = DataLoader(
+        _Draws(dataset, order),
+        batch_sampler=_MicroBatches(layout, first_draw, last_draw),
+        num_workers=num_workers,
+        prefetch_factor=2 if num_workers else None,
+        generator=torch.Generator(),
+    )
+    return iter(loader)

@@ -1,0 +1,1 @@
+"""Frozen encoders: text to token states and a pooled vector, images to latents."""

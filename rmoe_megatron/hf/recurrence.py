@@ -1,0 +1,159 @@
+"""The recursion of joint attention in plain PyTorch, for inference in diffusers.
+
+The equations are those of :mod:`rmoe_megatron.model.recurrence` without Gumbel noise: every vision token goes to the
+module with the largest logit, with weight 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1.0e-6
+
+
+class Gate(nn.Module):
+    """Picks one module per token from the token state and the conditioning vector; logits in float32."""
+
+    def __init__(self, hidden_size: int, num_modules: int, gate_inputs: list[str]) -> None:
+        super().__init__()
+        self.token = nn.Linear(hidden_size, num_modules, bias=False) if "tokens" in gate_inputs else None
+        self.conditioning = (
+            nn.Linear(hidden_size, num_modules, bias=False) if "conditioning" in gate_inputs else None
+        )
+
+    def forward(self, state: Tensor, conditioning: Tensor) -> Tensor:
+        """Return the index of a module for every token [B, S], int64."""
+        logits: Tensor | float = 0.0
+        if self.token is not None:
+            logits = logits + F.linear(state.float(), self.token.weight.float())
+        if self.conditioning is not None:
+            from_conditioning = F.linear(conditioning.float(), self.conditioning.weight.float()).unsqueeze(1)
+            logits = logits + from_conditioning.expand(-1, state.shape[1], -1)
+        assert isinstance(logits, Tensor)
+        return logits.argmax(dim=-1)
+
+
+class ModuleWeight(nn.Module):
+    """A weight with a leading dimension over modules."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
+class Experts(nn.Module):
+    """The M modules: low-rank (``down`` [M, 3 r, H], ``up`` [M, 3, H, r]) or full-rank (``weight`` [M, 3 H, H])."""
+
+    def __init__(self, hidden_size: int, num_modules: int, rank: int | None) -> None:
+        super().__init__()
+        self.rank = rank
+        if rank is None:
+            self.weight = nn.Parameter(torch.zeros(num_modules, 3 * hidden_size, hidden_size))
+        else:
+            self.down = ModuleWeight(num_modules, 3 * rank, hidden_size)
+            self.up = ModuleWeight(num_modules, 3, hidden_size, rank)
+
+    def forward(self, tokens: Tensor, modules: Tensor) -> Tensor:
+        """Project tokens [N, H] with their ``modules`` [N]; returns [N, 3 H], q, k and v side by side."""
+        order = modules.argsort(stable=True)
+        counts = modules.bincount(minlength=self.num_modules).tolist()
+        parts = [
+            self._project(part, index) for index, part in enumerate(tokens[order].split(counts)) if part.shape[0]
+        ]
+        return torch.empty_like(torch.cat(parts)).index_copy(0, order, torch.cat(parts))
+
+    @property
+    def num_modules(self) -> int:
+        """Return M."""
+        return (self.weight if self.rank is None else self.up.weight).shape[0]
+
+    def _project(self, tokens: Tensor, module: int) -> Tensor:
+        if self.rank is None:
+            return F.linear(tokens, self.weight[module])
+        reduced = F.linear(tokens, self.down.weight[module]).unflatten(-1, (3, self.rank))
+        return torch.einsum("nkr,khr->nkh", reduced, self.up.weight[module]).flatten(1)
+
+
+class Recurrence(nn.Module):
+    """Gate, step modulation and experts of one block's joint attention."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_modules: int,
+        steps: int,
+        rank: int | None,
+        modulation: bool,
+        gate_inputs: list[str],
+    ) -> None:
+        super().__init__()
+        self.steps = steps
+        self.gate = Gate(hidden_size, num_modules, gate_inputs)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size) if modulation else None
+        self.experts = Experts(hidden_size, num_modules, rank)
+
+    def forward(
+        self, attention: Attention, vision: Tensor, text: Tensor, temb: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the attention output of vision [B, S, H] and text [B, L, H] (None in the last block).
+
+        Args:
+            attention: diffusers' joint attention of the block.
+            vision: modulated vision tokens [B, S, H].
+            text: modulated text tokens [B, L, H].
+            temb: conditioning vector [B, H], before SiLU.
+        """
+        conditioning = F.silu(temb)
+        text_qkv = normalise(
+            heads(attention, attention.add_q_proj(text), attention.add_k_proj(text), attention.add_v_proj(text)),
+            attention.norm_added_q,
+            attention.norm_added_k,
+        )
+        state = vision
+        for _ in range(self.steps - 1):
+            query, key, value = self.vision_qkv(attention, self.apply_modules(state, conditioning))
+            attended = attend(query, torch.cat((key, text_qkv[1]), 2), torch.cat((value, text_qkv[2]), 2))
+            state = attention.to_out[0](attended) + vision
+        base = torch.cat((attention.to_q(vision), attention.to_k(vision), attention.to_v(vision)), dim=-1)
+        vision_qkv = self.vision_qkv(attention, self.apply_modules(state, conditioning) + base)
+        attended = attend(*(torch.cat(parts, dim=2) for parts in zip(vision_qkv, text_qkv, strict=True)))
+        vision_attended, text_attended = attended.split([vision.shape[1], text.shape[1]], dim=1)
+        text_output = None if attention.context_pre_only else attention.to_add_out(text_attended)
+        return attention.to_out[0](vision_attended), text_output
+
+    def apply_modules(self, state: Tensor, conditioning: Tensor) -> Tensor:
+        """Project token states [B, S, H] with the module picked for each; returns [B, S, 3 H]."""
+        modules = self.gate(state, conditioning)
+        tokens = F.layer_norm(state, state.shape[-1:], eps=LAYER_NORM_EPS)
+        if self.modulation is not None:
+            scale, shift = self.modulation(conditioning).unsqueeze(1).chunk(2, dim=-1)
+            tokens = tokens * (1 + scale) + shift
+        return self.experts(tokens.flatten(0, 1), modules.flatten()).unflatten(0, state.shape[:2])
+
+    @staticmethod
+    def vision_qkv(attention: Attention, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split [B, S, 3 H] into normalised heads."""
+        return normalise(heads(attention, *projected.chunk(3, dim=-1)), attention.norm_q, attention.norm_k)
+
+
+def heads(attention: Attention, *streams: Tensor) -> tuple[Tensor, ...]:
+    """Split [B, S, H] tensors into [B, heads, S, head_dim]."""
+    return tuple(stream.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for stream in streams)
+
+
+def normalise(
+    qkv: tuple[Tensor, ...], norm_query: nn.Module | None, norm_key: nn.Module | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply the QK norm where the block has one."""
+    query, key, value = qkv
+    return (
+        norm_query(query) if norm_query is not None else query,
+        norm_key(key) if norm_key is not None else key,
+        value,
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of [B, heads, S, head_dim] tensors; returns [B, S, H]."""
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)

@@ -1,0 +1,109 @@
+"""SD3's transformer with recursive sparse experts in chosen blocks, as a diffusers model."""
+
+from typing import Any
+
+from diffusers import ModelMixin, SD3Transformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import JointTransformerBlock
+from torch import Tensor, nn
+
+from rmoe_megatron.hf.recurrence import Recurrence
+
+
+# DiffusionPipeline.from_pretrained loads a class of another library only if that module also names ModelMixin.
+__all__ = ["ModelMixin", "RecurrentSD3Transformer2DModel"]
+
+
+class RecurrentJointAttnProcessor:
+    """Runs the recurrence of an attention layer in place of diffusers' JointAttnProcessor2_0."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **_: Any
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Return what JointAttnProcessor2_0 returns; ``temb`` [B, H] is the conditioning vector."""
+        return attn.recurrence(attn, hidden_states, encoder_hidden_states, temb)
+
+
+class RecurrentJointTransformerBlock(JointTransformerBlock):
+    """SD3's block whose joint attention also sees the conditioning vector, for the gate and the step modulation."""
+
+    def __init__(self, *args: Any, recurrence: Recurrence, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attn.recurrence = recurrence
+        self.attn.set_processor(RecurrentJointAttnProcessor())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the block; see diffusers' JointTransformerBlock."""
+        return super().forward(
+            hidden_states, encoder_hidden_states, temb, {**(joint_attention_kwargs or {}), "temb": temb}
+        )
+
+
+class RecurrentSD3Transformer2DModel(SD3Transformer2DModel):
+    """diffusers' SD3Transformer2DModel with recurrence in the blocks ``recurrence["layers"]``.
+
+    Args:
+        recurrence: keys ``layers`` (block numbers from 0), ``num_modules``, ``steps``, ``rank`` (None: full rank),
+            ``modulation`` and ``gate_inputs``; None is exactly SD3Transformer2DModel. The other arguments are those
+            of SD3Transformer2DModel.
+    """
+
+    _no_split_modules = ["JointTransformerBlock", "RecurrentJointTransformerBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_layers: int = 18,
+        attention_head_dim: int = 64,
+        num_attention_heads: int = 18,
+        joint_attention_dim: int = 4096,
+        caption_projection_dim: int = 1152,
+        pooled_projection_dim: int = 2048,
+        out_channels: int = 16,
+        pos_embed_max_size: int = 96,
+        dual_attention_layers: tuple[int, ...] = (),
+        qk_norm: str | None = None,
+        recurrence: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_layers=num_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            caption_projection_dim=caption_projection_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            out_channels=out_channels,
+            pos_embed_max_size=pos_embed_max_size,
+            dual_attention_layers=dual_attention_layers,
+            qk_norm=qk_norm,
+        )
+        settings = dict(recurrence or {"layers": []})
+        for layer in settings.pop("layers"):
+            self.transformer_blocks[layer] = RecurrentJointTransformerBlock(
+                dim=self.inner_dim,
+                num_attention_heads=num_attention_heads,
+                attention_head_dim=attention_head_dim,
+                context_pre_only=layer == num_layers - 1,
+                qk_norm=qk_norm,
+                use_dual_attention=layer in dual_attention_layers,
+                recurrence=Recurrence(self.inner_dim, **settings),
+            )
+
+    @property
+    def recurrent_blocks(self) -> list[nn.Module]:
+        """Return the blocks that hold a recurrence."""
+        return [block for block in self.transformer_blocks if isinstance(block, RecurrentJointTransformerBlock)]
+
+

@@ -1,0 +1,1 @@
+"""The models: MM-DiT with recursive sparse mixture-of-experts in joint attention, on Megatron-Core."""

@@ -1,0 +1,141 @@
+"""The neural modules of the recurrence: grouped low-rank or full-rank Q/K/V projections."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from rmoe_megatron.config.schema import RecurrenceConfig
+
+
+class Packing:
+    """Puts tokens that are sorted by module into a dense [M, capacity, ...] block and back; gaps are zero.
+
+    The capacity is the longest group rounded up to a multiple of ``GRANULARITY``: CPU matrix products are compiled
+    for their shape, and unrounded group sizes would compile new ones in every step.
+    """
+
+    GRANULARITY = 64
+
+    def __init__(self, tokens_per_expert: Tensor, num_tokens: int) -> None:
+        counts = tokens_per_expert.to(torch.int64)
+        starts = counts.cumsum(0) - counts
+        granules = -(-int(counts.max()) // self.GRANULARITY)
+        slots = torch.arange(max(granules, 1) * self.GRANULARITY)
+        occupied = slots < counts.unsqueeze(1)
+        self.shape = (counts.numel(), slots.numel())
+        # Empty slots read the row after the last token, which pack() fills with zeros.
+        self.source = torch.where(occupied, starts.unsqueeze(1) + slots, num_tokens).flatten()
+        self.occupied = occupied.flatten().nonzero().squeeze(1)
+
+    def pack(self, tokens: Tensor) -> Tensor:
+        """[N, ...] to [M, capacity, ...]."""
+        padded = torch.cat((tokens, tokens.new_zeros(1, *tokens.shape[1:])))
+        return padded.index_select(0, self.source).unflatten(0, self.shape)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[M, capacity, ...] to [N, ...]."""
+        return packed.flatten(0, 1).index_select(0, self.occupied)
+
+
+class Experts(MegatronModule):
+    """The modules that live on this expert-parallel rank: M / EP of them, contiguous.
+
+    Low rank (``B_m A_m`` for each of Q, K and V): ``down`` [M, 3 r, H] with rows of q, k and v, ``up`` [M, 3, H, r].
+    Full rank: ``weight`` [M, 3 H, H] with rows of q, k and v. ``down`` starts Kaiming-uniform and ``up`` normal
+    with ``up_init_std`` (0: a fresh module leaves its base model unchanged); ``weight`` starts like ``up``.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, recurrence: RecurrenceConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config=config)
+        self.ep_group = pg_collection.ep
+        self.expert_data_parallel_group = pg_collection.expt_dp
+        self.num_local_experts = recurrence.num_modules // self.ep_group.size()
+        modules, hidden, rank = recurrence.num_modules, config.hidden_size, recurrence.rank
+        if rank is None:
+            self.weight = self._parameter(self._normal((modules, 3 * hidden, hidden), recurrence.up_init_std))
+        else:
+            down = torch.empty(modules, 3 * rank, hidden).uniform_(-1, 1).mul_(1 / math.sqrt(hidden))
+            self.down = self._parameter(down)
+            self.up = self._parameter(self._normal((modules, 3, hidden, rank), recurrence.up_init_std))
+        self.rank = rank
+
+    @staticmethod
+    def _normal(shape: tuple[int, ...], std: float) -> Tensor:
+        return torch.randn(shape).mul_(std)
+
+    def _parameter(self, all_modules: Tensor) -> nn.Parameter:
+        """Keep this rank's slice of a tensor that every rank draws whole, so that values don't depend on the layout."""
+        mine = all_modules.chunk(self.ep_group.size())[self.ep_group.rank()]
+        parameter = nn.Parameter(mine.to(self.config.params_dtype).contiguous())
+        parameter.allreduce = self.ep_group.size() == 1  # type: ignore[attr-defined]
+        return parameter
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:
+        """Apply each module to its tokens.
+
+        Args:
+            tokens: [N, H], sorted by module.
+            tokens_per_expert: int64 [M / EP]; some may be zero.
+            weights: float32 [N], the gate's weight of each token.
+
+        Returns:
+            [N, 3 H]: q, k and v side by side.
+        """
+        if tokens.is_cuda:
+            projected = self._project_grouped(tokens, tokens_per_expert)
+        else:
+            packing = Packing(tokens_per_expert, tokens.shape[0])
+            projected = packing.unpack(self._project_packed(packing.pack(tokens)))
+        return projected * weights.unsqueeze(-1).to(projected.dtype)
+
+    def _project_grouped(self, tokens: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """Project tokens [N, H], sorted by module, with grouped matrix products; returns [N, 3 H]."""
+        offsets = tokens_per_expert.to(tokens.device).cumsum(0, dtype=torch.int32)
+        if self.rank is None:
+            return F.grouped_mm(tokens, self.weight.transpose(1, 2), offs=offsets)
+        reduced = F.grouped_mm(tokens, self.down.transpose(1, 2), offs=offsets)
+        parts = zip(reduced.chunk(3, dim=-1), self.up.unbind(dim=1), strict=True)
+        return torch.cat(
+            [F.grouped_mm(part.contiguous(), up.transpose(1, 2), offs=offsets) for part, up in parts], dim=-1
+        )
+
+    def _project_packed(self, tokens: Tensor) -> Tensor:
+        """Project tokens [M, capacity, H] with batched matrix products; returns [M, capacity, 3 H]."""
+        if self.rank is None:
+            return tokens.bmm(self.weight.transpose(1, 2))
+        modules, capacity, _ = tokens.shape
+        reduced = tokens.bmm(self.down.transpose(1, 2)).view(modules, capacity, 3, self.rank)
+        reduced = reduced.transpose(1, 2).reshape(3 * modules, capacity, self.rank)
+        projected = reduced.bmm(self.up.flatten(0, 1).transpose(1, 2))
+        return projected.view(modules, 3, capacity, -1).transpose(1, 2).flatten(2)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Shard the module dimension over expert-parallel ranks; replicas are the expert-data-parallel ranks."""
+        offsets = (*sharded_offsets, (0, self.ep_group.rank(), self.ep_group.size()))
+        return _replicated_over(
+            self.expert_data_parallel_group.rank(), self.state_dict(keep_vars=True), prefix, offsets
+        )
+
+
+def _replicated_over(
+    replica: int, state_dict: dict[str, Tensor], prefix: str, offsets: tuple
+) -> ShardedStateDict:
+    """Describe tensors that are sharded by ``offsets`` and held alike by several replicas."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    return {
+        f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+            f"{prefix}{name}", tensor, *offsets, replica_id=(0, 0, replica)
+        )
+        for name, tensor in state_dict.items()
+    }

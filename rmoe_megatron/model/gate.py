@@ -1,0 +1,91 @@
+"""The gate of the recurrence: one module per visual token and latent step."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from rmoe_megatron.config.schema import RecurrenceConfig
+from rmoe_megatron.counter_rng import Purpose, derive, gumbel
+
+
+class Gate(TopKRouter):
+    """Megatron-Core's router with conditioning, Gumbel noise and a straight-through gradient.
+
+    For token state a and conditioning s: ``logits = W_token a + W_conditioning s`` in float32; in training
+    ``z = logits + Gumbel(0, 1)``, ``p = softmax(z / tau)``, the module is ``argmax z`` and its weight is
+    ``1 + p - stop_gradient(p)``: 1 forward, the gradient of p backward. Modules that are not picked are not evaluated
+    and give no gradient. In evaluation the module is ``argmax logits`` and its weight is 1.
+
+    The load-balancing loss uses softmax(logits), which is the probability of a module being picked: argmax of
+    Gumbel-perturbed logits samples from it whatever tau is.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        recurrence: RecurrenceConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        without_bias = copy.copy(config)
+        without_bias.add_bias_linear = False
+        super().__init__(config=without_bias, pg_collection=pg_collection)
+        self.set_layer_number(layer_number)
+        self.tau = recurrence.tau
+        if "tokens" not in recurrence.gate_inputs:
+            self.weight = None
+        self.conditioning_weight = None
+        if "conditioning" in recurrence.gate_inputs:
+            self.conditioning_weight = nn.Parameter(
+                torch.empty(config.num_moe_experts, config.hidden_size, dtype=config.params_dtype)
+            )
+            config.init_method(self.conditioning_weight)
+
+    def gating(self, input: Tensor, conditioning: Tensor) -> Tensor:
+        """Return float32 logits [S, B, M] from token states [S, B, H] and conditioning [1, B, H]."""
+        logits = torch.zeros((*input.shape[:-1], self.num_experts), dtype=torch.float32, device=input.device)
+        if self.weight is not None:
+            logits = logits + router_gating_linear(input, self.weight, None, torch.float32)
+        if self.conditioning_weight is not None:
+            logits = logits + F.linear(conditioning.float(), self.conditioning_weight.float())
+        return logits
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, conditioning: Tensor, keys: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Pick a module for every token.
+
+        Args:
+            input: token states [S, B, H].
+            conditioning: [1, B, H], after SiLU.
+            keys: int64 [B], the samples' keys of the counter-based random numbers.
+            step: latent step, from 0.
+
+        Returns:
+            Weights float32 [S * B, M] and the routing map bool [S * B, M], both zero where a module is not picked.
+        """
+        logits = self.gating(input, conditioning)
+        noise = self._gumbel(logits, keys, step) if self.training else torch.zeros_like(logits)
+        logits, noise = logits.flatten(0, 1), noise.flatten(0, 1)
+        logits = self.apply_z_loss(logits)
+        perturbed = logits + noise
+        picked = F.one_hot(perturbed.argmax(dim=-1), self.num_experts)
+        weights = picked.float()
+        if self.training:
+            probability = torch.softmax(perturbed / self.tau, dim=-1)
+            weights = weights + (probability - probability.detach())
+        routing_map = picked.bool()
+        if self.training and torch.is_grad_enabled():
+            weights = self._apply_aux_loss(weights, torch.softmax(logits, dim=-1), routing_map)
+        return weights, routing_map
+
+    def _gumbel(self, logits: Tensor, keys: Tensor, step: int) -> Tensor:
+        sequence, batch, modules = logits.shape
+        keys = derive(keys, Purpose.gumbel, self.layer_number, step)
+        return gumbel(keys, sequence * modules).view(batch, sequence, modules).transpose(0, 1)

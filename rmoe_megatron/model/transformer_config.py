@@ -1,0 +1,60 @@
+"""From a run's configuration to Megatron-Core's TransformerConfig."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from rmoe_megatron.config.schema import Precision, RunConfig
+from rmoe_megatron.platform import PARAMS_DTYPE
+
+LAYER_NORM_EPS = 1.0e-6
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Return the TransformerConfig that hosts the model of ``config``.
+
+    The modules of the recurrence are Megatron-Core experts: M experts, top-1, all-to-all dispatch, dropless.
+    """
+    model, recurrence, parallel = config.model, config.recurrence, config.parallel
+    experts = {}
+    if recurrence is not None:
+        experts = {
+            "num_moe_experts": recurrence.num_modules,
+            "moe_router_topk": 1,
+            "moe_router_pre_softmax": True,  # Megatron-Core asks for it at top-1; the gate computes its own weights
+            "moe_router_dtype": "fp32",
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": recurrence.aux_loss_coeff,
+            "moe_z_loss_coeff": recurrence.z_loss_coeff or None,
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=4 * model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        layernorm_epsilon=LAYER_NORM_EPS,
+        add_bias_linear=True,
+        activation_func=partial(F.gelu, approximate="tanh"),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        init_method=torch.nn.init.xavier_uniform_,
+        output_layer_init_method=torch.nn.init.xavier_uniform_,
+        params_dtype=PARAMS_DTYPE[config.precision],
+        pipeline_dtype=PARAMS_DTYPE[config.precision],
+        bf16=config.precision is Precision.bf16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        hetereogenous_dist_checkpoint=True,
+        **experts,
+    )

@@ -1,0 +1,209 @@
+"""Which device, backend and data type a run uses, and what makes Megatron-Core run on the CPU.
+
+Megatron-Core is written for CUDA: it asks ``torch.cuda`` for the current device, streams and random state, creates
+small tensors with ``device='cuda'`` and compares tensor type names. :func:`use_cpu` gives each of these a CPU meaning.
+It is the only place of the project that patches anything. On CUDA nothing is patched.
+"""
+
+import contextlib
+import ctypes
+import functools
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from rmoe_megatron.config.schema import Device, Precision
+from rmoe_megatron.errors import UserError
+
+PARAMS_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+# Dense bf16 throughput in FLOP/s of the devices whose data sheets state it; anything else has no known peak.
+PEAK_BF16_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def select_device(device: Device, local_rank: int = 0) -> torch.device:
+    """Return the device of this rank and prepare Megatron-Core for it.
+
+    Args:
+        device: what the configuration asks for.
+        local_rank: index of this process on its host; picks the GPU.
+
+    Raises:
+        UserError: CUDA is asked for and there is none.
+    """
+    has_cuda = _has_cuda()
+    if device is Device.cuda and not has_cuda:
+        raise UserError("device is cuda but PyTorch finds no GPU here; set device=cpu or device=auto.")
+    if device is Device.cpu or not has_cuda:
+        use_cpu()
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def communication_backend(device: torch.device) -> str:
+    """Return the torch.distributed backend for ``device``; checkpoint metadata travels over gloo on either."""
+    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 peak of ``device`` in FLOP/s, None where no data sheet value is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in PEAK_BF16_FLOPS.items() if model in name), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the kernels queued on ``device``, so that a clock read after it measures finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+class _Stream:
+    """A CUDA stream or event where everything is done in program order already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def wait(self, _: Any = None) -> None: ...
+
+    def record(self, _: Any = None) -> None: ...
+
+    def record_event(self, _: Any = None) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+_ONLY_STREAM = _Stream()
+
+
+@contextlib.contextmanager
+def _stream_context(_: Any) -> Iterator[None]:
+    yield
+
+
+@functools.cache
+def use_cpu() -> None:
+    """Give the CUDA calls of Megatron-Core a CPU meaning in this process; calling it again does nothing."""
+    cpu = torch.device("cpu")
+    cuda_calls: dict[str, Any] = {
+        "current_device": lambda: cpu,
+        "set_device": lambda *_: None,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda *_: _ONLY_STREAM,
+        "default_stream": lambda *_: _ONLY_STREAM,
+        "stream": _stream_context,
+    }
+    for name, replacement in cuda_calls.items():
+        setattr(torch.cuda, name, replacement)
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.Tensor.type = _cuda_type_name(torch.Tensor.type)  # type: ignore[method-assign]
+    _keep_freed_memory()
+    # Megatron-Core decorates small functions with torch.compile; on the CPU compiling costs more than it saves.
+    torch.compiler.set_stance("force_eager")
+    _patch_megatron_core()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed activations; by default it returns large blocks to the kernel at once.
+
+    Page faults on fresh blocks took up to a quarter of a step. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # <malloc.h>
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_arena_max, 1)
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+class _TorchOnCpu:
+    """The torch module as seen by a module of Megatron-Core that creates tensors with ``device='cuda'``."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*size, **{**kwargs, "device": "cpu"})
+
+    @staticmethod
+    def tensor(data: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor(data, **{**kwargs, "device": "cpu"})
+
+
+def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Tensor.type`` so that a CPU tensor answers to the CUDA names Megatron-Core's optimizer compares with."""
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = original(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.", 1) if not args and not kwargs else name
+
+    return type_
+
+
+def _patch_megatron_core() -> None:
+    """Replace the functions of Megatron-Core that only know CUDA tensors, or that cost the CPU dearly."""
+    from megatron.core import utils
+    from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.optimizer import clip_grads, grad_scaler, optimizer
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def maybe_move_tensor_to_cpu(
+        tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
+        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    for module in (clip_grads, grad_scaler, optimizer, param_and_grad_buffer, schedules, utils):
+        module.torch = _TorchOnCpu()
+    for module in (moe_utils, token_dispatcher):
+        module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(param_and_grad_buffer, name, _copy_if_alone(getattr(param_and_grad_buffer, name)))
+    tensor_parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    tensor_parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Megatron-Core 0.16.1 reads this name in the router without importing it when Transformer Engine is absent.
+        moe_utils.te_general_gemm = None
+
+
+def _copy_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a reduce-scatter or all-gather so that a group of one rank copies in the calling thread.
+
+    gloo would copy in a thread of its own, which starts a second team of OpenMP threads; from then on libgomp counts
+    more threads than cores and puts waiting threads to sleep, which made every later step 2.5 times slower.
+    """
+
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+        if group.size() > 1:
+            return collective(output, input, *args, group=group, **kwargs)
+        output.copy_(input)
+        return None
+
+    return call

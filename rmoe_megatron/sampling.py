@@ -1,0 +1,75 @@
+"""Images from prompts with a diffusers pipeline: per-image noise, PNG files and a labelled grid."""
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+CELL = 128  # pixels of a picture in a grid, at least
+LINE = 12  # pixels of a line of text
+
+
+def sample_images(
+    pipeline: Any,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Make one image per prompt; its noise depends on its own seed alone.
+
+    Args:
+        pipeline: a diffusers text-to-image pipeline.
+        progress: called with (images done, images in total).
+
+    Returns:
+        uint8 [N, H, W, 3].
+    """
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+        result = pipeline(
+            prompts[part],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="np",
+        ).images
+        images.append((result * 255).round().astype(np.uint8))
+        if progress is not None:
+            progress(min(start + batch_size, len(prompts)), len(prompts))
+    return np.concatenate(images)
+
+
+def save_images(images: np.ndarray, folder: Path, names: list[str]) -> list[Path]:
+    """Write uint8 images [N, H, W, 3] as ``folder/name.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in names]
+    for image, path in zip(images, paths, strict=True):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+def labelled_grid(images: np.ndarray, labels: list[str], columns: int = 8) -> Image.Image:
+    """Lay uint8 images [N, H, W, 3] out in a grid with their labels below; small images are enlarged."""
+    columns = min(columns, len(images))
+    scale = max(1, round(CELL / images.shape[2]))
+    width, height = images.shape[2] * scale, images.shape[1] * scale
+    wrapped = [textwrap.wrap(label, width // 6)[:3] for label in labels]
+    row_height = height + 3 * LINE + 8
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + 8), rows * row_height), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+        x, y = index % columns * (width + 8) + 4, index // columns * row_height + 4
+        grid.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for number, line in enumerate(lines):
+            draw.text((x, y + height + 2 + number * LINE), line, fill="black")
+    return grid

@@ -1,0 +1,44 @@
+"""Exponential moving average of the weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class ExponentialMovingAverage:
+    """Float32 average of a model's parameters, on this rank's shard of the model.
+
+    The decay of update n is ``min(decay, (1 + n) / (10 + n))``, so that the average of a short run forgets the
+    initial weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = dict(model.named_parameters())
+        self.averages = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the averages towards the current parameters; ``step`` counts updates from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages = list(self.averages.values())
+        current = [parameter.detach().float() for parameter in self.parameters.values()]
+        torch._foreach_lerp_(averages, current, 1 - decay)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """Give the model the averaged weights for the duration of the context."""
+        backup = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._copy_to_model(self.averages)
+        try:
+            yield
+        finally:
+            self._copy_to_model(backup)
+
+    def _copy_to_model(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])

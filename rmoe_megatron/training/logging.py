@@ -1,0 +1,130 @@
+"""Metrics of a run: JSONL always, TensorBoard and wandb if configured, and a progress bar or plain lines."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rmoe_megatron.config.schema import LoggingConfig
+
+METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_id.txt"
+
+
+class RunLogger:
+    """Writes what rank 0 reports; on other ranks every call does nothing.
+
+    A resumed run continues the same files: records of steps after ``start_step``, which the resumed run repeats, are
+    dropped from the JSONL file and from TensorBoard.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: LoggingConfig, total_steps: int, start_step: int, is_rank0: bool
+    ) -> None:
+        self.is_active = is_rank0
+        if not is_rank0:
+            return
+        self.total_steps, self.start_step = total_steps, start_step
+        self.started = time.monotonic()
+        _drop_records_after(run_dir / METRICS, start_step)
+        self.jsonl = (run_dir / METRICS).open("a", buffering=1)
+        self.tensorboard = self.wandb = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        if config.wandb is not None:
+            import wandb
+
+            self.wandb = wandb.init(
+                **{**config.wandb, "dir": str(run_dir), "id": _wandb_id(run_dir), "resume": "allow"}
+            )
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", disable=not self.is_terminal, dynamic_ncols=True
+        )
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Record ``metrics`` for ``step``, the number of optimizer steps done."""
+        if not self.is_active:
+            return
+        self.jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+        self._show(step, metrics)
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Show a PNG that was written beside the metrics."""
+        if not self.is_active:
+            return
+        if self.tensorboard is not None:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(path) as image:
+                self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(str(path))}, step=step)
+        self._write(f"step {step}: {name} in {path}")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if not self.is_active:
+            return
+        self.bar.close()
+        self.jsonl.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        shown = {name: f"{value:.4g}" for name, value in metrics.items() if name in SHOWN}
+        if self.is_terminal and "loss" in metrics:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        done = max(step - self.start_step, 1)
+        remaining = (time.monotonic() - self.started) / done * (self.total_steps - step)
+        values = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self._write(f"step {step}/{self.total_steps}  {values}  ETA {tqdm.format_interval(remaining)}")
+
+    def _write(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+
+SHOWN = ("loss", "validation_loss", "samples_per_second", "tokens_per_second", "model_flops_utilisation")
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Return the id of the run, made once, so that a resumed run continues it."""
+    import wandb
+
+    path = run_dir / WANDB_ID
+    if not path.is_file():
+        path.write_text(wandb.util.generate_id())
+    return path.read_text().strip()
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """Keep the whole records up to ``step``; a killed run may have left later ones and a torn line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.rename(path)

@@ -1,0 +1,28 @@
+"""What Megatron-Core's routers report: the load-balancing loss of the gates."""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+
+from rmoe_megatron.config.schema import RunConfig
+
+
+def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch.device) -> dict[str, float]:
+    """Return the mean load-balancing loss of a gate in the last step and clear Megatron-Core's tracker.
+
+    The value is that of the Switch Transformer without its coefficient: 1 when tokens spread evenly, M when all go
+    to one module. The dict is empty for a model without this loss. Every rank takes part.
+    """
+    recurrence = config.recurrence
+    if recurrence is None or recurrence.aux_loss_coeff == 0:
+        return {}
+    tracker = get_moe_layer_wise_logging_tracker()
+    total = torch.zeros((), device=device)
+    if "load_balancing_loss" in tracker:
+        total += tracker["load_balancing_loss"]["values"].sum()
+    clear_aux_losses_tracker()
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    gates = len(recurrence.layers) * recurrence.steps * num_micro_batches
+    return {"load_balancing_loss": total.item() / (gates * parallel_state.get_data_parallel_world_size())}

@@ -1,0 +1,195 @@
+"""A training run from configuration to last checkpoint: ``rmoe train`` and ``rmoe train --resume``."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, list_checkpoints
+from rmoe_megatron.checkpoint.state import Progress, TrainingState, load_checkpoint, save_checkpoint
+from rmoe_megatron.config.loading import load_config, save_config
+from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.validation import validate
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.model.flops import training_flops_per_sample, vision_tokens
+from rmoe_megatron.parallel import process_groups, rank, world_size
+from rmoe_megatron.platform import peak_flops, synchronize
+from rmoe_megatron.training.ema import ExponentialMovingAverage
+from rmoe_megatron.training.logging import RunLogger
+from rmoe_megatron.training.routing import load_balancing_loss
+from rmoe_megatron.training.samples import SampleGrid
+from rmoe_megatron.training.setup import build_model, build_optimizer
+from rmoe_megatron.training.source import TrainingSource
+from rmoe_megatron.training.step import TrainingStep
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> None:
+    """Train a new run in ``config.run_dir``.
+
+    Raises:
+        UserError: the configuration is wrong, or the folder already holds a run.
+    """
+    validate(config, world_size())
+    run_dir = Path(config.run_dir)
+    if list_checkpoints(run_dir):
+        raise UserError(
+            f"{run_dir} already holds checkpoints; continue it with `rmoe train --resume {run_dir}` "
+            "or choose another run_dir."
+        )
+    if rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+    _run(config, checkpoint=None)
+
+
+def resume(run_dir: Path, overrides: list[str]) -> None:
+    """Continue a run from its newest complete checkpoint, with the configuration saved there.
+
+    Raises:
+        UserError: there is no complete checkpoint, an override is wrong, or it changes the architecture.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"There is no run at {run_dir}; give the run_dir of an earlier `rmoe train`.")
+    checkpoint = find_checkpoint(run_dir)
+    saved = load_config(checkpoint.path / "config.yaml", [])
+    config = load_config(checkpoint.path / "config.yaml", [*overrides, f"run_dir={run_dir}"])
+    for section in ("model", "recurrence"):
+        if getattr(config, section) != getattr(saved, section):
+            raise UserError(
+                f"The checkpoint {checkpoint.path} has another architecture ({section} differs from what is asked "
+                f"for); resume without overriding {section}, or train a new run."
+            )
+    validate(config, world_size())
+    if checkpoint.step >= config.training.steps:
+        logger.warning("%s is finished: step %d of %d.", run_dir, checkpoint.step, config.training.steps)
+        return
+    _run(config, checkpoint)
+
+
+def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
+    with process_groups(config) as device:
+        source = TrainingSource(config, device)
+        model = build_model(config, device)
+        optimizer, scheduler = build_optimizer(config, model)
+        ema = ExponentialMovingAverage(model.module, config.optimizer.ema_decay)
+        state = TrainingState(model, optimizer, scheduler, ema, Progress())
+        if checkpoint is not None:
+            load_checkpoint(state, checkpoint)
+        step = TrainingStep(config, model, optimizer, scheduler, source.null_text)
+        TrainingLoop(config, state, step, source, device).run()
+
+
+@dataclass
+class TrainingLoop:
+    """Steps, looks at the model, saves; until the configured number of steps is done."""
+
+    config: RunConfig
+    state: TrainingState
+    step: TrainingStep
+    source: TrainingSource
+    device: torch.device
+
+    def run(self) -> None:
+        """Train from ``state.progress`` to the last step."""
+        training, progress = self.config.training, self.state.progress
+        run_dir = Path(self.config.run_dir)
+        log = RunLogger(run_dir, self.config.logging, training.steps, progress.step, is_rank0=dist.get_rank() == 0)
+        grid = SampleGrid(self.config, self.source.encode_prompts(training.sample_prompts), self.source.autoencoder)
+        batches = self.source.training_batches(progress.samples)
+        throughput = Throughput(self.config, self.device)
+        self.state.model.train()
+        while progress.step < training.steps:
+            result = self.step(batches)
+            if not result.skipped:
+                self.state.ema.update(progress.step)
+            progress.step += 1
+            progress.samples += training.global_batch_size
+            throughput.count(training.global_batch_size)
+            is_last = progress.step == training.steps
+            balance = load_balancing_loss(self.config, self.step.num_micro_batches, self.device)
+            if progress.step % training.log_every == 0 or is_last:
+                metrics = {
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": result.learning_rate,
+                    "samples": progress.samples,
+                    **balance,
+                    **throughput.rates(),
+                }
+                log.log_metrics(progress.step, metrics)
+            with throughput.paused():
+                if self.source.has_validation and (progress.step % training.validate_every == 0 or is_last):
+                    log.log_metrics(progress.step, {"validation_loss": self.validate()})
+                if training.sample_prompts and (progress.step % training.sample_every == 0 or is_last):
+                    path = self.sample(grid, run_dir)
+                    log.log_image("samples", path, progress.step)
+                if progress.step % self.config.checkpoint.every == 0 or is_last:
+                    save_checkpoint(self.state, self.config, run_dir)
+        log.close()
+
+    def validate(self) -> float:
+        """Return the loss of the averaged weights on the validation samples, with noise that is the same each time."""
+        batches, count = self.source.validation_batches()
+        with self.state.ema.applied():
+            return self.step.evaluate(batches, count)
+
+    def sample(self, grid: SampleGrid, run_dir: Path) -> Path:
+        """Draw the sample grid with the averaged weights; every rank computes, rank 0 writes."""
+        model = self.state.model
+        model.eval()
+        with self.state.ema.applied():
+            image = grid.draw(model)
+        model.train()
+        path = run_dir / "samples" / f"step-{self.state.progress.step:08d}.png"
+        if dist.get_rank() == 0:
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_suffix(".partial")
+            image.save(partial, format="png")
+            partial.rename(path)
+        return path
+
+
+class Throughput:
+    """Samples and tokens per second and model FLOPs utilisation since the last report, pauses left out."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.device = device
+        self.tokens_per_sample = config.model.text_length + vision_tokens(config.model)
+        self.flops_per_sample = training_flops_per_sample(config)
+        peak = peak_flops(device)
+        self.peak = peak * dist.get_world_size() if peak else None
+        self.samples = 0
+        self.started = time.perf_counter()
+
+    def count(self, samples: int) -> None:
+        """Add the samples of one step."""
+        self.samples += samples
+
+    def rates(self) -> dict[str, float]:
+        """Return the rates since the last call and start anew."""
+        synchronize(self.device)
+        seconds = time.perf_counter() - self.started
+        samples_per_second = self.samples / seconds
+        self.samples, self.started = 0, time.perf_counter()
+        rates = {
+            "samples_per_second": samples_per_second,
+            "tokens_per_second": samples_per_second * self.tokens_per_sample,
+            "model_tflops": samples_per_second * self.flops_per_sample / 1e12,
+        }
+        if self.peak:
+            rates["model_flops_utilisation"] = samples_per_second * self.flops_per_sample / self.peak
+        return rates
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent in the context out of the rates."""
+        paused_at = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused_at

@@ -1,0 +1,62 @@
+"""Model, optimizer and schedule of a run, from Megatron-Core's parts."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from rmoe_megatron.config.schema import Precision, RunConfig
+from rmoe_megatron.model.mmdit import MMDiT
+from rmoe_megatron.platform import PARAMS_DTYPE
+
+
+def build_model(config: RunConfig, device: torch.device) -> DistributedDataParallel:
+    """Return the model of this pipeline stage on ``device``, wrapped in Megatron-Core's data parallelism."""
+    model = MMDiT(
+        config,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    ).to(device)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.optimizer.distributed_optimizer,
+    )
+    wrapped = DistributedDataParallel(model.config, ddp, model)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(
+    config: RunConfig, model: DistributedDataParallel
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Return AdamW with float32 main parameters and its warm-up and cosine schedule, counted in steps."""
+    optimizer = config.optimizer
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=config.precision is Precision.bf16,
+        params_dtype=PARAMS_DTYPE[config.precision],
+        use_distributed_optimizer=optimizer.distributed_optimizer,
+    )
+    megatron_optimizer = get_megatron_optimizer(settings, [model])
+    schedule = OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=0.0,
+        max_lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        lr_warmup_steps=optimizer.warmup_steps,
+        lr_decay_steps=config.training.steps,
+        lr_decay_style="cosine",
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return megatron_optimizer, schedule

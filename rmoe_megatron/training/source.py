@@ -1,0 +1,118 @@
+"""Where a run's batches come from: shards, raw or precomputed, and the frozen encoders."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches
+from rmoe_megatron.data.shards import TrainingDataset
+from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
+from rmoe_megatron.encoders.precompute import NULL_TEXT
+from rmoe_megatron.encoders.text import load_text_encoder
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.training.samples import Prompts
+from rmoe_megatron.training.step import Batch
+
+# Validation draws get noise of their own: draw numbers that no training run reaches.
+FIRST_VALIDATION_DRAW = 1 << 40
+
+
+class TrainingSource:
+    """Batches of embedded captions and latents for this data-parallel rank.
+
+    Raises:
+        UserError: shards are missing or do not fit the model.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.train = TrainingDataset(Path(config.data.train))
+        self.validation = TrainingDataset(Path(config.data.validation)) if config.data.validation else None
+        self.autoencoder = load_autoencoder(config.encoders.autoencoder, device)
+        self.text_encoder = load_text_encoder(config.encoders.text_encoder, config.model.text_length, device)
+        self.null_text = self._load_null_text()
+        if self.train.precomputed:
+            self._check_precomputed()
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether validation shards are configured."""
+        return self.validation is not None
+
+    def training_batches(self, first_draw: int) -> Iterator[Batch]:
+        """Iterate over this rank's training micro-batches from ``first_draw`` on, without end."""
+        order = GlobalOrder(len(self.train), self.config.data.shuffle, self.config.seed)
+        loader = batches(
+            self.train, order, self._layout(), first_draw, num_workers=self.config.data.num_workers
+        )
+        return map(self._embed, loader)
+
+    def validation_batches(self) -> tuple[Iterator[Batch], int]:
+        """Return the validation micro-batches of this rank and their number; they are the same every time."""
+        assert self.validation is not None
+        layout = self._layout()
+        samples = min(self.config.training.validation_samples, len(self.validation))
+        steps = max(samples // layout.global_batch_size, 1)
+        order = GlobalOrder(len(self.validation), shuffle=False, seed=0)
+        loader = batches(self.validation, order, layout, last_draw=steps * layout.global_batch_size)
+        micro_batches = steps * layout.global_batch_size // (layout.micro_batch_size * layout.data_parallel_size)
+        return map(self._with_validation_noise, map(self._embed, loader)), micro_batches
+
+    def encode_prompts(self, captions: list[str]) -> Prompts:
+        """Encode captions for the sample grid."""
+        encoded = self.text_encoder.encode([*captions, ""])
+        return Prompts(captions, encoded.hidden_states[:-1], encoded.pooled[:-1], self.null_text)
+
+    def _layout(self) -> BatchLayout:
+        training = self.config.training
+        return BatchLayout(
+            training.global_batch_size,
+            training.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+
+    def _embed(self, batch: dict[str, Any]) -> Batch:
+        if "latents" in batch:
+            return batch
+        text = self.text_encoder.encode(batch["caption"])
+        return {
+            "latents": encode_images(self.autoencoder, batch["image"]),
+            "text_hidden_states": text.hidden_states,
+            "text_pooled": text.pooled,
+            "sample_index": batch["sample_index"],
+        }
+
+    @staticmethod
+    def _with_validation_noise(batch: Batch) -> Batch:
+        return {**batch, "sample_index": batch["sample_index"] + FIRST_VALIDATION_DRAW}
+
+    def _load_null_text(self) -> tuple[Tensor, Tensor]:
+        stored = Path(self.config.data.train).parent / NULL_TEXT
+        if self.train.precomputed and stored.is_file():
+            tensors = load_file(stored)
+            return tensors["text_hidden_states"].to(self.device), tensors["text_pooled"].to(self.device)
+        encoded = self.text_encoder.encode([""])
+        return encoded.hidden_states, encoded.pooled
+
+    def _check_precomputed(self) -> None:
+        model = self.config.model
+        sample = self.train[0]
+        expected = {
+            "latents": (model.in_channels, model.sample_size, model.sample_size),
+            "text_hidden_states": (model.text_length, model.text_hidden_size),
+            "text_pooled": (model.pooled_size,),
+        }
+        for name, shape in expected.items():
+            if tuple(sample[name].shape) != shape:
+                raise UserError(
+                    f"{name} in {self.config.data.train} has shape {tuple(sample[name].shape)} but the model of this "
+                    f"configuration needs {shape}; precompute the data again with this configuration."
+                )
