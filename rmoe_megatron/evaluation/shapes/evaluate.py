@@ -1,0 +1,116 @@
+"""The toy shapes benchmark: images for the validation prompts, detected, judged and summed up."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shapes.vocabulary import Skill
+from rmoe_megatron.evaluation.shapes.detector import detect, matches_scene
+from rmoe_megatron.evaluation.shapes.report import write_report
+from rmoe_megatron.evaluation.shapes.rules import Verdict, judge
+
+SPLITS = {"seen": "val", "heldout": "val_heldout"}
+CHUNK = 512  # images between two reports of progress
+
+Generate = Callable[[list[str], list[int]], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class JudgedImage:
+    """One generated image and its verdict."""
+
+    split: str
+    skill: str
+    caption: str
+    image: NDArray[np.uint8]
+    verdict: Verdict
+
+
+def evaluate_shapes(
+    generate: Generate,
+    data: Path,
+    out: Path,
+    images_per_prompt: int = 4,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score a model and write ``results.json``, ``results.md`` and ``examples.png`` to ``out``.
+
+    Args:
+        generate: from prompts and seeds to images uint8 [N, H, W, 3]; an image depends on its own seed only.
+        data: folder of the toy set.
+        limit: prompts per split, spread evenly over the skills; None takes all.
+        progress: called with (images done, images in total).
+
+    Raises:
+        UserError: the validation shards are missing.
+    """
+    judged: list[JudgedImage] = []
+    detector_right = detector_total = 0
+    scenes = {name: _select(ShardDataset(data / folder, ["png", "json"]), limit) for name, folder in SPLITS.items()}
+    total = sum(len(part) for part in scenes.values()) * images_per_prompt
+    for split_number, (split, part) in enumerate(scenes.items()):
+        for sample in part:
+            objects = [(item["shape"], item["color"]) for item in sample["json"]["objects"]]
+            detector_right += matches_scene(detect(sample["png"].transpose(1, 2, 0)), objects)
+            detector_total += 1
+        requests = [
+            (sample["json"], _image_seed(seed, split_number, prompt, image))
+            for prompt, sample in enumerate(part)
+            for image in range(images_per_prompt)
+        ]
+        for start in range(0, len(requests), CHUNK):
+            chunk = requests[start : start + CHUNK]
+            images = generate([scene["caption"] for scene, _ in chunk], [image_seed for _, image_seed in chunk])
+            for (scene, _), image in zip(chunk, images, strict=True):
+                verdict = judge(detect(image), scene["requirements"])
+                judged.append(JudgedImage(split, scene["skill"], scene["caption"], image, verdict))
+            if progress is not None:
+                progress(len(judged), total)
+    results = {
+        "benchmark": "toy shapes",
+        "images_per_prompt": images_per_prompt,
+        "seed": seed,
+        "detector_accuracy_on_ground_truth": detector_right / detector_total,
+        "splits": {split: score([item for item in judged if item.split == split]) for split in SPLITS},
+    }
+    write_report(results, judged, out)
+    return results
+
+
+def score(judged: list[JudgedImage]) -> dict[str, Any]:
+    """Return the share of right images per skill and their mean over skills, as GenEval defines them."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for item in judged:
+        right[item.skill].append(item.verdict.correct)
+    skills = {skill.value: float(np.mean(right[skill])) for skill in Skill if right[skill]}
+    return {"overall": float(np.mean(list(skills.values()))), "skills": skills, "images": len(judged)}
+
+
+def _select(samples: ShardDataset, limit: int | None) -> list[dict[str, Any]]:
+    """Return the first ``limit`` samples with skills taking turns, or all."""
+    everything = [samples[index] for index in range(len(samples))]
+    if limit is None:
+        return everything
+    skills = {sample["json"]["skill"] for sample in everything}
+    quota = -(-limit // len(skills))
+    taken: Counter[str] = Counter()
+    chosen = []
+    for sample in everything:
+        skill = sample["json"]["skill"]
+        if taken[skill] < quota and len(chosen) < limit:
+            taken[skill] += 1
+            chosen.append(sample)
+    return chosen
+
+
+def _image_seed(seed: int, split: int, prompt: int, image: int) -> int:
+    """Return a seed of its own for every image."""
+    return int(np.random.SeedSequence([seed, split, prompt, image]).generate_state(1)[0])

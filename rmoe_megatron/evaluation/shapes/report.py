@@ -1,0 +1,87 @@
+"""What is left of an evaluation: results.json, a table, and a picture of right and wrong images."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from rmoe_megatron.sampling import labelled_grid
+
+if TYPE_CHECKING:
+    from rmoe_megatron.evaluation.shapes.evaluate import JudgedImage
+
+PER_SKILL = 3  # right and wrong examples each
+
+
+def write_report(results: dict[str, Any], judged: Sequence["JudgedImage"], out: Path) -> None:
+    """Write the results to ``out`` and print the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    picture = examples(judged)
+    partial = out / "examples.png.partial"
+    picture.save(partial, format="png")
+    partial.rename(out / "examples.png")
+    text = table(results)
+    _write(out / "results.md", text)
+    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    print(text, end="")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the scores as a Markdown table, one row per split."""
+    splits = results["splits"]
+    skills = list(dict.fromkeys(skill for split in splits.values() for skill in split["skills"]))
+    header = ["toy shapes", "overall", *skills, "images"]
+    rows = [
+        [name, f"{split['overall']:.3f}"]
+        + [f"{split['skills'][skill]:.3f}" if skill in split["skills"] else "-" for skill in skills]
+        + [str(split["images"])]
+        for name, split in splits.items()
+    ]
+    lines = [header, ["---"] * len(header), *rows]
+    accuracy = results["detector_accuracy_on_ground_truth"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
+        f"\n\nDetector accuracy on the ground-truth images: {accuracy:.4f}\n"
+    )
+
+
+def examples(judged: Sequence["JudgedImage"]) -> Image.Image:
+    """Return right images above wrong ones, a few of every skill, with caption and verdict."""
+    chosen: dict[tuple[bool, str], list[JudgedImage]] = defaultdict(list)
+    for item in judged:
+        group = chosen[(item.verdict.correct, item.skill)]
+        if len(group) < PER_SKILL and item.caption not in [other.caption for other in group]:
+            group.append(item)
+    parts = []
+    for correct, title in ((True, "right"), (False, "wrong")):
+        items = [item for (verdict, _), group in sorted(chosen.items()) if verdict == correct for item in group]
+        if items:
+            labels = [f"{item.caption}: {item.verdict.reason or 'right'}" for item in items]
+            grid = labelled_grid(np.stack([item.image for item in items]), labels, columns=6)
+            parts.append(_titled(grid, title))
+    picture = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        picture.paste(part, (0, top))
+        top += part.height
+    return picture
+
+
+def _titled(grid: Image.Image, title: str) -> Image.Image:
+    titled = Image.new("RGB", (grid.width, grid.height + 20), "white")
+    ImageDraw.Draw(titled).text((4, 4), title, fill="black")
+    titled.paste(grid, (0, 20))
+    return titled
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
