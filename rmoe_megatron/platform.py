@@ -169,6 +169,7 @@ def _patch_megatron_core() -> None:
     """Replace the functions of Megatron-Core that only know CUDA tensors, or that cost the CPU dearly."""
     from megatron.core import utils
     from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer import clip_grads, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as tensor_parallel_random
@@ -185,6 +186,9 @@ def _patch_megatron_core() -> None:
         module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
         setattr(param_and_grad_buffer, name, _copy_if_alone(getattr(param_and_grad_buffer, name)))
+    DistributedOptimizer._set_main_param_and_optimizer_states = _keep_adam_step(
+        DistributedOptimizer._set_main_param_and_optimizer_states
+    )
     tensor_parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     tensor_parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -205,5 +209,17 @@ def _copy_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
             return collective(output, input, *args, group=group, **kwargs)
         output.copy_(input)
         return None
+
+    return call
+
+
+def _keep_adam_step(set_states: Callable[..., None]) -> Callable[..., None]:
+    """Wrap how loaded optimizer state is set: Megatron-Core 0.16.1 asks PyTorch's Adam for a ``step`` it did not save."""
+
+    @functools.wraps(set_states)
+    def call(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, index = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        set_states(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
 
     return call

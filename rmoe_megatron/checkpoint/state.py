@@ -23,7 +23,7 @@ from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 
 # Megatron-Core's format that can be loaded under any other parallel layout.
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass
@@ -113,12 +113,17 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
 
 def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     """Load a checkpoint into ``state``, whatever parallel layout it was saved under."""
+    _create_adam_state(state.optimizer)
     sharded = state.sharded_state_dict(is_loading=True)
     saved_keys = dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).keys()
     sharded["rng"] = {name: tensor for name, tensor in sharded["rng"].items() if tensor.key in saved_keys}
     loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
     state.model.module.load_state_dict(loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
+    for adam in _adam_optimizers(state.optimizer):
+        for values in adam.state.values():
+            # Megatron-Core gives all parameters the same counter, which each of them would then advance.
+            values["step"] = values["step"].clone()
     state.scheduler.load_state_dict(loaded["scheduler"])
     for name, average in loaded["ema"].items():
         state.ema.averages[name].copy_(average)
@@ -138,6 +143,22 @@ def load_weights(model: MegatronModule, checkpoint: CheckpointFolder, averaged: 
         }
     loaded = dist_checkpointing.load(wanted, str(checkpoint.path))
     model.load_state_dict({name: loaded[name] for name in wanted})
+
+
+def _create_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give PyTorch's Adam the state it makes at its first step: Megatron-Core loads into what is there."""
+    for adam in _adam_optimizers(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                adam.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _adam_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
 
 
 def _load_rng(states: dict[str, Tensor]) -> None:

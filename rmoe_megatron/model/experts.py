@@ -75,7 +75,8 @@ class Experts(MegatronModule):
         """Keep this rank's slice of a tensor that every rank draws whole, so that values don't depend on the layout."""
         mine = all_modules.chunk(self.ep_group.size())[self.ep_group.rank()]
         parameter = nn.Parameter(mine.to(self.config.params_dtype).contiguous())
-        parameter.allreduce = self.ep_group.size() == 1  # type: ignore[attr-defined]
+        # Reduced over expert-data-parallel ranks; with EP=1 too, so that checkpoints have one form for every EP.
+        parameter.allreduce = False  # type: ignore[attr-defined]
         return parameter
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:

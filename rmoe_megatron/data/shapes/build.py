@@ -1,7 +1,8 @@
 """Writes the toy shapes set as WebDataset tar shards.
 
-Layout: ``OUT/{train,val,val_heldout}/shapes-NNNNNN.tar`` with members KEY.png, KEY.txt (caption) and KEY.json (scene), and
-``OUT/dataset.json``. A sample is a function of (seed, split, index) alone; the shards are byte for byte the same each time.
+Layout: ``OUT/{train,val,val_heldout}/shapes-NNNNNN.tar`` with members KEY.png, KEY.txt (caption) and
+KEY.json (scene), and ``OUT/dataset.json``. A sample is a function of (seed, split, index) alone; the
+shards are byte for byte the same each time.
 """
 
 import io
@@ -53,7 +54,7 @@ def build_shapes(
     heldout: Sequence[Pair] = HELDOUT_PAIRS,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the toy set: ``train`` and ``val`` samples of seen pairs, and val // 4 samples that name held-out pairs.
+    """Write the toy set: ``train`` and ``val`` samples of seen pairs, val // 4 that name held-out pairs.
 
     The folder appears whole or not at all.
 
@@ -70,6 +71,7 @@ def build_shapes(
     """
     _check_request(out, train, val, seed, heldout)
     counts = {"train": train, "val": val, "val_heldout": val // 4 if heldout else 0}
+    out = out.absolute()
     temporary = out.parent / f".{out.name}.building-{os.getpid()}"
     done, total = 0, sum(counts.values())
     splits: dict[str, Any] = {}
@@ -100,7 +102,7 @@ def build_shapes(
         temporary.rename(out)
         _sync_folder(out.parent)
     except OSError as error:
-        raise UserError(f"Cannot write the shapes set to {out} ({error.strerror}); choose a writable folder.") from error
+        raise UserError(f"Cannot write to {out} ({error.strerror}); choose a writable folder.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return description
@@ -108,7 +110,7 @@ def build_shapes(
 
 def _check_request(out: Path, train: int, val: int, seed: int, heldout: Sequence[Pair]) -> None:
     if train < 0 or val < 0 or seed < 0:
-        raise UserError(f"train={train}, val={val} and seed={seed} must not be negative; give counts of 0 or more.")
+        raise UserError(f"train={train}, val={val} and seed={seed} must not be negative; give 0 or more.")
     for color, shape in heldout:
         if color not in COLORS or shape not in SHAPES:
             raise UserError(
@@ -117,7 +119,7 @@ def _check_request(out: Path, train: int, val: int, seed: int, heldout: Sequence
             )
     seen = seen_pairs(frozenset(heldout))
     if {shape for _, shape in seen} != set(SHAPES) or {color for color, _ in seen} != set(COLORS):
-        raise UserError("The held-out pairs leave a shape or a color without any training image; hold out fewer pairs.")
+        raise UserError("The held-out pairs leave a shape or color out of training; hold out fewer pairs.")
     if out.is_dir():
         if any(out.iterdir()):
             raise UserError(f"The folder {out} is not empty; choose another one or remove it first.")

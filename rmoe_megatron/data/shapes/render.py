@@ -1,7 +1,8 @@
 """Anti-aliased drawing of shapes into small RGB images.
 
-Coordinates are in pixels, x to the right and y downwards; the image spans [0, 32] in both and pixel (row i, column j)
-is the square [j, j+1] x [i, i+1]. A shape's ``size`` is the side of its bounding box and (x, y) is the box's center.
+Coordinates are in pixels, x to the right and y downwards; the image spans [0, 32] in both and pixel (row i,
+column j) is the square [j, j+1] x [i, i+1]. A shape's ``size`` is the side of its bounding box and
+(x, y) is the box's center.
 """
 
 import math
@@ -28,7 +29,7 @@ class ShapeObject:
 
 
 def inside(shape: str, u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Tell which points lie in the shape; (u, v) is relative to the box's center in units of half the box's side."""
+    """Tell which points lie in the shape; (u, v) is relative to the box's center, in halves of its side."""
     across, down = np.abs(u), np.abs(v)
     if shape == "circle":
         return u * u + v * v <= 1
@@ -53,17 +54,21 @@ def coverage(
     left, right = max(math.floor(x - half), 0), min(math.ceil(x + half), width)
     if top >= bottom or left >= right:
         return result
-    offsets = (np.arange(SUPERSAMPLING * max(bottom - top, right - left), dtype=np.float32) + 0.5) / SUPERSAMPLING
-    u = (left + offsets[: SUPERSAMPLING * (right - left)] - np.float32(x)) / np.float32(half)
-    v = (top + offsets[: SUPERSAMPLING * (bottom - top)] - np.float32(y)) / np.float32(half)
+    u = (_sample_points(left, right) - np.float32(x)) / np.float32(half)
+    v = (_sample_points(top, bottom) - np.float32(y)) / np.float32(half)
     hits = inside(shape, u[None, :], v[:, None])
     hits = hits.reshape(bottom - top, SUPERSAMPLING, right - left, SUPERSAMPLING)
     result[top:bottom, left:right] = hits.mean(axis=(1, 3), dtype=np.float32)
     return result
 
 
+def _sample_points(start: int, stop: int) -> NDArray[np.float32]:
+    points = start + (np.arange(SUPERSAMPLING * (stop - start)) + 0.5) / SUPERSAMPLING
+    return points.astype(np.float32)
+
+
 def render(objects: Iterable[ShapeObject]) -> NDArray[np.uint8]:
-    """Return the image of the objects on the background, uint8 [32, 32, 3]; later objects cover earlier ones."""
+    """Return the image of the objects on the background, uint8 [32, 32, 3]; later ones cover earlier ones."""
     image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     image[:] = BACKGROUND
     for item in objects:

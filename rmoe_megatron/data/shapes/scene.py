@@ -1,8 +1,9 @@
 """Scenes of the toy shapes set: what is in the picture, its caption, and what GenEval's rules will ask for.
 
-A scene is drawn for one skill. The requirements have the form of GenEval's prompt metadata: every entry of ``include``
-asks for at least ``count`` objects of ``class`` (with ``color`` and ``position`` where the caption names them; a position
-is [relation, index of the entry it refers to]); an entry of ``exclude`` forbids ``count`` or more objects of ``class``.
+A scene is drawn for one skill. The requirements have the form of GenEval's prompt metadata: every entry
+of ``include`` asks for at least ``count`` objects of ``class`` (with ``color`` and ``position`` where the
+caption names them; a position is [relation, index of the entry it refers to]); an entry of ``exclude``
+forbids ``count`` or more objects of ``class``.
 """
 
 from dataclasses import asdict, dataclass
@@ -26,8 +27,8 @@ from rmoe_megatron.data.shapes.vocabulary import (
 TEMPLATES = ("{}", "a photo of {}", "an image of {}", "a picture of {}")
 GAP = 2.0  # pixels between the boxes of two objects, so that no pixel is shared and components stay apart
 MARGIN = 1.0  # pixels between a box and the border
-MAX_SLOPE = 0.4  # off-axis over on-axis distance of two objects in a position scene; GenEval tells relations at 0.58
-SIZES = {1: (10.0, 13.0), 2: (10.0, 13.0), 3: (9.0, 11.0), 4: (9.0, 10.5)}  # box side by the number of objects
+MAX_SLOPE = 0.4  # off-axis over on-axis distance of two objects in a position scene
+SIZES = {1: (10.0, 13.0), 2: (10.0, 13.0), 3: (9.0, 11.0), 4: (9.0, 10.5)}  # box side by number of objects
 _PLACEMENTS_PER_TRY = 128
 
 
@@ -55,11 +56,13 @@ def seen_pairs(heldout: frozenset[Pair]) -> list[Pair]:
     return [(color, shape) for shape in SHAPES for color in COLORS if (color, shape) not in heldout]
 
 
-def sample_scene(rng: np.random.Generator, skill: Skill, heldout: frozenset[Pair], use_heldout: bool) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, skill: Skill, heldout: frozenset[Pair], use_heldout: bool
+) -> Scene:
     """Draw a scene of a skill.
 
-    With ``use_heldout`` the caption names at least one held-out (color, shape) pair (the skill must be one whose captions
-    name colors); without it the picture has none.
+    With ``use_heldout`` the caption names at least one held-out (color, shape) pair (the skill must be
+    one whose captions name colors); without it the picture has none.
     """
     seen = seen_pairs(heldout)
     first = _pick(rng, sorted(heldout) if use_heldout else seen)
@@ -76,7 +79,9 @@ def sample_scene(rng: np.random.Generator, skill: Skill, heldout: frozenset[Pair
         text = f"{NUMBERS[count]} {_name(first, colored, plural=count > 1)}"
     else:
         distinct_colors = skill is Skill.color_attr
-        others = [pair for pair in seen if pair[1] != first[1] and not (distinct_colors and pair[0] == first[0])]
+        others = [pair for pair in seen if pair[1] != first[1]]
+        if distinct_colors:
+            others = [pair for pair in others if pair[0] != first[0]]
         pairs = [first, _pick(rng, others)]
         if rng.integers(2):
             pairs.reverse()
@@ -116,11 +121,12 @@ def _entry(pair: Pair, count: int, colored: bool) -> dict[str, Any]:
 def _place(
     rng: np.random.Generator, count: int, relation: str | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Draw sizes [count] and centers [count, 2] (x, y) of objects whose boxes keep ``GAP``; the first has ``relation``."""
+    """Draw sizes [count] and centers [count, 2] (x, y) of boxes ``GAP`` apart; the first has ``relation``."""
     while True:
         sizes = rng.uniform(*SIZES[count], size=(_PLACEMENTS_PER_TRY, count))
         room = IMAGE_SIZE - 2 * MARGIN - sizes
-        centers = MARGIN + sizes[..., None] / 2 + rng.random((_PLACEMENTS_PER_TRY, count, 2)) * room[..., None]
+        corners = MARGIN + rng.random((_PLACEMENTS_PER_TRY, count, 2)) * room[..., None]
+        centers = corners + sizes[..., None] / 2
         good = np.ones(_PLACEMENTS_PER_TRY, dtype=bool)
         for i in range(count):
             for j in range(i):

@@ -1,4 +1,4 @@
-"""What the toy shapes set is made of: shapes, colors, the words for them, and the pairs kept out of training."""
+"""What the toy shapes set is made of: shapes, colors, their words, and the pairs kept out of training."""
 
 from enum import StrEnum
 

@@ -1,8 +1,10 @@
 """GenEval's rules (arXiv 2310.11513): from detections and a prompt's requirements to right or wrong.
 
-A requirement of ``include`` asks for at least ``count`` objects of a class. Its color and position are asked of the
-``count`` detections of that class with the highest scores. ``exclude`` forbids ``count`` or more objects of a class. A
-relation holds if the offset of the box centers, reduced by a tenth of the boxes' sizes, points that way.
+A requirement of ``include`` asks for at least ``count`` objects of a class. Its color and position are asked
+of the ``count`` detections of that class with the highest scores. ``exclude`` forbids ``count`` or more objects
+of a class. A relation holds if, along its axis, the offset of the box centers less a tenth of the boxes' summed
+sizes is more than half of the centers' distance. These are GenEval's thresholds; they carry over to small images
+because both are relative. On objects 11 pixels wide the first takes 2.2 pixels off.
 """
 
 import math
@@ -12,7 +14,7 @@ from typing import Any
 from rmoe_megatron.evaluation.shapes.detector import Detection
 
 POSITION_MARGIN = 0.1  # of the sum of both boxes' sizes
-MIN_DIRECTION = 0.5  # share of the offset along the relation's axis
+MIN_DIRECTION = 0.5  # reduced offset along the relation's axis over the distance of the centers
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ def judge(detections: list[Detection], requirements: dict[str, Any]) -> Verdict:
 
 def relations(item: Detection, other: Detection) -> set[str]:
     """Return how ``item`` lies relative to ``other``: left of, right of, above, below, or nothing clear."""
-    offset_x = _reduced(item.x - other.x, POSITION_MARGIN * (item.width + other.width))
-    offset_y = _reduced(item.y - other.y, POSITION_MARGIN * (item.height + other.height))
-    length = math.hypot(offset_x, offset_y)
+    length = math.hypot(item.x - other.x, item.y - other.y)
     if length == 0:
         return set()
+    offset_x = _reduced(item.x - other.x, POSITION_MARGIN * (item.width + other.width))
+    offset_y = _reduced(item.y - other.y, POSITION_MARGIN * (item.height + other.height))
     directions = {
         "left of": -offset_x / length,
         "right of": offset_x / length,

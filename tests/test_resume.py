@@ -1,0 +1,80 @@
+"""A killed run goes on as if nothing had happened, and damaged checkpoints are passed over."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from rmoe_megatron.checkpoint.folders import find_checkpoint, list_checkpoints
+from rmoe_megatron.errors import UserError
+from tests.runs import finish, kill, losses, make_run, rmoe, start
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    code, errors = rmoe("train", str(make_run(folder)), f"run_dir={folder}/whole", "checkpoint.keep_last=4")
+    assert code == 0, errors
+    return folder
+
+
+def test_killed_run_resumes_bitwise(finished_run: Path) -> None:
+    run_dir = finished_run / "killed"
+    process = start(["train", str(finished_run / "config.yaml"), f"run_dir={run_dir}"])
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").is_file() or max(losses(run_dir), default=0) < 8:
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.01)
+    kill(process)
+    killed_at = max(losses(run_dir))
+    assert 8 <= killed_at < 20
+    code, errors = rmoe("train", "--resume", str(run_dir))
+    assert code == 0, errors
+    assert losses(run_dir) == losses(finished_run / "whole")
+    assert losses(run_dir, "validation_loss") == losses(finished_run / "whole", "validation_loss")
+
+
+def test_half_written_checkpoint_is_passed_over(finished_run: Path) -> None:
+    run_dir = finished_run / "damaged"
+    shutil.copytree(finished_run / "whole", run_dir)
+    newest, previous = list_checkpoints(run_dir)[:2]
+    shard = next(newest.path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    code, errors = rmoe("train", "--resume", str(run_dir))
+    assert code == 0, errors
+    assert "half-written" in errors and previous.path.name in errors
+    assert losses(run_dir) == losses(finished_run / "whole")
+
+
+def test_flipped_bits_fail_the_checksum(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "whole", tmp_path / "run")
+    newest, previous = list_checkpoints(tmp_path / "run")[:2]
+    shard = next(newest.path.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert find_checkpoint(tmp_path / "run") == previous
+    with pytest.raises(UserError, match="checksum"):
+        find_checkpoint(tmp_path / "run", newest.step)
+
+
+def test_resume_refuses_another_architecture(finished_run: Path) -> None:
+    code, errors = rmoe("train", "--resume", str(finished_run / "whole"), "model.hidden_size=64")
+    assert code == 2
+    assert "another architecture" in errors and "Traceback" not in errors
+
+
+def test_old_checkpoints_are_removed(finished_run: Path) -> None:
+    assert [checkpoint.step for checkpoint in list_checkpoints(finished_run / "whole")] == [20, 15, 10, 5]
+    assert [checkpoint.step for checkpoint in list_checkpoints(finished_run / "killed")] == [20, 15]
+
+
+def test_resume_on_two_ranks_keeps_the_losses(finished_run: Path) -> None:
+    run_dir = finished_run / "resharded"
+    shutil.copytree(finished_run / "whole", run_dir)
+    shutil.rmtree(list_checkpoints(run_dir)[0].path)
+    overrides = ["parallel.expert_model_parallel_size=2"]
+    code, errors = rmoe("train", "--resume", str(run_dir), *overrides, ranks=2)
+    assert code == 0, errors
+    assert losses(run_dir) == pytest.approx(losses(finished_run / "whole"), abs=1e-4)
