@@ -127,7 +127,7 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     state.scheduler.load_state_dict(loaded["scheduler"])
     for name, average in loaded["ema"].items():
         state.ema.averages[name].copy_(average)
-    _load_rng(loaded["rng"])
+    _load_rng(loaded.get("rng", {}))
     progress = json.loads((checkpoint.path / "run_state.json").read_text())
     state.progress.step, state.progress.samples = progress["step"], progress["samples"]
 

@@ -26,7 +26,8 @@ from rmoe_megatron.data.shapes.vocabulary import (
 
 TEMPLATES = ("{}", "a photo of {}", "an image of {}", "a picture of {}")
 GAP = 2.0  # pixels between the boxes of two objects, so that no pixel is shared and components stay apart
-MARGIN = 1.0  # pixels between a box and the border
+MARGIN = 2  # pixels between a box and the border, at least
+GRID = 2  # boxes start at multiples of this many pixels: the set is about composition, not about sub-pixel drawing
 MAX_SLOPE = 0.4  # off-axis over on-axis distance of two objects in a position scene
 SIZES = {1: (10.0, 13.0), 2: (10.0, 13.0), 3: (9.0, 11.0), 4: (9.0, 10.5)}  # box side by number of objects
 _PLACEMENTS_PER_TRY = 128

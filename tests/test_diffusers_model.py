@@ -1,0 +1,164 @@
+"""The diffusers side: equal to the training model, to diffusers' own classes, and free of Megatron-Core."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from rmoe_megatron.config.schema import RecurrenceConfig
+from rmoe_megatron.encoders.autoencoder import PixelCodec
+from rmoe_megatron.hf import RecurrentSD3Pipeline, RecurrentSD3Transformer2DModel
+from rmoe_megatron.hf.mapping import transformer_arguments
+from tests.configurations import MODEL, RECURRENCE, TEXT_LENGTH, one_rank, randomise, tiny_config
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "hidden_states": torch.randn(2, 3, 8, 8, generator=generator),
+        "timestep": torch.tensor([15.0, 870.0]),
+        "encoder_hidden_states": torch.randn(2, TEXT_LENGTH, 12, generator=generator),
+        "pooled_projections": torch.randn(2, 10, generator=generator),
+    }
+
+
+@pytest.mark.parametrize(
+    "recurrence",
+    [
+        None,
+        RECURRENCE,
+        replace(RECURRENCE, steps=5, num_modules=5),
+        replace(RECURRENCE, steps=1, num_modules=1),
+        replace(RECURRENCE, rank=None),
+        replace(RECURRENCE, modulation=False, gate_inputs=["tokens"]),
+    ],
+    ids=["dense", "recurrent", "M5-T5", "M1-T1", "full-rank", "ablated"],
+)
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_exported_transformer_equals_the_training_model(recurrence: RecurrenceConfig | None, qk_norm: bool) -> None:
+    from rmoe_megatron.hf.export import diffusers_transformer
+    from rmoe_megatron.model.mmdit import MMDiT
+
+    config = tiny_config(recurrence, model=replace(MODEL, qk_norm=qk_norm))
+    batch = inputs()
+    with one_rank(config), torch.no_grad():
+        model = MMDiT(config).eval()
+        randomise(model)
+        expected = model(
+            batch["hidden_states"],
+            batch["timestep"],
+            batch["encoder_hidden_states"],
+            batch["pooled_projections"],
+            torch.arange(2),
+        )
+        actual = diffusers_transformer(config, model)(**batch).sample
+    assert (actual - expected).norm() / expected.norm() < 1e-5
+
+
+def test_dense_training_model_equals_diffusers_sd3_with_gradients() -> None:
+    """Output and every parameter gradient against diffusers' own class, not a subclass of ours."""
+    from rmoe_megatron.hf.mapping import to_diffusers
+    from rmoe_megatron.model.mmdit import MMDiT
+
+    config = tiny_config(None)
+    batch = inputs()
+    arguments = transformer_arguments(config.model, None)
+    arguments.pop("recurrence")
+    theirs = SD3Transformer2DModel(**arguments)
+    with one_rank(config):
+        ours = MMDiT(config)
+        randomise(ours)
+        theirs.load_state_dict(to_diffusers(ours.state_dict(), MODEL.num_attention_heads))
+        output = ours(
+            batch["hidden_states"],
+            batch["timestep"],
+            batch["encoder_hidden_states"],
+            batch["pooled_projections"],
+            torch.arange(2),
+        )
+        expected = theirs(**batch).sample
+        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
+        (output * direction).sum().backward()
+        (expected * direction).sum().backward()
+        gradients = {
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, parameter in ours.named_parameters()
+        }
+        renamed = to_diffusers(gradients, MODEL.num_attention_heads)
+    assert (output - expected).norm() / expected.norm() < 1e-5
+    compared = 0
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is None:
+            continue
+        error = (renamed[name] - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-6)
+        assert error < 1e-4, f"gradient of {name} differs by {error:.1e}"
+        compared += 1
+    assert compared > 60
+
+
+def test_without_recurrence_it_is_diffusers_sd3() -> None:
+    arguments = transformer_arguments(MODEL, None)
+    ours = RecurrentSD3Transformer2DModel(**arguments)
+    arguments.pop("recurrence")
+    theirs = SD3Transformer2DModel(**arguments)
+    randomise(ours)
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(**inputs()).sample, theirs(**inputs()).sample)
+
+
+def tiny_pipeline(folder: Path) -> RecurrentSD3Pipeline:
+    """A pipeline with random weights and a tiny text encoder."""
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "two", "red", "circles"]))
+    encoder = BertModel(
+        BertConfig(vocab_size=9, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    transformer = RecurrentSD3Transformer2DModel(
+        **transformer_arguments(replace(MODEL, pooled_size=12), RECURRENCE)
+    )
+    randomise(transformer)
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return RecurrentSD3Pipeline(
+        transformer.eval(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        PixelCodec(),
+        encoder.eval(),
+        BertTokenizerFast(str(vocabulary)),
+        TEXT_LENGTH,
+    )
+
+
+def test_pipeline_folder_round_trip_without_megatron(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tmp_path)
+    pipeline.save_pretrained(tmp_path / "model")
+    expected = pipeline("two red circles", generator=torch.Generator().manual_seed(1), num_inference_steps=3, output_type="np")
+    torch.save(torch.from_numpy(expected.images), tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+from rmoe_megatron.hf import RecurrentSD3Pipeline
+pipeline = RecurrentSD3Pipeline.from_pretrained({str(tmp_path / "model")!r})
+images = pipeline("two red circles", generator=torch.Generator().manual_seed(1), num_inference_steps=3,
+                  output_type="np").images
+expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+assert torch.allclose(torch.from_numpy(images), expected, atol=1e-6), "images differ"
+assert not any(name.split(".")[0] == "megatron" for name in sys.modules), "megatron was imported"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    from rmoe_megatron.sampling import sample_images
+
+    pipeline = tiny_pipeline(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, seeds = ["two red circles", "a", "red", "a red circles"], [5, 6, 7, 8]
+    together = sample_images(pipeline, prompts, seeds, steps=3, guidance=2.0, batch_size=4)
+    alone = sample_images(pipeline, prompts, seeds, steps=3, guidance=2.0, batch_size=1)
+    assert abs(together.astype(int) - alone.astype(int)).max() <= 1
+    assert (together[0] != together[1]).any()

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up the environment and runs every check: ruff, mypy, pytest. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=tools/environment.sh
+source tools/environment.sh
+export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
+
+echo "== ruff"
+ruff check .
+ruff format --check .
+echo "== mypy"
+mypy
+echo "== pytest"
+pytest -v "$@"
