@@ -7,11 +7,12 @@ images, text, JSON and plain numpy arrays: nothing from the data is ever unpickl
 import io
 import json
 import logging
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,14 +113,10 @@ class ShardDataset(Dataset):
             wanted = f" with members {', '.join(extensions)}" if extensions else ""
             raise UserError(f"The shards in {folder} hold no samples{wanted}; build the data again.")
         self.skipped = 0
-        self._files: dict[Path, BinaryIO] = {}
+        self._descriptors: dict[Path, int] = {}
 
     def __len__(self) -> int:
         return len(self.locations)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers open the shards themselves: a file position must not be shared between processes."""
-        return self.__dict__ | {"_files": {}}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for attempt in range(len(self.locations)):
@@ -135,14 +132,14 @@ class ShardDataset(Dataset):
         raise UserError(f"None of the {len(self.locations)} samples in {self.folder} can be read; build the data again.")
 
     def _read(self, location: SampleLocation) -> dict[str, Any]:
-        if location.shard not in self._files:
-            self._files[location.shard] = location.shard.open("rb")
-        file = self._files[location.shard]
+        if location.shard not in self._descriptors:
+            self._descriptors[location.shard] = os.open(location.shard, os.O_RDONLY)
         sample: dict[str, Any] = {"__key__": location.key}
         for extension in self.extensions or location.members:
             offset, size = location.members[extension]
-            file.seek(offset)
-            sample[extension] = DECODERS[extension.rsplit(".", 1)[-1]](file.read(size))
+            # pread has no file position, which forked workers would share.
+            content = os.pread(self._descriptors[location.shard], size, offset)
+            sample[extension] = DECODERS[extension.rsplit(".", 1)[-1]](content)
         return sample
 
 

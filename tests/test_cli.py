@@ -1,0 +1,78 @@
+"""The command line: exit code 2 and one sentence for mistakes, before anything heavy."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.runs import make_run, rmoe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "{config}", "model.hiden_size=3"], "did you mean model.hidden_size?"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train"], "configuration file"),
+        (["train", "{config}", "parallel.tensor_model_parallel_size=2"], "is not divisible by"),
+        (["train", "{config}", "data.train={folder}/empty"], "no .tar shards"),
+        (["train", "{config}", "run_dir={folder}/config.yaml/run"], "is a file"),
+        (["train", "--resume", "{folder}/nothing"], "no run"),
+        (["train", "--resume", "{folder}/empty"], "no complete checkpoint"),
+        (["convert", "to-hf", "{folder}/nothing", "{folder}/out"], "no run"),
+        (["sample", "{folder}/empty", "--prompt", "x"], "model_index.json"),
+        (["sample", "{folder}/empty"], "no prompt"),
+        (["eval", "shapes", "{folder}/empty", "--data", "{folder}", "--out", "{folder}/o"], "model_index.json"),
+        (["data", "build-shapes", "{folder}"], "not empty"),
+        (["data", "precompute", "{config}", "{folder}/empty", "{folder}/out"], "no .tar shards"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
+    config = make_run(tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, errors = rmoe(*[argument.format(config=config, folder=tmp_path) for argument in arguments])
+    assert code == 2, errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and words in lines[0], errors
+    assert "Traceback" not in errors
+
+
+def test_check_prints_the_resolved_configuration_and_trains_nothing(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    code, errors = rmoe("train", str(config), "--check")
+    assert code == 0, errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_whole_chain_on_a_tiny_model(tmp_path: Path) -> None:
+    """Raw shards, encoders, training from raw and from precomputed shards, export, samples, scores."""
+    shapes, encoded, config = tmp_path / "shapes", tmp_path / "encoded", tmp_path / "config.yaml"
+    make_run(tmp_path)
+    text = config.read_text().replace("sample_size: 8", "sample_size: 32").replace("patch_size: 2", "patch_size: 8")
+    config.write_text(text.replace("text_length: 6", "text_length: 16").replace("steps: 20,", "steps: 4,"))
+    settings = [f"run_dir={tmp_path}/run", f"data.train={encoded}/train", f"data.validation={encoded}/val"]
+    raw = [f"run_dir={tmp_path}/raw", f"data.train={shapes}/train", f"data.validation={shapes}/val"]
+    commands = [
+        ["data", "build-shapes", str(shapes), "--train", "40", "--val", "24"],
+        ["data", "precompute", str(config), str(shapes), str(encoded)],
+        ["train", str(config), *settings],
+        ["train", str(config), *raw],
+        ["convert", "to-hf", f"{tmp_path}/run", f"{tmp_path}/model"],
+        ["sample", f"{tmp_path}/model", "--prompt", "two red circles", "--steps", "2", "--out", f"{tmp_path}/images"],
+        ["eval", "shapes", f"{tmp_path}/model", "--data", str(shapes), "--out", f"{tmp_path}/scores", "--steps", "1",
+         "--images-per-prompt", "1"],
+    ]  # fmt: skip
+    for command in commands:
+        code, errors = rmoe(*command)
+        assert code == 0, errors
+    from tests.runs import losses
+
+    # Half-precision storage of the embeddings is the only difference.
+    assert losses(tmp_path / "raw") == pytest.approx(losses(tmp_path / "run"), rel=1e-3)
+    assert np.asarray(Image.open(tmp_path / "images" / "00000.png")).shape == (32, 32, 3)
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert results["splits"]["seen"]["images"] == 24 and results["splits"]["heldout"]["images"] == 6
+    assert results["detector_accuracy_on_ground_truth"] == 1.0
+    assert (tmp_path / "run" / "samples" / "step-00000004.png").is_file()

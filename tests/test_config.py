@@ -1,0 +1,112 @@
+"""Loading and validation of configurations: what is refused, and the sentence that says so."""
+
+from pathlib import Path
+
+import pytest
+
+from rmoe_megatron.config.loading import load_config, save_config
+from rmoe_megatron.config.schema import Precision
+from rmoe_megatron.config.validation import validate
+from rmoe_megatron.errors import UserError
+from tests.runs import make_run
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+def test_overrides_and_round_trip(path: Path, tmp_path: Path) -> None:
+    overrides = ["recurrence.layers=[0]", "precision=bf16", "optimizer.learning_rate=2e-4", "logging.wandb.project=x"]
+    config = load_config(path, overrides)
+    assert config.recurrence is not None and config.recurrence.layers == [0] and config.recurrence.rank == 4
+    assert config.precision is Precision.bf16
+    assert config.optimizer.learning_rate == 2e-4
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml", []) == config
+
+
+def test_recurrence_can_be_switched_off_and_on(path: Path) -> None:
+    assert load_config(path, ["recurrence=null"]).recurrence is None
+    again = load_config(path, ["recurrence=null", "recurrence.layers=[1]"]).recurrence
+    assert again is not None and again.layers == [1] and again.num_modules == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("recurence=null", ["recurence", "did you mean recurrence?"]),
+        ("model.hiden_size=3", ["model.hiden_size", "did you mean model.hidden_size?"]),
+        ("hidden_size=3", ["did you mean model.hidden_size?"]),
+        ("model.hidden_size=wide", ["model.hidden_size", "wide"]),
+        ("precision=fp7", ["precision", "fp7", "bf16"]),
+        ("training", ["key=value"]),
+        ("recurrence.layers=[x]", ["recurrence.layers"]),
+    ],
+)
+def test_wrong_overrides(path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(path, [override])
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_missing_values_are_all_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run_dir: x\ndata: {train: y}\n")
+    with pytest.raises(UserError, match=r"model.hidden_size.*optimizer.learning_rate.*training.steps"):
+        load_config(tmp_path / "config.yaml", [])
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1", "\x00"])
+def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="config.yaml"):
+        load_config(tmp_path / "config.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "words"),
+    [
+        (["model.patch_size=3"], 1, ["model.sample_size (8)", "model.patch_size (3)"]),
+        (["model.num_attention_heads=5"], 1, ["model.hidden_size (32)", "num_attention_heads (5)"]),
+        (["training.steps=0"], 1, ["training.steps", "greater than 0"]),
+        (["optimizer.learning_rate=-1"], 1, ["optimizer.learning_rate"]),
+        (["diffusion.guidance_dropout=1.5"], 1, ["guidance_dropout", "between 0 and 1"]),
+        (["optimizer.warmup_steps=20"], 1, ["warmup_steps (20)", "training.steps (20)"]),
+        (["recurrence.layers=[3]"], 1, ["block 3", "0 to 2"]),
+        (["recurrence.layers=[1,1]"], 1, ["twice"]),
+        (["recurrence.rank=0"], 1, ["recurrence.rank"]),
+        (["recurrence.tau=0"], 1, ["recurrence.tau"]),
+        (["recurrence.gate_inputs=[colour]"], 1, ["gate_inputs", "tokens"]),
+        (["training.global_batch_size=6"], 1, ["global_batch_size (6)", "4 x 1"]),
+        ([], 3, ["global_batch_size (8)", "4 x 3"]),
+        (["parallel.tensor_model_parallel_size=2"], 3, ["number of ranks (3)", "2 x 1"]),
+        (["parallel.expert_model_parallel_size=3"], 3, ["num_modules (4)", "expert_model_parallel_size (3)"]),
+        (["parallel.expert_model_parallel_size=2"], 1, ["expert_model_parallel_size (2)", "(1)"]),
+        (["recurrence=null", "parallel.expert_model_parallel_size=2"], 2, ["no experts"]),
+        (["parallel.pipeline_model_parallel_size=2"], 2, ["num_layers (3)", "(2)"]),
+        (["parallel.sequence_parallel=true"], 1, ["sequence_parallel"]),
+        (["data.train=/nowhere"], 1, ["/nowhere", "shard folder"]),
+        (["device=cuda"], 1, ["cuda", "no GPU"]),
+    ],
+)
+def test_validation(path: Path, overrides: list[str], world_size: int, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError) as error:
+        validate(load_config(path, overrides), world_size)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_valid_layouts_pass(path: Path) -> None:
+    validate(load_config(path, []), 1)
+    validate(load_config(path, ["parallel.expert_model_parallel_size=2"]), 2)
+
+
+def test_run_dir_below_a_file_is_refused(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        validate(load_config(path, [f"run_dir={tmp_path}/file/run"]), 1)
+
+
+def test_shipped_configurations_load() -> None:
+    for config in sorted(Path("configs").glob("*.yaml")):
+        load_config(config, [])

@@ -1,0 +1,121 @@
+"""The toy evaluation: detector on ground truth, GenEval's rules on hand-made detections, and the sums."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rmoe_megatron.data.shapes import build_shapes
+from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.evaluation.shapes import Detection, detect, evaluate_shapes, judge
+from rmoe_megatron.evaluation.shapes.detector import matches_scene
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    build_shapes(out, train=0, val=480, seed=11)
+    return out
+
+
+@pytest.mark.parametrize("noise", [0, 12])
+@pytest.mark.parametrize("split", ["val", "val_heldout"])
+def test_detector_is_right_on_ground_truth(shapes: Path, split: str, noise: int) -> None:
+    samples = ShardDataset(shapes / split)
+    rng = np.random.default_rng(0)
+    right = 0
+    for index in range(len(samples)):
+        sample = samples[index]
+        image = sample["png"].transpose(1, 2, 0)
+        image = np.clip(image + rng.normal(0, noise, image.shape), 0, 255).astype(np.uint8)
+        objects = [(item["shape"], item["color"]) for item in sample["json"]["objects"]]
+        right += matches_scene(detect(image), objects)
+    assert right / len(samples) >= 0.99
+
+
+def test_detector_finds_nothing_in_background_and_specks() -> None:
+    image = np.full((32, 32, 3), 40, dtype=np.uint8)
+    assert detect(image) == []
+    image[3:5, 4:6] = 240
+    assert detect(image) == []
+
+
+def test_detector_calls_a_formless_blob_unknown() -> None:
+    image = np.full((32, 32, 3), 40, dtype=np.uint8)
+    image[4:28, 4:7] = (230, 40, 40)
+    assert [item.shape for item in detect(image)] == ["unknown"]
+
+
+def at(shape: str, x: float, y: float, color: str = "red", score: float = 0.9) -> Detection:
+    return Detection(shape, color, x, y, 10, 10, score)
+
+
+CIRCLE, SQUARE = {"class": "circle", "count": 1}, {"class": "square", "count": 1}
+RED = {"class": "circle", "count": 1, "color": "red"}
+TWO = {"class": "circle", "count": 2}
+RIGHT = {"class": "square", "count": 1, "position": ["right of", 0]}
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "detections", "correct"),
+    [
+        ([CIRCLE], [], [at("circle", 8, 8)], True),
+        ([CIRCLE], [], [], False),
+        ([CIRCLE], [], [at("square", 8, 8)], False),
+        ([CIRCLE], [], [at("circle", 8, 8), at("square", 24, 8)], True),
+        ([CIRCLE, SQUARE], [], [at("circle", 8, 8), at("square", 24, 8)], True),
+        ([CIRCLE, SQUARE], [], [at("circle", 8, 8)], False),
+        ([RED], [], [at("circle", 8, 8, "red")], True),
+        ([RED], [], [at("circle", 8, 8, "blue")], False),
+        # Color is asked of the best-matching object.
+        ([RED], [], [at("circle", 8, 8, "blue", 0.9), at("circle", 24, 8, "red", 0.8)], False),
+        ([RED], [], [at("circle", 8, 8, "blue", 0.8), at("circle", 24, 8, "red", 0.9)], True),
+        ([TWO], [{"class": "circle", "count": 3}], [at("circle", 8, 8), at("circle", 24, 8)], True),
+        ([TWO], [{"class": "circle", "count": 3}], [at("circle", 8, 8)], False),
+        ([TWO], [{"class": "circle", "count": 3}], [at("circle", x, y) for x, y in ((8, 8), (24, 8), (8, 24))], False),
+        ([CIRCLE, RIGHT], [], [at("circle", 8, 16), at("square", 24, 16)], True),
+        ([CIRCLE, RIGHT], [], [at("circle", 24, 16), at("square", 8, 16)], False),
+        ([CIRCLE, RIGHT], [], [at("circle", 8, 16), at("square", 9, 28)], False),
+        # A diagonal of 45 degrees holds both relations: 0.71 of the offset lies along each axis.
+        ([CIRCLE, RIGHT], [], [at("circle", 8, 8), at("square", 24, 24)], True),
+        # Boxes that overlap by most of their size have no relation.
+        ([CIRCLE, RIGHT], [], [at("circle", 8, 8), at("square", 9.5, 8)], False),
+    ],
+)
+def test_rules(include: list, exclude: list, detections: list[Detection], correct: bool) -> None:
+    verdict = judge(detections, {"include": include, "exclude": exclude})
+    assert verdict.correct == correct, verdict.reason
+    assert bool(verdict.reason) != correct
+
+
+def test_ground_truth_scores_one_and_blank_images_zero(shapes: Path, tmp_path: Path) -> None:
+    truth = {}
+    for split in ("val", "val_heldout"):
+        samples = ShardDataset(shapes / split)
+        for index in range(len(samples)):
+            truth[samples[index]["txt"]] = samples[index]["png"].transpose(1, 2, 0)
+
+    def perfect(prompts: list[str], seeds: list[int]) -> np.ndarray:
+        return np.stack([truth[prompt] for prompt in prompts])
+
+    def blank(prompts: list[str], seeds: list[int]) -> np.ndarray:
+        assert len(set(seeds)) == len(seeds)
+        return np.full((len(prompts), 32, 32, 3), 40, dtype=np.uint8)
+
+    best = evaluate_shapes(perfect, shapes, tmp_path / "perfect", images_per_prompt=1, limit=24)
+    worst = evaluate_shapes(blank, shapes, tmp_path / "blank", images_per_prompt=2, limit=24)
+    for split in ("seen", "heldout"):
+        assert best["splits"][split]["overall"] == 1.0
+        assert worst["splits"][split]["overall"] == 0.0
+        assert worst["splits"][split]["images"] == 48
+    assert (tmp_path / "perfect" / "examples.png").is_file()
+
+
+def test_overall_is_the_mean_over_skills_not_over_images() -> None:
+    from rmoe_megatron.evaluation.shapes.evaluate import JudgedImage, score
+    from rmoe_megatron.evaluation.shapes.rules import Verdict
+
+    image = np.zeros((1, 1, 3), dtype=np.uint8)
+    judged = [JudgedImage("seen", "colors", "x", image, Verdict(True, ""))]
+    judged += [JudgedImage("seen", "counting", "x", image, Verdict(False, "no"))] * 3
+    assert score(judged)["overall"] == 0.5

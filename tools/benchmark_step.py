@@ -1,0 +1,141 @@
+"""Times a training step against diffusers and against the FLOP count; prints ratios.
+
+    python tools/benchmark_step.py [CONFIG] [--batch 32] [--repeats 10]
+
+Two questions, answered in one process with interleaved measurements, medians over repeats:
+1. Is a step of the dense model (forward, backward, AdamW) as fast as the same step of diffusers'
+   SD3Transformer2DModel of the same size with PyTorch's AdamW, in the same precision? Goal: ratio <= 1.
+2. Does recurrence (M=5, T=2) cost what its FLOPs say? Goal: time ratio <= 1.25 x FLOP ratio.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from tqdm import tqdm
+
+from rmoe_megatron.config.loading import load_config
+from rmoe_megatron.config.schema import RecurrenceConfig, RunConfig
+from rmoe_megatron.counter_rng import sample_keys
+from rmoe_megatron.diffusion.rectified_flow import add_noise
+from rmoe_megatron.hf.mapping import transformer_arguments
+from rmoe_megatron.model.flops import training_flops_per_sample
+from rmoe_megatron.parallel import process_groups
+from rmoe_megatron.platform import PARAMS_DTYPE, synchronize
+from rmoe_megatron.training.setup import build_model, build_optimizer
+from rmoe_megatron.training.step import Batch, TrainingStep
+
+Step = Callable[[int], None]
+
+
+def make_batch(config: RunConfig, index: int, device: torch.device) -> Batch:
+    """Return random latents and text; routing differs from step to step, as in training."""
+    model, batch = config.model, config.training.micro_batch_size
+    size = (batch, model.in_channels, model.sample_size, model.sample_size)
+    return {
+        "latents": torch.randn(size, device=device),
+        "text_hidden_states": torch.randn(batch, model.text_length, model.text_hidden_size, device=device),
+        "text_pooled": torch.randn(batch, model.pooled_size, device=device),
+        "sample_index": torch.arange(batch, device=device) + batch * index,
+    }
+
+
+def megatron_step(config: RunConfig, device: torch.device) -> Step:
+    """Return a step of this project's trainer."""
+    model = build_model(config, device)
+    optimizer, scheduler = build_optimizer(config, model)
+    null = make_batch(config, 0, device)
+    null_text = (null["text_hidden_states"][:1], null["text_pooled"][:1])
+    step = TrainingStep(config, model, optimizer, scheduler, null_text)
+    return lambda index: (step(iter([make_batch(config, index, device)])), None)[1]
+
+
+def diffusers_step(config: RunConfig, device: torch.device) -> Step:
+    """Return the same step with diffusers' model under autocast-free ``dtype`` weights and PyTorch's AdamW."""
+    arguments: dict[str, Any] = transformer_arguments(config.model, None)
+    arguments.pop("recurrence")
+    dtype = PARAMS_DTYPE[config.precision]
+    model = SD3Transformer2DModel(**arguments).to(device, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate)
+
+    def step(index: int) -> None:
+        batch = make_batch(config, index, device)
+        example = add_noise(config.diffusion, batch["latents"], sample_keys(0, batch["sample_index"]))
+        prediction = model(
+            hidden_states=example.noisy_latents.to(dtype),
+            encoder_hidden_states=batch["text_hidden_states"].to(dtype),
+            pooled_projections=batch["text_pooled"].to(dtype),
+            timestep=example.timestep,
+            return_dict=False,
+        )[0]
+        torch.nn.functional.mse_loss(prediction.float(), example.target).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each step; steps take turns, so that a slow minute slows all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    warm_up = 3
+    for index in tqdm(range(warm_up + repeats), desc="benchmark", unit="round"):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(index)
+            synchronize(device)
+            if index >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/shapes_tiny.yaml"))
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("overrides", nargs="*", help="key=value settings")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    training = replace(
+        config.training, micro_batch_size=arguments.batch, global_batch_size=arguments.batch, steps=10_000
+    )
+    layers = config.recurrence.layers if config.recurrence else [config.model.num_layers // 2]
+    recurrence = replace(config.recurrence or RecurrenceConfig(layers), num_modules=5, steps=2)
+    dense = replace(config, training=training, recurrence=None)
+    recurrent = replace(dense, recurrence=recurrence)
+    with process_groups(config) as device:
+        medians = measure(
+            {
+                "diffusers": diffusers_step(dense, device),
+                "dense": megatron_step(dense, device),
+                "recurrent": megatron_step(recurrent, device),
+            },
+            arguments.repeats,
+            device,
+        )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {config.precision.value}")
+    print(f"batch {arguments.batch}, median of {arguments.repeats}")
+    for step, seconds in medians.items():
+        print(f"  {step:10} {seconds * 1e3:8.1f} ms  {arguments.batch / seconds:7.1f} samples/s")
+    flop_ratio = training_flops_per_sample(recurrent) / training_flops_per_sample(dense)
+    time_ratio = medians["recurrent"] / medians["dense"]
+    print(f"dense / diffusers: {medians['dense'] / medians['diffusers']:.3f} (goal: at most 1)")
+    print(
+        f"recurrent / dense: {time_ratio:.3f} in time, {flop_ratio:.3f} in FLOPs, "
+        f"{time_ratio / flop_ratio:.3f} of what FLOPs predict (goal: at most 1.25)"
+    )
+
+
+if __name__ == "__main__":
+    main()
