@@ -26,6 +26,13 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Prediction(Enum):
+    """What the model's output is: the velocity, or the clean sample from which the velocity follows."""
+
+    velocity = "velocity"
+    sample = "sample"
+
+
 @dataclass
 class ModelConfig:
     """An MM-DiT (Stable Diffusion 3's dual-stream transformer). Names follow diffusers' SD3Transformer2DModel."""
@@ -66,6 +73,7 @@ class DiffusionConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0  # SD3's resolution-dependent shift of sigma
+    prediction: Prediction = Prediction.velocity
     guidance_dropout: float = 0.1  # share of captions replaced by the empty one
 
 

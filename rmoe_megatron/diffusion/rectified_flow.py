@@ -6,10 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmoe_megatron.config.schema import DiffusionConfig
+from rmoe_megatron.config.schema import DiffusionConfig, Prediction
 from rmoe_megatron.counter_rng import Purpose, derive, normal, uniform
 
 TIMESTEPS = 1000.0  # the model is conditioned on sigma * TIMESTEPS, as diffusers' FlowMatchEulerDiscreteScheduler does
+
+
+# A predicted sample gives the velocity (noisy - sample) / sigma; below this sigma the divisor stays.
+MIN_SIGMA = 0.05
 
 
 @dataclass
@@ -43,6 +47,22 @@ def add_noise(config: DiffusionConfig, latents: Tensor, keys: Tensor) -> Trainin
     noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
     weight = sigma.view(-1, 1, 1, 1)
     return TrainingExample((1 - weight) * latents + weight * noise, sigma * TIMESTEPS, noise - latents)
+
+
+def to_velocity(prediction: Prediction, output: Tensor, noisy_latents: Tensor, timestep: Tensor) -> Tensor:
+    """Return the velocity float32 [B, C, H, W] that a model's output stands for.
+
+    Predicting the sample is easier than predicting noise where patches have many values for the model's width; the
+    loss and the sampler are those of the velocity in either case (Li and He, "Back to basics", 2025).
+
+    Args:
+        output: of the model, [B, C, H, W].
+        timestep: float32 [B], sigma * TIMESTEPS.
+    """
+    if prediction is Prediction.velocity:
+        return output.float()
+    sigma = (timestep / TIMESTEPS).clamp_min(MIN_SIGMA).view(-1, 1, 1, 1)
+    return (noisy_latents - output.float()) / sigma
 
 
 def drop_captions(

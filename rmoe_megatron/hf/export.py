@@ -69,4 +69,5 @@ def build_pipeline(config: RunConfig, transformer: RecurrentSD3Transformer2DMode
         text_encoder=encoder.model,
         tokenizer=encoder.tokenizer,
         text_length=config.model.text_length,
+        prediction=config.diffusion.prediction.value,
     )

@@ -11,6 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rmoe_megatron.config.schema import Prediction
+from rmoe_megatron.diffusion.rectified_flow import to_velocity
 from rmoe_megatron.encoders.autoencoder import PixelCodec
 from rmoe_megatron.encoders.text import TextEmbeddings, TextEncoder
 from rmoe_megatron.hf.transformer import RecurrentSD3Transformer2DModel
@@ -21,6 +23,7 @@ class RecurrentSD3Pipeline(DiffusionPipeline):
 
     Args:
         text_length: tokens of text in the joint sequence.
+        prediction: what the transformer predicts, ``velocity`` or ``sample``.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -34,12 +37,13 @@ class RecurrentSD3Pipeline(DiffusionPipeline):
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         text_length: int = 77,
+        prediction: str = "velocity",
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(text_length=text_length)
+        self.register_to_config(text_length=text_length, prediction=prediction)
         channels = getattr(vae.config, "block_out_channels", (1,))
         self.vae_scale_factor = 2 ** (len(channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -98,13 +102,15 @@ class RecurrentSD3Pipeline(DiffusionPipeline):
     def _velocity(self, latents: Tensor, timestep: Tensor, text: TextEmbeddings, guidance: float | None) -> Tensor:
         """Predict the (guided) velocity float32 [B, C, H, W]; the second half of ``text`` is unconditional."""
         inputs = latents if guidance is None else latents.repeat(2, 1, 1, 1)
-        predicted = self.transformer(
+        timesteps = timestep.expand(inputs.shape[0])
+        output = self.transformer(
             hidden_states=inputs.to(self.transformer.dtype),
             encoder_hidden_states=text.hidden_states,
             pooled_projections=text.pooled,
-            timestep=timestep.expand(inputs.shape[0]),
+            timestep=timesteps,
             return_dict=False,
-        )[0].float()
+        )[0]
+        predicted = to_velocity(Prediction[self.config.prediction], output, inputs, timesteps)
         if guidance is None:
             return predicted
         conditional, unconditional = predicted.chunk(2)

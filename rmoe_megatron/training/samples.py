@@ -1,5 +1,6 @@
 """Sample grids during training, from the training model itself."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,12 +9,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
-from rmoe_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from rmoe_megatron.config.schema import DiffusionConfig, RunConfig
 from rmoe_megatron.counter_rng import Purpose, derive, normal, sample_keys
+from rmoe_megatron.diffusion.rectified_flow import to_velocity
 from rmoe_megatron.encoders.autoencoder import Autoencoder, decode_latents
 from rmoe_megatron.sampling import labelled_grid
 
-Velocity = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -39,13 +41,13 @@ class SampleGrid:
         self.prompts = prompts
         self.autoencoder = autoencoder
 
-    def draw(self, velocity: Velocity) -> Image.Image:
+    def draw(self, model: Denoiser) -> Image.Image:
         """Sample every prompt once and return them as a labelled grid."""
         training = self.config.training
         latents = sample_latents(
-            velocity,
+            model,
             self.prompts,
-            self.config.model,
+            (self.config.model.in_channels, self.config.model.sample_size, self.config.model.sample_size),
             self.config.diffusion,
             steps=training.sample_steps,
             guidance=training.sample_guidance,
@@ -56,9 +58,9 @@ class SampleGrid:
 
 @torch.no_grad()
 def sample_latents(
-    velocity: Velocity,
+    model: Denoiser,
     prompts: Prompts,
-    model: ModelConfig,
+    shape: tuple[int, int, int],
     diffusion: DiffusionConfig,
     steps: int,
     guidance: float,
@@ -67,23 +69,23 @@ def sample_latents(
     """Sample latents float32 [N, C, H, W] with classifier-free guidance.
 
     Args:
-        velocity: the model's forward, in evaluation mode.
+        model: the training model, in evaluation mode.
+        shape: of one latent, [C, H, W].
         steps: Euler steps.
         guidance: 1 is no guidance.
     """
     device = prompts.text_hidden_states.device
     count = len(prompts.captions)
     keys = sample_keys(seed, torch.arange(count, device=device))
-    shape = (count, model.in_channels, model.sample_size, model.sample_size)
-    latents = normal(derive(keys, Purpose.noise), shape[1] * shape[2] * shape[3]).view(shape)
+    latents = normal(derive(keys, Purpose.noise), math.prod(shape)).view(count, *shape)
     hidden_states = torch.cat((prompts.text_hidden_states, prompts.null_text[0].expand(count, -1, -1)))
     pooled = torch.cat((prompts.text_pooled, prompts.null_text[1].expand(count, -1)))
     scheduler = scheduler_for(diffusion)
     scheduler.set_timesteps(steps, device=device)
     for timestep in scheduler.timesteps:
-        conditional, unconditional = velocity(
-            latents.repeat(2, 1, 1, 1), timestep.expand(2 * count), hidden_states, pooled, keys.repeat(2)
-        ).chunk(2)
+        inputs, timesteps = latents.repeat(2, 1, 1, 1), timestep.expand(2 * count)
+        output = model(inputs, timesteps, hidden_states, pooled, keys.repeat(2))
+        conditional, unconditional = to_velocity(diffusion.prediction, output, inputs, timesteps).chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     return latents

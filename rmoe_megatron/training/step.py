@@ -12,9 +12,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.schema import Prediction, RunConfig
 from rmoe_megatron.counter_rng import sample_keys
-from rmoe_megatron.diffusion.rectified_flow import add_noise, drop_captions
+from rmoe_megatron.diffusion.rectified_flow import TrainingExample, add_noise, drop_captions, to_velocity
 
 Batch = dict[str, Tensor]
 
@@ -105,12 +105,15 @@ class TrainingStep:
             self.config.diffusion, batch["text_hidden_states"], batch["text_pooled"], self.null_text, keys
         )
         prediction = model(example.noisy_latents, example.timestep, hidden_states, pooled, keys)
-        return prediction, partial(velocity_loss, target=example.target)
+        return prediction, partial(velocity_loss, example=example, kind=self.config.diffusion.prediction)
 
 
-def velocity_loss(prediction: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def velocity_loss(
+    prediction: Tensor, example: TrainingExample, kind: Prediction
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the velocity, float32, and the value to report."""
-    loss = torch.nn.functional.mse_loss(prediction.float(), target)
+    velocity = to_velocity(kind, prediction, example.noisy_latents, example.timestep)
+    loss = torch.nn.functional.mse_loss(velocity, example.target)
     # A copy: Megatron-Core's schedule divides the loss by the number of micro-batches in place.
     return loss, {"loss": loss.detach().clone()}
 
