@@ -37,13 +37,17 @@ def main() -> None:
 
 
 class _Bar:
-    """A progress callback (done, total) that shows a bar with rate and ETA."""
+    """A progress callback (done, total) that shows a bar with rate and ETA from its first call on."""
 
     def __init__(self, description: str, unit: str) -> None:
-        self.bar = tqdm(desc=description, unit=unit, mininterval=1.0, dynamic_ncols=True)
+        self.description, self.unit = description, unit
+        self.bar: tqdm | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        self.bar.total = total
+        if self.bar is None:  # not before: a mistake found first has its line to itself
+            self.bar = tqdm(
+                desc=self.description, unit=self.unit, total=total, mininterval=1.0, dynamic_ncols=True
+            )
         self.bar.update(done - self.bar.n)
         if done == total:
             self.bar.close()
@@ -95,13 +99,20 @@ def train(
         return
     if not arguments:
         raise UserError("train needs a configuration file, or --resume RUN; see `rmoe train --help`.")
+    from rmoe_megatron.config.validation import validate
+
     config = load_config(Path(arguments[0]), arguments[1:])
+    ranks, layout = int(os.environ.get("WORLD_SIZE", "1")), config.parallel
+    validate(config, ranks)  # here as well as in the run: importing Megatron-Core takes seconds
     if check:
         from rmoe_megatron.config.loading import to_yaml
-        from rmoe_megatron.config.validation import validate
 
-        validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+        tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
         print(to_yaml(config), end="")
+        print(
+            f"# {ranks} ranks = data {ranks // (tensor * pipeline)} x tensor {tensor} x pipeline {pipeline};"
+        )
+        print(f"# experts spread over {layout.expert_model_parallel_size} data-parallel ranks")
         return
     from rmoe_megatron.training import run
 
@@ -113,7 +124,9 @@ def to_hf(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint to export; default is the newest.")] = None,
-    averaged: Annotated[bool, typer.Option("--ema/--raw", help="Averaged weights or those of the step.")] = True,
+    averaged: Annotated[
+        bool, typer.Option("--ema/--raw", help="Averaged weights or those of the step.")
+    ] = True,
 ) -> None:
     """Export a run to a diffusers folder."""
     from rmoe_megatron.hf.export import export_run
@@ -174,7 +187,9 @@ def eval_shapes(
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
         return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
 
-    evaluate_shapes(generate, data, out, images_per_prompt, limit, seed, progress=_Bar("eval shapes", "image"))
+    evaluate_shapes(
+        generate, data, out, images_per_prompt, limit, seed, progress=_Bar("eval shapes", "image")
+    )
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
@@ -183,7 +198,9 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
         try:
             prompts = [*prompts, *(line.strip() for line in file.read_text().splitlines() if line.strip())]
         except OSError as error:
-            raise UserError(f"Cannot read the prompts file {file} ({error.strerror}); check the path.") from error
+            raise UserError(
+                f"Cannot read the prompts file {file} ({error.strerror}); check the path."
+            ) from error
     if not prompts:
         raise UserError("There is no prompt; give --prompt TEXT or --prompts-file FILE.")
     return prompts
@@ -192,7 +209,9 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
 def load_pipeline(model: Path):  # type: ignore[no-untyped-def]  # importing the class here would make --help slow
     """Load an exported folder as a pipeline that shows no bar of its own."""
     if not (model / "model_index.json").is_file():
-        raise UserError(f"{model} is not a diffusers folder (no model_index.json); make one with `rmoe convert to-hf`.")
+        raise UserError(
+            f"{model} is not a diffusers folder (no model_index.json); make one with `rmoe convert to-hf`."
+        )
     from rmoe_megatron.hf import RecurrentSD3Pipeline
 
     pipeline = RecurrentSD3Pipeline.from_pretrained(model)

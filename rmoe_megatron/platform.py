@@ -169,8 +169,8 @@ def _patch_megatron_core() -> None:
     """Replace the functions of Megatron-Core that only know CUDA tensors, or that cost the CPU dearly."""
     from megatron.core import utils
     from megatron.core.distributed import param_and_grad_buffer
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer import clip_grads, grad_scaler, optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher

@@ -31,7 +31,9 @@ MODEL = ModelConfig(
     pooled_size=10,
     pos_embed_max_size=4,
 )
-RECURRENCE = RecurrenceConfig(layers=[1, 2], num_modules=4, steps=2, rank=4, up_init_std=0.1, aux_loss_coeff=0.01)
+RECURRENCE = RecurrenceConfig(
+    layers=[1, 2], num_modules=4, steps=2, rank=4, up_init_std=0.1, aux_loss_coeff=0.01
+)
 
 
 def tiny_config(recurrence: RecurrenceConfig | None = RECURRENCE, **changes: object) -> RunConfig:

@@ -71,7 +71,9 @@ def recurrent_joint_attention(
         else:
             down = torch.einsum("bsh,mrh->bsmr", h, weights["recurrence.experts.down.weight"])
             down = down.unflatten(-1, (3, settings.rank))
-            every = torch.einsum("bsmkr,mkhr->bsmkh", down, weights["recurrence.experts.up.weight"]).flatten(-2)
+            every = torch.einsum("bsmkr,mkhr->bsmkh", down, weights["recurrence.experts.up.weight"]).flatten(
+                -2
+            )
         q, k, v = (every * gate.unsqueeze(-1)).sum(2).chunk(3, dim=-1)
         return q, k, v
 
@@ -90,4 +92,6 @@ def recurrent_joint_attention(
     v = split(v + linear("to_v", vision))
     attended = attend(torch.cat((q, c_q), 2), torch.cat((k, c_k), 2), torch.cat((v, c_v), 2))
     vision_out, text_out = attended.split([vision.shape[1], text.shape[1]], dim=1)
-    return linear("to_out.0", vision_out), None if settings.context_pre_only else linear("to_add_out", text_out)
+    return linear("to_out.0", vision_out), None if settings.context_pre_only else linear(
+        "to_add_out", text_out
+    )

@@ -24,7 +24,10 @@ from tests.runs import make_run, rmoe
         (["convert", "to-hf", "{folder}/nothing", "{folder}/out"], "no run"),
         (["sample", "{folder}/empty", "--prompt", "x"], "model_index.json"),
         (["sample", "{folder}/empty"], "no prompt"),
-        (["eval", "shapes", "{folder}/empty", "--data", "{folder}", "--out", "{folder}/o"], "model_index.json"),
+        (
+            ["eval", "shapes", "{folder}/empty", "--data", "{folder}", "--out", "{folder}/o"],
+            "model_index.json",
+        ),
         (["data", "build-shapes", "{folder}"], "not empty"),
         (["data", "precompute", "{config}", "{folder}/empty", "{folder}/out"], "no .tar shards"),
     ],
@@ -50,7 +53,11 @@ def test_the_whole_chain_on_a_tiny_model(tmp_path: Path) -> None:
     """Raw shards, encoders, training from raw and from precomputed shards, export, samples, scores."""
     shapes, encoded, config = tmp_path / "shapes", tmp_path / "encoded", tmp_path / "config.yaml"
     make_run(tmp_path)
-    text = config.read_text().replace("sample_size: 8", "sample_size: 32").replace("patch_size: 2", "patch_size: 8")
+    text = (
+        config.read_text()
+        .replace("sample_size: 8", "sample_size: 32")
+        .replace("patch_size: 2", "patch_size: 8")
+    )
     config.write_text(text.replace("text_length: 6", "text_length: 16").replace("steps: 20,", "steps: 4,"))
     settings = [f"run_dir={tmp_path}/run", f"data.train={encoded}/train", f"data.validation={encoded}/val"]
     raw = [f"run_dir={tmp_path}/raw", f"data.train={shapes}/train", f"data.validation={shapes}/val"]

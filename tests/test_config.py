@@ -17,7 +17,12 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_overrides_and_round_trip(path: Path, tmp_path: Path) -> None:
-    overrides = ["recurrence.layers=[0]", "precision=bf16", "optimizer.learning_rate=2e-4", "logging.wandb.project=x"]
+    overrides = [
+        "recurrence.layers=[0]",
+        "precision=bf16",
+        "optimizer.learning_rate=2e-4",
+        "logging.wandb.project=x",
+    ]
     config = load_config(path, overrides)
     assert config.recurrence is not None and config.recurrence.layers == [0] and config.recurrence.rank == 4
     assert config.precision is Precision.bf16
@@ -42,6 +47,7 @@ def test_recurrence_can_be_switched_off_and_on(path: Path) -> None:
         ("precision=fp7", ["precision", "fp7", "bf16"]),
         ("training", ["key=value"]),
         ("recurrence.layers=[x]", ["recurrence.layers"]),
+        ("run_dir=${nope}", ["run_dir", "nope"]),
     ],
 )
 def test_wrong_overrides(path: Path, override: str, words: list[str]) -> None:
@@ -84,12 +90,23 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         (["parallel.expert_model_parallel_size=2"], 1, ["expert_model_parallel_size (2)", "(1)"]),
         (["recurrence=null", "parallel.expert_model_parallel_size=2"], 2, ["no experts"]),
         (["parallel.pipeline_model_parallel_size=2"], 2, ["num_layers (3)", "(2)"]),
+        (
+            ["parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=2"],
+            2,
+            ["data-parallel ranks (1)", "expert_model_parallel_size (2)"],
+        ),
+        (["model.hidden_size=34"], 1, ["must be even", "17"]),
+        (["optimizer.beta2=1"], 1, ["optimizer.beta2", "less than 1"]),
+        (["optimizer.learning_rate=.inf"], 1, ["optimizer.learning_rate", "finite"]),
+        (["run_dir=/proc/run"], 1, ["run_dir", "/proc", "cannot be written"]),
         (["parallel.sequence_parallel=true"], 1, ["sequence_parallel"]),
         (["data.train=/nowhere"], 1, ["/nowhere", "shard folder"]),
         (["device=cuda"], 1, ["cuda", "no GPU"]),
     ],
 )
-def test_validation(path: Path, overrides: list[str], world_size: int, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation(
+    path: Path, overrides: list[str], world_size: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError) as error:
         validate(load_config(path, overrides), world_size)

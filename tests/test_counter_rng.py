@@ -7,7 +7,9 @@ from scipy import stats
 from rmoe_megatron.counter_rng import Purpose, derive, gumbel, normal, sample_keys, uniform
 
 
-@pytest.mark.parametrize(("draw", "distribution"), [(uniform, "uniform"), (normal, "norm"), (gumbel, "gumbel_r")])
+@pytest.mark.parametrize(
+    ("draw", "distribution"), [(uniform, "uniform"), (normal, "norm"), (gumbel, "gumbel_r")]
+)
 def test_distribution(draw, distribution: str) -> None:  # type: ignore[no-untyped-def]
     values = draw(sample_keys(3, torch.arange(64)), 4096).double().flatten().numpy()
     assert stats.kstest(values, distribution).pvalue > 1e-3

@@ -40,7 +40,9 @@ def inputs() -> dict[str, torch.Tensor]:
     ids=["dense", "recurrent", "M5-T5", "M1-T1", "full-rank", "ablated"],
 )
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_exported_transformer_equals_the_training_model(recurrence: RecurrenceConfig | None, qk_norm: bool) -> None:
+def test_exported_transformer_equals_the_training_model(
+    recurrence: RecurrenceConfig | None, qk_norm: bool
+) -> None:
     from rmoe_megatron.hf.export import diffusers_transformer
     from rmoe_megatron.model.mmdit import MMDiT
 
@@ -114,9 +116,13 @@ def test_without_recurrence_it_is_diffusers_sd3() -> None:
 def tiny_pipeline(folder: Path) -> RecurrentSD3Pipeline:
     """A pipeline with random weights and a tiny text encoder."""
     vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "two", "red", "circles"]))
+    vocabulary.write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "two", "red", "circles"])
+    )
     encoder = BertModel(
-        BertConfig(vocab_size=9, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+        BertConfig(
+            vocab_size=9, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
     )
     transformer = RecurrentSD3Transformer2DModel(
         **transformer_arguments(replace(MODEL, pooled_size=12), RECURRENCE)
@@ -137,7 +143,9 @@ def tiny_pipeline(folder: Path) -> RecurrentSD3Pipeline:
 def test_pipeline_folder_round_trip_without_megatron(tmp_path: Path) -> None:
     pipeline = tiny_pipeline(tmp_path)
     pipeline.save_pretrained(tmp_path / "model")
-    expected = pipeline("two red circles", generator=torch.Generator().manual_seed(1), num_inference_steps=3, output_type="np")
+    expected = pipeline(
+        "two red circles", generator=torch.Generator().manual_seed(1), num_inference_steps=3, output_type="np"
+    )
     torch.save(torch.from_numpy(expected.images), tmp_path / "expected.pt")
     script = f"""
 import sys, torch

@@ -39,7 +39,9 @@ def test_captions_are_dropped_at_the_configured_rate() -> None:
     hidden, pooled = torch.ones(count, 2, 3), torch.ones(count, 4)
     null = (torch.zeros(1, 2, 3), torch.zeros(1, 4))
     config = DiffusionConfig(guidance_dropout=0.25)
-    dropped_hidden, dropped_pooled = drop_captions(config, hidden, pooled, null, sample_keys(0, torch.arange(count)))
+    dropped_hidden, dropped_pooled = drop_captions(
+        config, hidden, pooled, null, sample_keys(0, torch.arange(count))
+    )
     kept = dropped_pooled[:, 0]
     assert torch.equal(dropped_hidden[:, 0, 0], kept)
     assert stats.binomtest(int((kept == 0).sum()), count, 0.25).pvalue > 1e-3

@@ -7,7 +7,16 @@ import torch
 
 from rmoe_megatron.config.schema import RecurrenceConfig
 from rmoe_megatron.counter_rng import Purpose, derive, gumbel, sample_keys
-from tests.configurations import HEADS, HIDDEN, MODEL, RECURRENCE, TEXT_LENGTH, one_rank, randomise, tiny_config
+from tests.configurations import (
+    HEADS,
+    HIDDEN,
+    MODEL,
+    RECURRENCE,
+    TEXT_LENGTH,
+    one_rank,
+    randomise,
+    tiny_config,
+)
 from tests.reference import ReferenceSettings, recurrent_joint_attention
 
 BATCH, VISION = 3, 16
@@ -21,7 +30,9 @@ def build_block(recurrence: RecurrenceConfig, qk_norm: bool, layer: int):  # typ
     from rmoe_megatron.model.transformer_config import transformer_config
 
     config = tiny_config(recurrence, model=replace(MODEL, qk_norm=qk_norm))
-    block = build_module(joint_block_spec(config, layer), config=transformer_config(config), layer_number=layer + 1)
+    block = build_module(
+        joint_block_spec(config, layer), config=transformer_config(config), layer_number=layer + 1
+    )
     randomise(block)
     return block
 
@@ -65,7 +76,9 @@ def test_outputs_and_gradients_equal_the_reference(changes: dict, switches: dict
     last = switches.get("context_pre_only", False)
     layer = 2 if last else 1
     generator = torch.Generator().manual_seed(1)
-    vision, text = (torch.randn(BATCH, length, HIDDEN, generator=generator) for length in (VISION, TEXT_LENGTH))
+    vision, text = (
+        torch.randn(BATCH, length, HIDDEN, generator=generator) for length in (VISION, TEXT_LENGTH)
+    )
     conditioning = torch.randn(BATCH, HIDDEN, generator=generator)
     keys = sample_keys(7, torch.arange(BATCH))
     with one_rank(tiny_config()):
@@ -173,13 +186,19 @@ def test_straight_through_gradient_equals_autograd_of_the_closed_form() -> None:
     keys = sample_keys(0, torch.arange(2))
     values = torch.randn(12, 4, generator=generator)
     with one_rank(config):
-        gate = Gate(transformer_config(config), config.recurrence, 1, ProcessGroupCollection.use_mpu_process_groups())
+        gate = Gate(
+            transformer_config(config), config.recurrence, 1, ProcessGroupCollection.use_mpu_process_groups()
+        )
         weights, routing_map = gate(state, conditioning, keys, 0)
         # Dispatch hands on the weight of the picked module alone.
         (weights.masked_select(routing_map) * values.masked_select(routing_map)).sum().backward()
     noise = gumbel(derive(keys, Purpose.gumbel, 1, 0), 24).view(2, 6, 4).transpose(0, 1).double()
     token = gate.weight.detach().double().requires_grad_()
-    z = state.detach().double() @ token.T + conditioning.detach().double() @ gate.conditioning_weight.double().T + noise
+    z = (
+        state.detach().double() @ token.T
+        + conditioning.detach().double() @ gate.conditioning_weight.double().T
+        + noise
+    )
     p = (z / config.recurrence.tau).softmax(-1).flatten(0, 1)
     picked = z.flatten(0, 1).argmax(-1)
     assert torch.equal(routing_map.int().argmax(-1), picked)
@@ -194,7 +213,9 @@ def test_a_module_without_tokens_gets_zero_gradients() -> None:
         block = build_block(recurrence, True, 1).eval()
         vision, text = torch.randn(VISION, 1, HIDDEN), torch.randn(TEXT_LENGTH, 1, HIDDEN)
         # One sample and a gate that sees the conditioning alone: all tokens go to one module.
-        output, _ = block.recurrence(block.attention, vision, text, torch.randn(1, 1, HIDDEN), torch.arange(1))
+        output, _ = block.recurrence(
+            block.attention, vision, text, torch.randn(1, 1, HIDDEN), torch.arange(1)
+        )
         output.sum().backward()
     norms = block.recurrence.experts.up.grad.flatten(1).norm(dim=1)
     assert (norms > 0).sum() <= recurrence.steps and (norms == 0).sum() >= 5 - recurrence.steps

@@ -61,7 +61,9 @@ def test_captions_agree_with_scenes(shapes: Path) -> None:
             assert not color or all(item["color"] == color for item in objects), text
         relation = re.search(r"left of|right of|above|below", text)
         if relation:
-            first, second = (next(o for o in scene["objects"] if o["shape"] == shape) for _, _, shape in named)
+            first, second = (
+                next(o for o in scene["objects"] if o["shape"] == shape) for _, _, shape in named
+            )
             dx, dy = first["x"] - second["x"], first["y"] - second["y"]
             expected = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation.group()]
             assert expected == max(abs(dx), abs(dy)), text
@@ -85,7 +87,7 @@ def test_objects_keep_apart_and_inside(shapes: Path) -> None:
         for i, one in enumerate(objects):
             for other in objects[:i]:
                 gap = max(abs(one["x"] - other["x"]), abs(one["y"] - other["y"]))
-                assert gap >= (one["size"] + other["size"]) / 2 + 2
+                assert gap >= (one["size"] + other["size"]) / 2 + 2 - 0.002  # stored to three decimals
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:

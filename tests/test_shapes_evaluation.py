@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rmoe_megatron.data.shapes import build_shapes
+from rmoe_megatron.data.shapes.render import ShapeObject, render
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.evaluation.shapes import Detection, detect, evaluate_shapes, judge
 from rmoe_megatron.evaluation.shapes.detector import matches_scene
@@ -46,6 +47,29 @@ def test_detector_calls_a_formless_blob_unknown() -> None:
     assert [item.shape for item in detect(image)] == ["unknown"]
 
 
+@pytest.mark.parametrize("colors", [("red", "blue"), ("green", "green")])
+def test_detector_separates_touching_objects(colors: tuple[str, str]) -> None:
+    """The boxes share an edge in the middle of a pixel, so the objects' pixels are connected."""
+    objects = [
+        ShapeObject("circle", colors[0], 10.0, 16.0, 11.0),
+        ShapeObject("diamond", colors[1], 21.0, 16.0, 11.0),
+    ]
+    image = render(objects)
+    assert matches_scene(detect(image), [("circle", colors[0]), ("diamond", colors[1])])
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_detector_takes_no_uniform_image_for_an_object(value: int) -> None:
+    found = detect(np.full((32, 32, 3), value, dtype=np.uint8))
+    assert [item.shape for item in found] == ["unknown"]
+
+
+def test_detector_names_no_color_outside_the_palette() -> None:
+    image = render([ShapeObject("square", "white", 16.0, 16.0, 12.0)])
+    image[image.max(axis=-1) > 200] = 0
+    assert [item.color for item in detect(image)] == ["unknown"]
+
+
 def at(shape: str, x: float, y: float, color: str = "red", score: float = 0.9) -> Detection:
     return Detection(shape, color, x, y, 10, 10, score)
 
@@ -72,12 +96,19 @@ RIGHT = {"class": "square", "count": 1, "position": ["right of", 0]}
         ([RED], [], [at("circle", 8, 8, "blue", 0.8), at("circle", 24, 8, "red", 0.9)], True),
         ([TWO], [{"class": "circle", "count": 3}], [at("circle", 8, 8), at("circle", 24, 8)], True),
         ([TWO], [{"class": "circle", "count": 3}], [at("circle", 8, 8)], False),
-        ([TWO], [{"class": "circle", "count": 3}], [at("circle", x, y) for x, y in ((8, 8), (24, 8), (8, 24))], False),
+        (
+            [TWO],
+            [{"class": "circle", "count": 3}],
+            [at("circle", x, y) for x, y in ((8, 8), (24, 8), (8, 24))],
+            False,
+        ),
         ([CIRCLE, RIGHT], [], [at("circle", 8, 16), at("square", 24, 16)], True),
         ([CIRCLE, RIGHT], [], [at("circle", 24, 16), at("square", 8, 16)], False),
         ([CIRCLE, RIGHT], [], [at("circle", 8, 16), at("square", 9, 28)], False),
-        # A diagonal of 45 degrees holds both relations: 0.71 of the offset lies along each axis.
+        # A diagonal of 45 degrees holds both relations: (16 - 2) / hypot(16, 16) = 0.62 along each axis.
         ([CIRCLE, RIGHT], [], [at("circle", 8, 8), at("square", 24, 24)], True),
+        # (7 - 2) / hypot(7, 8) = 0.47: the margin comes off the offset, not off the distance it is compared with.
+        ([CIRCLE, RIGHT], [], [at("circle", 8, 8), at("square", 15, 16)], False),
         # Boxes that overlap by most of their size have no relation.
         ([CIRCLE, RIGHT], [], [at("circle", 8, 8), at("square", 9.5, 8)], False),
     ],

@@ -28,7 +28,7 @@ overrides=(run_dir="$out/run" data.train="$out/encoded/train" data.validation="$
 stage data "$out/shapes" rmoe data build-shapes "$out/shapes" --train 20000 --val 1000 --seed 0
 stage precompute "$out/encoded" rmoe data precompute configs/shapes_tiny.yaml "$out/shapes" "$out/encoded" \
     "${overrides[@]}"
-if compgen -G "$out/run/checkpoints/step-*" > /dev/null; then
+if compgen -G "$out/run/checkpoints/step-????????" > /dev/null; then
     stage train "$out/run/finished" rmoe train --resume "$out/run"
 else
     stage train "$out/run/finished" rmoe train configs/shapes_tiny.yaml "${overrides[@]}"

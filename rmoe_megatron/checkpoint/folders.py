@@ -67,7 +67,9 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> CheckpointFolder:
             return checkpoint
         damaged.append(problem)
     reason = "; ".join(damaged) or "nothing has been saved there yet"
-    raise UserError(f"{run_dir} has no complete checkpoint ({reason}); start the run anew with `rmoe train CONFIG`.")
+    raise UserError(
+        f"{run_dir} has no complete checkpoint ({reason}); start the run anew with `rmoe train CONFIG`."
+    )
 
 
 def verify(path: Path) -> str | None:
@@ -89,7 +91,8 @@ def publish(partial: Path, final: Path) -> None:
     """Write the manifest of a finished ``partial`` folder, put everything on the disk and rename it to ``final``."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {
-        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in files
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, partial / MANIFEST, partial]:

@@ -3,7 +3,7 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -40,10 +40,16 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _merge(tree, nested, "the command line")
-    missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
-        raise UserError(f"{path} leaves required values open: {', '.join(missing)}; add them.")
-    return OmegaConf.to_object(tree)  # type: ignore[return-value]
+    try:
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise UserError(f"{path} leaves required values open: {', '.join(missing)}; add them.")
+        return cast(RunConfig, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        name, reason = getattr(error, "full_key", None), str(error).splitlines()[0]
+        raise UserError(
+            f"{name or 'A value'} in {path} or its overrides cannot be resolved: {reason}."
+        ) from error
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -65,7 +71,9 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UserError(f"Cannot read the configuration {path} ({error.strerror}); check the path.") from error
+        raise UserError(
+            f"Cannot read the configuration {path} ({error.strerror}); check the path."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}).") from error
 
@@ -102,7 +110,9 @@ def _nearest(key: str, path: str, prefix: str, tree: DictConfig) -> str:
     if here:
         return f"; did you mean {prefix}{here[0]}"
     everywhere = _all_keys(OmegaConf.structured(RunConfig)) + [
-        f"{section}.{name}" for section, schema in OPTIONAL_SECTIONS.items() for name in OmegaConf.structured(schema)
+        f"{section}.{name}"
+        for section, schema in OPTIONAL_SECTIONS.items()
+        for name in OmegaConf.structured(schema)
     ]
     by_leaf = [full for full in everywhere if full.rsplit(".", 1)[-1] == key]
     nearest = by_leaf or difflib.get_close_matches(path, everywhere, n=1, cutoff=0.4)
@@ -115,6 +125,8 @@ def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
     keys = []
     for name in node:
         child = node._get_node(name)
-        is_section = isinstance(child, DictConfig) and not child._is_none() and not _is_free(child)
-        keys += _all_keys(child, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
+        if isinstance(child, DictConfig) and not child._is_none() and not _is_free(child):
+            keys += _all_keys(child, f"{prefix}{name!s}.")
+        else:
+            keys.append(f"{prefix}{name!s}")
     return keys

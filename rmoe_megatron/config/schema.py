@@ -61,7 +61,9 @@ class RecurrenceConfig:
     tau: float = 5.0
     modulation: bool = True  # Mod(LN(a)) of the latent step
     gate_inputs: list[str] = field(default_factory=lambda: ["tokens", "conditioning"])
-    up_init_std: float = 0.0  # of B; 0 leaves a base model unchanged, small and positive for training from scratch
+    up_init_std: float = (
+        0.0  # of B; 0 leaves a base model unchanged, small and positive for training from scratch
+    )
     aux_loss_coeff: float = 0.0  # load balancing (Switch)
     z_loss_coeff: float = 0.0
 
@@ -150,7 +152,9 @@ class LoggingConfig:
     """JSONL metrics are always written; TensorBoard and wandb are optional."""
 
     tensorboard: bool = True
-    wandb: dict[str, Any] | None = None  # arguments of wandb.init, for instance {project: rmoe, mode: offline}
+    wandb: dict[str, Any] | None = (
+        None  # arguments of wandb.init, for instance {project: rmoe, mode: offline}
+    )
 
 
 @dataclass

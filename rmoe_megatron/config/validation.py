@@ -1,6 +1,7 @@
 """Checks of a configuration before any process group, download or file is touched."""
 
-import os
+import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -36,12 +37,19 @@ def check_writable(folder: Path, name: str) -> None:
         UserError: a parent is a file, or permission is missing.
     """
     existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{name} {folder} cannot be written: {existing} is a file; choose another folder.")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"{name} {folder} cannot be written: no permission in {existing}; choose another folder.")
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(
+                f"{name} {folder} cannot be written: {existing} is a file; choose another folder."
+            )
+        # Permission bits say nothing to root or about read-only and virtual file systems; a file does.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(
+            f"{name} {folder} cannot be written: {error.strerror} in {existing}; choose another folder."
+        ) from error
 
 
 def _require(condition: bool, message: str) -> None:
@@ -50,16 +58,24 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _divides(divisor: int, divisor_name: str, number: int, number_name: str) -> None:
-    _require(number % divisor == 0, f"{number_name} ({number}) is not divisible by {divisor_name} ({divisor}).")
+    _require(
+        number % divisor == 0, f"{number_name} ({number}) is not divisible by {divisor_name} ({divisor})."
+    )
 
 
 def _check_values(config: RunConfig) -> None:
     model, optimizer, training, diffusion = config.model, config.optimizer, config.training, config.diffusion
     positive = {
-        "model": (model, "sample_size patch_size in_channels num_layers hidden_size num_attention_heads text_length"),
+        "model": (
+            model,
+            "sample_size patch_size in_channels num_layers hidden_size num_attention_heads text_length",
+        ),
         "model ": (model, "text_hidden_size pooled_size pos_embed_max_size"),
         "optimizer": (optimizer, "learning_rate eps"),
-        "training": (training, "steps micro_batch_size global_batch_size log_every validate_every sample_every"),
+        "training": (
+            training,
+            "steps micro_batch_size global_batch_size log_every validate_every sample_every",
+        ),
         "training ": (training, "validation_samples sample_steps"),
         "diffusion": (diffusion, "logit_std shift"),
         "parallel": (
@@ -71,15 +87,18 @@ def _check_values(config: RunConfig) -> None:
     for section, (values, names) in positive.items():
         for name in names.split():
             value = getattr(values, name)
-            _require(value > 0, f"{section.strip()}.{name} must be greater than 0, it is {value}.")
+            _require(
+                0 < value < math.inf,
+                f"{section.strip()}.{name} must be greater than 0 and finite, it is {value}.",
+            )
     fractions = {
         "diffusion.guidance_dropout": diffusion.guidance_dropout,
         "optimizer.ema_decay": optimizer.ema_decay,
-        "optimizer.beta1": optimizer.beta1,
-        "optimizer.beta2": optimizer.beta2,
     }
     for name, value in fractions.items():
         _require(0 <= value <= 1, f"{name} must lie between 0 and 1, it is {value}.")
+    for name, value in {"optimizer.beta1": optimizer.beta1, "optimizer.beta2": optimizer.beta2}.items():
+        _require(0 <= value < 1, f"{name} must be at least 0 and less than 1, it is {value}.")
     not_negative = {
         "optimizer.warmup_steps": optimizer.warmup_steps,
         "optimizer.weight_decay": optimizer.weight_decay,
@@ -105,7 +124,14 @@ def _check_model(config: RunConfig) -> None:
     model, recurrence = config.model, config.recurrence
     _divides(model.patch_size, "model.patch_size", model.sample_size, "model.sample_size")
     _divides(model.num_attention_heads, "model.num_attention_heads", model.hidden_size, "model.hidden_size")
-    _divides(2, "2", model.hidden_size, "model.hidden_size")
+    head_size = model.hidden_size // model.num_attention_heads
+    _require(
+        head_size % 2 == 0, f"model.hidden_size / model.num_attention_heads must be even, it is {head_size}."
+    )
+    # Sines and cosines of two axes share the positional embedding.
+    _require(
+        model.hidden_size % 4 == 0, f"model.hidden_size must be a multiple of 4, it is {model.hidden_size}."
+    )
     patches = model.sample_size // model.patch_size
     _require(
         model.pos_embed_max_size >= patches,
@@ -149,8 +175,10 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         "The number of ranks",
     )
     data = world_size // (tensor * pipeline)
-    _divides(expert, "parallel.expert_model_parallel_size", world_size // pipeline, "ranks per pipeline stage")
-    _divides(tensor, "parallel.tensor_model_parallel_size", model.num_attention_heads, "model.num_attention_heads")
+    _divides(expert, "parallel.expert_model_parallel_size", data, "The number of data-parallel ranks")
+    _divides(
+        tensor, "parallel.tensor_model_parallel_size", model.num_attention_heads, "model.num_attention_heads"
+    )
     _divides(pipeline, "parallel.pipeline_model_parallel_size", model.num_layers, "model.num_layers")
     if config.recurrence is None:
         _require(

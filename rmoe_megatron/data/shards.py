@@ -11,6 +11,8 @@ import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,21 @@ def _decode_image(content: bytes) -> np.ndarray:
 
 
 def _decode_array(content: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    """Return the array of a .npy file; it shares the bytes and is read-only."""
+    start = 10 + int.from_bytes(content[8:10], "little")
+    shape, is_fortran, dtype = _array_header(content[:start])
+    if dtype.hasobject or len(content) - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"not a plain array of {dtype} {shape}")
+    return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
+
+
+@lru_cache(maxsize=256)
+def _array_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Parse a .npy header of format 1.0; cached because parsing costs more than reading, and few differ."""
+    stream = io.BytesIO(header)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("not a .npy file of format 1.0")
+    return np.lib.format.read_array_header_1_0(stream)
 
 
 DECODERS: dict[str, Callable[[bytes], Any]] = {
@@ -60,7 +76,9 @@ def list_shards(folder: Path) -> list[Path]:
         UserError: the folder is missing or has no shards.
     """
     if not folder.is_dir():
-        raise UserError(f"There is no shard folder {folder}; point the data setting at a folder of .tar shards.")
+        raise UserError(
+            f"There is no shard folder {folder}; point the data setting at a folder of .tar shards."
+        )
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise UserError(f"The folder {folder} has no .tar shards; build or download the data first.")
@@ -80,6 +98,11 @@ def index_shard(shard: Path) -> list[SampleLocation]:
                     raise tarfile.ReadError(f"member {member.name} is cut off")
                 location = samples.setdefault(key, SampleLocation(shard, key))
                 location.members[extension] = (member.offset_data, member.size)
+            # tarfile takes a damaged header after the first for the end of the archive; the real end is a zero block.
+            with shard.open("rb") as file:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"no header and no end of the archive at byte {tar.offset}")
     except (tarfile.TarError, EOFError) as error:
         logger.warning("Shard %s is damaged (%s); its first %d samples are used.", shard, error, len(samples))
     return list(samples.values())
@@ -104,16 +127,25 @@ class ShardDataset(Dataset):
         self, folder: Path, extensions: list[str] | None = None, shards: list[Path] | None = None
     ) -> None:
         self.folder = folder
-        self.extensions = extensions
-        locations = [location for shard in shards or list_shards(folder) for location in index_shard(shard)]
         self.locations = [
-            location for location in locations if extensions is None or set(extensions) <= set(location.members)
+            location for shard in shards or list_shards(folder) for location in index_shard(shard)
         ]
-        if not self.locations:
-            wanted = f" with members {', '.join(extensions)}" if extensions else ""
-            raise UserError(f"The shards in {folder} hold no samples{wanted}; build the data again.")
         self.skipped = 0
         self._descriptors: dict[Path, int] = {}
+        self.restrict(extensions)
+
+    def restrict(self, extensions: list[str] | None) -> None:
+        """Decode these members only and leave out the samples that lack one; None decodes all.
+
+        Raises:
+            UserError: no sample is left.
+        """
+        self.extensions = extensions
+        wanted = set(extensions or ())
+        self.locations = [location for location in self.locations if wanted <= set(location.members)]
+        if not self.locations:
+            members = f" with members {', '.join(extensions)}" if extensions else ""
+            raise UserError(f"The shards in {self.folder} hold no samples{members}; build the data again.")
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -123,13 +155,15 @@ class ShardDataset(Dataset):
             location = self.locations[(index + attempt) % len(self.locations)]
             try:
                 return self._read(location)
-            except (OSError, ValueError, SyntaxError) as error:
+            except (OSError, ValueError) as error:
                 self.skipped += 1
                 logger.warning(
                     "Sample %s of %s cannot be read (%s); skipped, %d so far.",
                     location.key, location.shard, error, self.skipped,
                 )  # fmt: skip
-        raise UserError(f"None of the {len(self.locations)} samples in {self.folder} can be read; build the data again.")
+        raise UserError(
+            f"None of the {len(self.locations)} samples in {self.folder} can be read; build the data again."
+        )
 
     def _read(self, location: SampleLocation) -> dict[str, Any]:
         if location.shard not in self._descriptors:
@@ -139,7 +173,10 @@ class ShardDataset(Dataset):
             offset, size = location.members[extension]
             # pread has no file position, which forked workers would share.
             content = os.pread(self._descriptors[location.shard], size, offset)
-            sample[extension] = DECODERS[extension.rsplit(".", 1)[-1]](content)
+            try:
+                sample[extension] = DECODERS[extension.rsplit(".", 1)[-1]](content)
+            except Exception as error:  # on damaged content the libraries raise nearly anything
+                raise ValueError(f"{extension}: {error}") from error
         return sample
 
 
@@ -155,11 +192,13 @@ class TrainingDataset(Dataset):
     """
 
     def __init__(self, folder: Path) -> None:
-        first = index_shard(list_shards(folder)[0])
-        self.precomputed = bool(first) and LATENTS in first[0].members
-        self.image_extension = next((e for e in ("png", "jpg", "jpeg") if first and e in first[0].members), "png")
-        wanted = list(PRECOMPUTED.values()) if self.precomputed else [self.image_extension, "txt"]
-        self.samples = ShardDataset(folder, wanted)
+        self.samples = ShardDataset(folder)
+        members = self.samples.locations[0].members
+        self.precomputed = LATENTS in members
+        self.image_extension = next((name for name in ("png", "jpg", "jpeg") if name in members), "png")
+        self.samples.restrict(
+            list(PRECOMPUTED.values()) if self.precomputed else [self.image_extension, "txt"]
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -167,5 +206,6 @@ class TrainingDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
         if self.precomputed:
-            return {name: torch.from_numpy(sample[member]).float() for name, member in PRECOMPUTED.items()}
+            arrays = {name: sample[member].astype(np.float32) for name, member in PRECOMPUTED.items()}
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {"image": torch.from_numpy(sample[self.image_extension]), "caption": sample["txt"]}

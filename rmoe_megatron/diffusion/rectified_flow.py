@@ -66,7 +66,11 @@ def to_velocity(prediction: Prediction, output: Tensor, noisy_latents: Tensor, t
 
 
 def drop_captions(
-    config: DiffusionConfig, text_hidden_states: Tensor, text_pooled: Tensor, null_text: tuple[Tensor, Tensor], keys: Tensor
+    config: DiffusionConfig,
+    text_hidden_states: Tensor,
+    text_pooled: Tensor,
+    null_text: tuple[Tensor, Tensor],
+    keys: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Replace a share of the captions by the empty caption, for classifier-free guidance.
 

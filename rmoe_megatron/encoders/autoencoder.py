@@ -33,7 +33,9 @@ class PixelCodec(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, scaling_factor: float = 2.5, shift_factor: float = -0.55, latent_channels: int = 3) -> None:
+    def __init__(
+        self, scaling_factor: float = 2.5, shift_factor: float = -0.55, latent_channels: int = 3
+    ) -> None:
         super().__init__()
         # diffusers reads a model's dtype and device from its first tensor.
         self.register_buffer("device_and_dtype", torch.zeros(1))
@@ -59,7 +61,9 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     if name == "pixel":
         return PixelCodec().to(device)
     if not (Path(name) / "config.json").is_file():
-        raise UserError(f"There is no autoencoder in {name} (no config.json); give a diffusers folder or `pixel`.")
+        raise UserError(
+            f"There is no autoencoder in {name} (no config.json); give a diffusers folder or `pixel`."
+        )
     return AutoencoderKL.from_pretrained(name, local_files_only=True).eval().requires_grad_(False).to(device)
 
 
@@ -74,6 +78,8 @@ def encode_images(autoencoder: Autoencoder, images: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     """Decode latents to uint8 images [B, H, W, 3]."""
-    unscaled = latents.to(autoencoder.dtype) / autoencoder.config.scaling_factor + autoencoder.config.shift_factor
+    unscaled = (
+        latents.to(autoencoder.dtype) / autoencoder.config.scaling_factor + autoencoder.config.shift_factor
+    )
     pixels = autoencoder.decode(unscaled).sample.float()
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()

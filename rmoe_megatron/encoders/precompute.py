@@ -88,7 +88,10 @@ class CaptionCache:
             text = self.text_encoder.encode(batch)
             # Copies: a view would keep the whole batch alive.
             rows = zip(text.hidden_states.half(), text.pooled.half(), strict=True)
-            self.encoded |= {caption: (states.clone(), pooled.clone()) for caption, (states, pooled) in zip(batch, rows, strict=True)}
+            self.encoded |= {
+                caption: (states.clone(), pooled.clone())
+                for caption, (states, pooled) in zip(batch, rows, strict=True)
+            }
 
 
 def encode_shard(shard: Path, target: Path, captions: CaptionCache, autoencoder: Autoencoder) -> None:
@@ -137,7 +140,9 @@ def _describe(config: RunConfig, source: Path, building: Path) -> None:
     weights = text_encoder_folder(config.encoders.text_encoder) / "model.safetensors"
     description["encoders"] = {
         "text_encoder": config.encoders.text_encoder,
-        "text_encoder_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+        "text_encoder_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()
+        if weights.is_file()
+        else None,
         "text_length": config.model.text_length,
         "autoencoder": config.encoders.autoencoder,
     }

@@ -64,7 +64,9 @@ def text_encoder_folder(name: str) -> Path:
         return Path(spec.origin).parent / "model"
     folder = Path(name)
     if not (folder / "config.json").is_file():
-        raise UserError(f"There is no text encoder in {name} (no config.json); give a transformers folder or `minilm`.")
+        raise UserError(
+            f"There is no text encoder in {name} (no config.json); give a transformers folder or `minilm`."
+        )
     return folder
 
 

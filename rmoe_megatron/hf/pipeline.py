@@ -41,7 +41,11 @@ class RecurrentSD3Pipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(
-            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
         )
         self.register_to_config(text_length=text_length, prediction=prediction)
         channels = getattr(vae.config, "block_out_channels", (1,))
@@ -67,7 +71,8 @@ class RecurrentSD3Pipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+        | None = None,
     ) -> StableDiffusion3PipelineOutput | tuple[Any]:
         """Make images.
 
@@ -94,12 +99,16 @@ class RecurrentSD3Pipeline(DiffusionPipeline):
             velocity = self._velocity(latents, timestep, text, guidance_scale if guided else None)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, index, timestep, {"latents": latents}).get("latents", latents)
+                latents = callback_on_step_end(self, index, timestep, {"latents": latents}).get(
+                    "latents", latents
+                )
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
-    def _velocity(self, latents: Tensor, timestep: Tensor, text: TextEmbeddings, guidance: float | None) -> Tensor:
+    def _velocity(
+        self, latents: Tensor, timestep: Tensor, text: TextEmbeddings, guidance: float | None
+    ) -> Tensor:
         """Predict the (guided) velocity float32 [B, C, H, W]; the second half of ``text`` is unconditional."""
         inputs = latents if guidance is None else latents.repeat(2, 1, 1, 1)
         timesteps = timestep.expand(inputs.shape[0])

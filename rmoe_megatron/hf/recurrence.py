@@ -59,7 +59,9 @@ class Experts(nn.Module):
         order = modules.argsort(stable=True)
         counts = modules.bincount(minlength=self.num_modules).tolist()
         parts = [
-            self._project(part, index) for index, part in enumerate(tokens[order].split(counts)) if part.shape[0]
+            self._project(part, index)
+            for index, part in enumerate(tokens[order].split(counts))
+            if part.shape[0]
         ]
         return torch.empty_like(torch.cat(parts)).index_copy(0, order, torch.cat(parts))
 
@@ -106,7 +108,9 @@ class Recurrence(nn.Module):
         """
         conditioning = F.silu(temb)
         text_qkv = normalise(
-            heads(attention, attention.add_q_proj(text), attention.add_k_proj(text), attention.add_v_proj(text)),
+            heads(
+                attention, attention.add_q_proj(text), attention.add_k_proj(text), attention.add_v_proj(text)
+            ),
             attention.norm_added_q,
             attention.norm_added_k,
         )

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from rmoe_megatron.hf.recurrence import Recurrence
 
-
 # DiffusionPipeline.from_pretrained loads a class of another library only if that module also names ModelMixin.
 __all__ = ["ModelMixin", "RecurrentSD3Transformer2DModel"]
 
@@ -104,6 +103,6 @@ class RecurrentSD3Transformer2DModel(SD3Transformer2DModel):
     @property
     def recurrent_blocks(self) -> list[nn.Module]:
         """Return the blocks that hold a recurrence."""
-        return [block for block in self.transformer_blocks if isinstance(block, RecurrentJointTransformerBlock)]
-
-
+        return [
+            block for block in self.transformer_blocks if isinstance(block, RecurrentJointTransformerBlock)
+        ]

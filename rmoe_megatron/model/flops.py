@@ -20,7 +20,9 @@ def forward_flops_per_sample(model: ModelConfig, recurrence: RecurrenceConfig | 
         + (TIMESTEP_CHANNELS + model.pooled_size + 2 * hidden) * hidden
     )
     output = vision * patch * hidden + 2 * hidden**2
-    block = 12 * (vision + text) * hidden**2 + 12 * hidden**2 + attention(vision + text, vision + text, hidden)
+    block = (
+        12 * (vision + text) * hidden**2 + 12 * hidden**2 + attention(vision + text, vision + text, hidden)
+    )
     last_block_saves = 9 * text * hidden**2 + 4 * hidden**2 + attention(text, vision + text, hidden)
     total = embeddings + output + model.num_layers * block - last_block_saves
     if recurrence is not None:

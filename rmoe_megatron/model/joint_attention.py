@@ -136,4 +136,6 @@ class JointAttention(MegatronModule):
         """Attend from the vision tokens alone to both streams; returns [S, B, H]."""
         vision = self.qk_norm(vision) if self.qk_norm else vision
         key, value = torch.cat((text.key, vision.key)), torch.cat((text.value, vision.value))
-        return self.linear_proj(self.core_attention(vision.query.contiguous(), key, value, attention_mask=None))[0]
+        return self.linear_proj(
+            self.core_attention(vision.query.contiguous(), key, value, attention_mask=None)
+        )[0]

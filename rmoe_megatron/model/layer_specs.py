@@ -15,7 +15,9 @@ from rmoe_megatron.model.joint_attention import JointAttention, JointAttentionSu
 from rmoe_megatron.model.recurrence import Recurrence, RecurrenceSubmodules
 
 
-def block_spec(config: RunConfig, transformer: TransformerConfig, pipeline_rank: int) -> TransformerBlockSubmodules:
+def block_spec(
+    config: RunConfig, transformer: TransformerConfig, pipeline_rank: int
+) -> TransformerBlockSubmodules:
     """Return the specs of the layers of this pipeline stage; the final norm belongs to the model, not to the block."""
     layers_per_stage = transformer.num_layers // transformer.pipeline_model_parallel_size
     offset = get_transformer_layer_offset(transformer, None, pipeline_rank)

@@ -17,7 +17,9 @@ class ExponentialMovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.parameters = dict(model.named_parameters())
-        self.averages = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
+        self.averages = {
+            name: parameter.detach().float().clone() for name, parameter in self.parameters.items()
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:

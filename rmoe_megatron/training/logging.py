@@ -1,6 +1,7 @@
 """Metrics of a run: JSONL always, TensorBoard and wandb if configured, and a progress bar or plain lines."""
 
 import json
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,11 @@ class RunLogger:
             )
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", disable=not self.is_terminal, dynamic_ncols=True
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            disable=not self.is_terminal,
+            dynamic_ncols=True,
         )
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -105,11 +110,11 @@ SHOWN = ("loss", "validation_loss", "samples_per_second", "tokens_per_second", "
 
 def _wandb_id(run_dir: Path) -> str:
     """Return the id of the run, made once, so that a resumed run continues it."""
-    import wandb
-
     path = run_dir / WANDB_ID
     if not path.is_file():
-        path.write_text(wandb.util.generate_id())
+        partial = path.with_suffix(".partial")
+        partial.write_text(secrets.token_hex(4))
+        partial.rename(path)
     return path.read_text().strip()
 
 

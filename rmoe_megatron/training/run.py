@@ -100,8 +100,12 @@ class TrainingLoop:
         """Train from ``state.progress`` to the last step."""
         training, progress = self.config.training, self.state.progress
         run_dir = Path(self.config.run_dir)
-        log = RunLogger(run_dir, self.config.logging, training.steps, progress.step, is_rank0=dist.get_rank() == 0)
-        grid = SampleGrid(self.config, self.source.encode_prompts(training.sample_prompts), self.source.autoencoder)
+        log = RunLogger(
+            run_dir, self.config.logging, training.steps, progress.step, is_rank0=dist.get_rank() == 0
+        )
+        grid = SampleGrid(
+            self.config, self.source.encode_prompts(training.sample_prompts), self.source.autoencoder
+        )
         batches = self.source.training_batches(progress.samples)
         throughput = Throughput(self.config, self.device)
         self.state.model.train()

@@ -62,7 +62,9 @@ class TrainingSource:
         steps = max(samples // layout.global_batch_size, 1)
         order = GlobalOrder(len(self.validation), shuffle=False, seed=0)
         loader = batches(self.validation, order, layout, last_draw=steps * layout.global_batch_size)
-        micro_batches = steps * layout.global_batch_size // (layout.micro_batch_size * layout.data_parallel_size)
+        micro_batches = (
+            steps * layout.global_batch_size // (layout.micro_batch_size * layout.data_parallel_size)
+        )
         return map(self._with_validation_noise, map(self._embed, loader)), micro_batches
 
     def encode_prompts(self, captions: list[str]) -> Prompts:

@@ -27,9 +27,9 @@ from rmoe_megatron.data.shapes.vocabulary import (
 TEMPLATES = ("{}", "a photo of {}", "an image of {}", "a picture of {}")
 GAP = 2.0  # pixels between the boxes of two objects, so that no pixel is shared and components stay apart
 MARGIN = 2  # pixels between a box and the border, at least
-GRID = 2  # boxes start at multiples of this many pixels: the set is about composition, not about sub-pixel drawing
+GRID = 4  # boxes start this many pixels apart: the set is about composition, not about sub-pixel drawing
 MAX_SLOPE = 0.4  # off-axis over on-axis distance of two objects in a position scene
-SIZES = {1: (10.0, 13.0), 2: (10.0, 13.0), 3: (9.0, 11.0), 4: (9.0, 10.5)}  # box side by number of objects
+SIZES = {1: (10, 12), 2: (10, 12), 3: (10,), 4: (10,)}  # box sides by number of objects
 _PLACEMENTS_PER_TRY = 128
 
 
@@ -124,9 +124,9 @@ def _place(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Draw sizes [count] and centers [count, 2] (x, y) of boxes ``GAP`` apart; the first has ``relation``."""
     while True:
-        sizes = rng.uniform(*SIZES[count], size=(_PLACEMENTS_PER_TRY, count))
-        room = IMAGE_SIZE - 2 * MARGIN - sizes
-        corners = MARGIN + rng.random((_PLACEMENTS_PER_TRY, count, 2)) * room[..., None]
+        sizes = rng.choice(SIZES[count], size=(_PLACEMENTS_PER_TRY, count)).astype(np.float64)
+        places = (IMAGE_SIZE - 2 * MARGIN - sizes) // GRID + 1  # per axis
+        corners = MARGIN + GRID * np.floor(rng.random((_PLACEMENTS_PER_TRY, count, 2)) * places[..., None])
         centers = corners + sizes[..., None] / 2
         good = np.ones(_PLACEMENTS_PER_TRY, dtype=bool)
         for i in range(count):

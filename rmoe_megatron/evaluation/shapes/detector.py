@@ -20,7 +20,9 @@ MIN_AREA = 12.0  # pixels; the smallest object of the set covers 40
 MAX_SIDE = 20  # pixels; the largest object of the set has 13, a box beyond this is a patch and no object
 MIN_OVERLAP = 0.7  # intersection over union below which a component is no known shape
 MIN_BRIGHTNESS = 0.4  # of the palette color's contrast to the background
-MAX_OFF_HUE = 60.0  # RGB distance from the line background - palette color; the lines of two colors are 115 apart
+MAX_OFF_HUE = (
+    60.0  # RGB distance from the line background - palette color; the lines of two colors are 115 apart
+)
 CORE = 0.75  # of a color's contrast to the background; where two objects touch, edge pixels lie below
 UNKNOWN = "unknown"
 
@@ -121,7 +123,9 @@ def _color(difference: NDArray[np.float32]) -> str:
     index = int(((difference + _BACKGROUND - _PALETTE) ** 2).sum(axis=-1).argmin())
     along = float(difference @ _DIRECTIONS[index])
     off = float(np.linalg.norm(difference - along * _DIRECTIONS[index]))
-    return list(COLORS)[index] if along >= MIN_BRIGHTNESS * _CONTRAST[index] and off <= MAX_OFF_HUE else UNKNOWN
+    return (
+        list(COLORS)[index] if along >= MIN_BRIGHTNESS * _CONTRAST[index] and off <= MAX_OFF_HUE else UNKNOWN
+    )
 
 
 def _overlap(shape: str, covered: NDArray[np.float32], x: float, y: float, area: float) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.data.shapes.vocabulary import Skill
+from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.evaluation.shapes.detector import detect, matches_scene
 from rmoe_megatron.evaluation.shapes.report import write_report
 from rmoe_megatron.evaluation.shapes.rules import Verdict, judge
@@ -54,7 +54,9 @@ def evaluate_shapes(
     """
     judged: list[JudgedImage] = []
     detector_right = detector_total = 0
-    scenes = {name: _select(ShardDataset(data / folder, ["png", "json"]), limit) for name, folder in SPLITS.items()}
+    scenes = {
+        name: _select(ShardDataset(data / folder, ["png", "json"]), limit) for name, folder in SPLITS.items()
+    }
     total = sum(len(part) for part in scenes.values()) * images_per_prompt
     for split_number, (split, part) in enumerate(scenes.items()):
         for sample in part:
@@ -68,7 +70,9 @@ def evaluate_shapes(
         ]
         for start in range(0, len(requests), CHUNK):
             chunk = requests[start : start + CHUNK]
-            images = generate([scene["caption"] for scene, _ in chunk], [image_seed for _, image_seed in chunk])
+            images = generate(
+                [scene["caption"] for scene, _ in chunk], [image_seed for _, image_seed in chunk]
+            )
             for (scene, _), image in zip(chunk, images, strict=True):
                 verdict = judge(detect(image), scene["requirements"])
                 judged.append(JudgedImage(split, scene["skill"], scene["caption"], image, verdict))
@@ -102,7 +106,7 @@ def _select(samples: ShardDataset, limit: int | None) -> list[dict[str, Any]]:
     skills = {sample["json"]["skill"] for sample in everything}
     quota = -(-limit // len(skills))
     taken: Counter[str] = Counter()
-    chosen = []
+    chosen: list[dict[str, Any]] = []
     for sample in everything:
         skill = sample["json"]["skill"]
         if taken[skill] < quota and len(chosen) < limit:

@@ -58,12 +58,16 @@ def examples(judged: Sequence["JudgedImage"]) -> Image.Image:
             group.append(item)
     parts = []
     for correct, title in ((True, "right"), (False, "wrong")):
-        items = [item for (verdict, _), group in sorted(chosen.items()) if verdict == correct for item in group]
+        items = [
+            item for (verdict, _), group in sorted(chosen.items()) if verdict == correct for item in group
+        ]
         if items:
             labels = [f"{item.caption}: {item.verdict.reason or 'right'}" for item in items]
             grid = labelled_grid(np.stack([item.image for item in items]), labels, columns=6)
             parts.append(_titled(grid, title))
-    picture = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    picture = Image.new(
+        "RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white"
+    )
     top = 0
     for part in parts:
         picture.paste(part, (0, top))

@@ -1,0 +1,81 @@
+"""The records of a run: complete, readable by others, and continued without repetition."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rmoe_megatron.config.schema import LoggingConfig
+from rmoe_megatron.training.logging import METRICS, WANDB_ID, RunLogger
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def log_steps(folder: Path, config: LoggingConfig, first: int, last: int, offset: float = 0.0) -> None:
+    log = RunLogger(folder, config, total_steps=10, start_step=first, is_rank0=True)
+    for step in range(first + 1, last + 1):
+        log.log_metrics(step, {"loss": step + offset})
+    log.close()
+
+
+def test_a_record_is_on_the_disk_when_it_is_logged(tmp_path: Path) -> None:
+    log = RunLogger(tmp_path, LoggingConfig(tensorboard=False), 10, 0, is_rank0=True)
+    log.log_metrics(1, {"loss": 0.5, "samples": 8})
+    assert records(tmp_path) == [{"step": 1, "loss": 0.5, "samples": 8}]
+    log.close()
+
+
+def test_a_resumed_run_replaces_the_records_it_repeats(tmp_path: Path) -> None:
+    config = LoggingConfig(tensorboard=True)
+    log_steps(tmp_path, config, 0, 6)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 7, "lo')  # killed while writing
+    log_steps(tmp_path, config, 4, 8, offset=0.5)
+    expected = [1.0, 2.0, 3.0, 4.0, 5.5, 6.5, 7.5, 8.5]
+    assert [record["loss"] for record in records(tmp_path)] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == list(enumerate(expected, 1))
+
+
+def test_images_reach_tensorboard(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 6, 3), 200, dtype=np.uint8)).save(tmp_path / "grid.png")
+    log = RunLogger(tmp_path, LoggingConfig(tensorboard=True), 10, 0, is_rank0=True)
+    log.log_image("samples", tmp_path / "grid.png", 3)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    image = events.Images("samples")[0]
+    assert (image.step, image.width, image.height) == (3, 6, 4)
+
+
+def test_without_a_terminal_every_record_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_steps(tmp_path, LoggingConfig(tensorboard=False), 0, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step 1/10  loss 1  ETA") and lines[1].startswith("step 2/10  loss 2  ETA")
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLogger(tmp_path, LoggingConfig(tensorboard=True), 10, 0, is_rank0=False)
+    log.log_metrics(1, {"loss": 1.0})
+    log.log_image("samples", tmp_path / "grid.png", 1)
+    log.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""
+
+
+def test_offline_wandb_keeps_its_id_over_a_resume(tmp_path: Path) -> None:
+    config = LoggingConfig(tensorboard=False, wandb={"project": "rmoe", "mode": "offline"})
+    log_steps(tmp_path, config, 0, 2)
+    first = (tmp_path / WANDB_ID).read_text()
+    log_steps(tmp_path, config, 2, 4)
+    assert (tmp_path / WANDB_ID).read_text() == first
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert runs and all(run.name.endswith(first) for run in runs)
