@@ -168,7 +168,7 @@ def eval_shapes(
     data: Annotated[Path, typer.Option(help="Folder made by `rmoe data build-shapes`.")],
     out: Annotated[Path, typer.Option(help="Folder for results.json and examples.png.")],
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
-    limit: Annotated[int | None, typer.Option(help="Prompts per split; default is all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts per split; default is all.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: float = 3.0,
     seed: int = 0,

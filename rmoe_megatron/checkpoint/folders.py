@@ -58,7 +58,7 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> CheckpointFolder:
         checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.step == step]
         if not checkpoints:
             raise UserError(f"{run_dir} has no checkpoint of step {step}; see {run_dir / 'checkpoints'}.")
-    damaged = []
+    damaged: list[str] = []
     for checkpoint in checkpoints:
         problem = verify(checkpoint.path)
         if problem is None:

@@ -1,6 +1,7 @@
 """Autoencoders: diffusers' AutoencoderKL, or pixels themselves behind the same interface."""
 
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
@@ -49,7 +50,7 @@ class PixelCodec(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=latents) if return_dict else (latents,)
 
 
-Autoencoder = PixelCodec | AutoencoderKL
+Autoencoder: TypeAlias = "PixelCodec | AutoencoderKL"
 
 
 def load_autoencoder(name: str, device: torch.device) -> Autoencoder:

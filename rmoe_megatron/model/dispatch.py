@@ -10,6 +10,9 @@ class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
     Megatron-Core restores the shape of what was sent; here the last dimension is that of what comes back.
     """
 
+    hidden_shape: tuple[int, ...]
+    hidden_shape_before_permute: tuple[int, ...]
+
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """Put the tokens back into their order: [S, B, 3 H]."""
         width = permutated_local_input_tokens.shape[-1]
