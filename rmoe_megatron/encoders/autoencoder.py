@@ -82,5 +82,5 @@ def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     unscaled = (
         latents.to(autoencoder.dtype) / autoencoder.config.scaling_factor + autoencoder.config.shift_factor
     )
-    pixels = autoencoder.decode(unscaled).sample.float()
+    pixels = autoencoder.decode(unscaled, return_dict=False)[0].float()
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
