@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
+from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -152,13 +153,13 @@ def sample(
     prompts = read_prompts(prompt or [], prompts_file)
     check_writable(out, "--out")
     pipeline = load_pipeline(model)
-    from rmoe_megatron.sampling import labelled_grid, sample_images, save_images
+    from rmoe_megatron.sampling import labelled_grid, png, sample_images, save_images
 
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(repeated))]
     images = sample_images(pipeline, repeated, seeds, steps, guidance, batch_size, _Bar("sample", "image"))
     save_images(images, out, [f"{index:05d}" for index in range(len(repeated))])
-    labelled_grid(images, repeated).save(out / "grid.png")
+    durable.write(out / "grid.png", png(labelled_grid(images, repeated)))
     print(f"{len(images)} images and grid.png in {out}")
 
 

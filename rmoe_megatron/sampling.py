@@ -1,5 +1,6 @@
 """Images from prompts with a diffusers pipeline: per-image noise, PNG files and a labelled grid."""
 
+import io
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+
+from rmoe_megatron import durable
 
 CELL = 128  # pixels of a picture in a grid, at least
 LINE = 12  # pixels of a line of text
@@ -53,8 +56,15 @@ def save_images(images: np.ndarray, folder: Path, names: list[str]) -> list[Path
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in names]
     for image, path in zip(images, paths, strict=True):
-        Image.fromarray(image).save(path)
+        durable.write(path, png(Image.fromarray(image)))
     return paths
+
+
+def png(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def labelled_grid(images: np.ndarray, labels: list[str], columns: int = 8) -> Image.Image:

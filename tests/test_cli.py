@@ -1,5 +1,6 @@
 """The command line: exit code 2 and one sentence for mistakes, before anything heavy."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import make_run, rmoe
+from tests.runs import losses, make_run, rmoe, write_shard
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,8 @@ from tests.runs import make_run, rmoe
         (["train"], "configuration file"),
         (["train", "{config}", "parallel.tensor_model_parallel_size=2"], "is not divisible by"),
         (["train", "{config}", "data.train={folder}/empty"], "no .tar shards"),
+        (["train", "{config}", "data.train={folder}/images"], "latents from"),
+        (["train", "{config}", "model.text_length=7"], "text_hidden_states from"),
         (["train", "{config}", "run_dir={folder}/config.yaml/run"], "is a file"),
         (["train", "--resume", "{folder}/nothing"], "no run"),
         (["train", "--resume", "{folder}/empty"], "no complete checkpoint"),
@@ -35,6 +38,9 @@ from tests.runs import make_run, rmoe
 def test_mistakes_get_one_sentence_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
     config = make_run(tmp_path)
     (tmp_path / "empty").mkdir()
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, format="png")
+    write_shard(tmp_path / "images" / "a.tar", [{"png": picture.getvalue(), "txt": b"a circle"}])
     code, errors = rmoe(*[argument.format(config=config, folder=tmp_path) for argument in arguments])
     assert code == 2, errors
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
@@ -74,8 +80,6 @@ def test_the_whole_chain_on_a_tiny_model(tmp_path: Path) -> None:
     for command in commands:
         code, errors = rmoe(*command)
         assert code == 0, errors
-    from tests.runs import losses
-
     # Half-precision storage of the embeddings is the only difference.
     assert losses(tmp_path / "raw") == pytest.approx(losses(tmp_path / "run"), rel=1e-3)
     assert np.asarray(Image.open(tmp_path / "images" / "00000.png")).shape == (32, 32, 3)
@@ -83,3 +87,4 @@ def test_the_whole_chain_on_a_tiny_model(tmp_path: Path) -> None:
     assert results["splits"]["seen"]["images"] == 24 and results["splits"]["heldout"]["images"] == 6
     assert results["detector_accuracy_on_ground_truth"] == 1.0
     assert (tmp_path / "run" / "samples" / "step-00000004.png").is_file()
+    assert (tmp_path / "run" / "curves.png").is_file()

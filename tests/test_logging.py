@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rmoe_megatron.config.schema import LoggingConfig
-from rmoe_megatron.training.logging import METRICS, WANDB_ID, RunLogger
+from rmoe_megatron.training.logging import CURVES, METRICS, WANDB_ID, RunLogger
 
 
 def records(folder: Path) -> list[dict[str, float]]:
@@ -41,6 +41,21 @@ def test_a_resumed_run_replaces_the_records_it_repeats(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == list(enumerate(expected, 1))
+
+
+def test_curves_are_drawn_in_every_panel(tmp_path: Path) -> None:
+    log = RunLogger(tmp_path, LoggingConfig(tensorboard=False), 10, 0, is_rank0=True)
+    log.log_metrics(1, {"loss": 0.5, "grad_norm": 1.0})
+    log.draw_curves()
+    few = np.asarray(Image.open(tmp_path / CURVES).convert("RGB")).astype(int)
+    log.log_metrics(2, {"loss": 0.25, "grad_norm": 3.0})
+    log.log_metrics(3, {"loss": 0.125, "grad_norm": 2.0, "samples_per_second": 7.0})
+    log.draw_curves()
+    log.close()
+    more = np.asarray(Image.open(tmp_path / CURVES).convert("RGB")).astype(int)
+    assert few.shape == more.shape
+    for panel in np.array_split(np.abs(more - few).sum(axis=-1), 3, axis=1):
+        assert (panel > 0).any()
 
 
 def test_images_reach_tensorboard(tmp_path: Path) -> None:

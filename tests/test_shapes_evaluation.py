@@ -150,3 +150,13 @@ def test_overall_is_the_mean_over_skills_not_over_images() -> None:
     judged = [JudgedImage("seen", "colors", "x", image, Verdict(True, ""))]
     judged += [JudgedImage("seen", "counting", "x", image, Verdict(False, "no"))] * 3
     assert score(judged)["overall"] == 0.5
+
+
+def test_a_set_that_holds_out_nothing_is_scored_on_seen_pairs_alone(tmp_path: Path) -> None:
+    build_shapes(tmp_path / "shapes", train=0, val=6, seed=3, heldout=())
+
+    def blank(prompts: list[str], seeds: list[int]) -> np.ndarray:
+        return np.full((len(prompts), 32, 32, 3), 40, dtype=np.uint8)
+
+    results = evaluate_shapes(blank, tmp_path / "shapes", tmp_path / "scores", images_per_prompt=1)
+    assert list(results["splits"]) == ["seen"] and results["splits"]["seen"]["images"] == 6

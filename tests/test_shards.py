@@ -102,6 +102,21 @@ def test_a_corrupt_member_is_skipped_counted_and_named(
     assert "000001" in caplog.text and "part-000.tar" in caplog.text
 
 
+def test_a_picture_of_another_size_is_skipped_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = io.BytesIO()
+    Image.fromarray(np.zeros((5, 4, 3), dtype=np.uint8)).save(large, format="png")
+    pictures = [png(0), large.getvalue(), png(2)]
+    write_shard(tmp_path / "part-000.tar", [{"png": picture, "txt": b"x"} for picture in pictures])
+    dataset = TrainingDataset(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        batch = next(batches(dataset, GlobalOrder(3, shuffle=False, seed=0), BatchLayout(3, 3, 0, 1)))
+    assert batch["image"][:, 0, 0, 0].tolist() == [0, 2, 2]
+    assert dataset.samples.skipped == 1
+    assert "000001" in caplog.text and "(3, 5, 4)" in caplog.text
+
+
 def test_a_cut_off_shard_gives_the_samples_before_the_cut(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("overrides", nargs="*", help="key=value settings")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     training = replace(
         config.training, micro_batch_size=arguments.batch, global_batch_size=arguments.batch, steps=10_000

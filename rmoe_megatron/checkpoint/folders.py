@@ -8,12 +8,12 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -96,11 +96,11 @@ def publish(partial: Path, final: Path) -> None:
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, partial / MANIFEST, partial]:
-        _fsync(path)
+        durable.sync(path)
     if final.exists():
         shutil.rmtree(final)  # a damaged checkpoint of the same step, passed over at resume
     partial.rename(final)
-    _fsync(final.parent)
+    durable.sync(final.parent)
 
 
 def remove_old(run_dir: Path, keep_last: int) -> None:
@@ -114,11 +114,3 @@ def remove_old(run_dir: Path, keep_last: int) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,6 @@
 """From a YAML file and command-line overrides to a checked, typed configuration and back."""
 
 import difflib
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rmoe_megatron import durable
 from rmoe_megatron.config.schema import RecurrenceConfig, RunConfig
 from rmoe_megatron.errors import UserError
 
@@ -59,12 +59,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration; the file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(to_yaml(config))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    durable.write(path, to_yaml(config))
 
 
 def _read_yaml(path: Path) -> Any:

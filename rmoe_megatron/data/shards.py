@@ -141,11 +141,17 @@ class ShardDataset(Dataset):
             UserError: no sample is left.
         """
         self.extensions = extensions
+        self.shapes: dict[str, tuple[int, ...]] = {}
         wanted = set(extensions or ())
         self.locations = [location for location in self.locations if wanted <= set(location.members)]
         if not self.locations:
             members = f" with members {', '.join(extensions)}" if extensions else ""
             raise UserError(f"The shards in {self.folder} hold no samples{members}; build the data again.")
+
+    def require_shapes_of_first(self) -> None:
+        """From now on take a sample whose arrays differ in shape from the first sample's for unreadable."""
+        arrays = {name: value for name, value in self[0].items() if isinstance(value, np.ndarray)}
+        self.shapes = {name: array.shape for name, array in arrays.items()}
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -177,6 +183,11 @@ class ShardDataset(Dataset):
                 sample[extension] = DECODERS[extension.rsplit(".", 1)[-1]](content)
             except Exception as error:  # on damaged content the libraries raise nearly anything
                 raise ValueError(f"{extension}: {error}") from error
+            shape = self.shapes.get(extension)
+            if shape is not None and sample[extension].shape != shape:
+                raise ValueError(
+                    f"{extension} has shape {sample[extension].shape}, the first sample's {shape}"
+                )
         return sample
 
 
@@ -199,6 +210,7 @@ class TrainingDataset(Dataset):
         self.samples.restrict(
             list(PRECOMPUTED.values()) if self.precomputed else [self.image_extension, "txt"]
         )
+        self.samples.require_shapes_of_first()  # samples of a batch are stacked
 
     def __len__(self) -> int:
         return len(self.samples)

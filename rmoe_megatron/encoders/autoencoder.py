@@ -29,7 +29,7 @@ class PixelDistribution:
 
 
 class PixelCodec(ModelMixin, ConfigMixin):
-    """Latents are the pixels. The default shift and scale give the toy shapes set zero mean and unit variance."""
+    """Latents are the pixels. The default shift and scale bring those of the toy shapes set to the order of one."""
 
     config_name = "config.json"
 
@@ -70,7 +70,7 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
 
 @torch.no_grad()
 def encode_images(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Encode uint8 images [B, 3, H, W] to latents float32 with zero mean and unit variance, as in SD3."""
+    """Encode uint8 images [B, 3, H, W] to latents float32, shifted and scaled as in SD3."""
     pixels = images.to(autoencoder.device, autoencoder.dtype) / 127.5 - 1
     latents = autoencoder.encode(pixels).latent_dist.mode()
     return ((latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor).float()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rmoe_megatron import durable
 from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.config.validation import check_writable
 from rmoe_megatron.data.shards import LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED, ShardDataset
@@ -64,9 +65,7 @@ def precompute(
         {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}, building / NULL_TEXT
     )
     _describe(config, source, building)
-    if out.is_dir():
-        out.rmdir()
-    building.rename(out)
+    durable.publish(building, out)
 
 
 class CaptionCache:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import find_checkpoint
 from rmoe_megatron.checkpoint.state import load_weights
 from rmoe_megatron.config.loading import load_config
@@ -46,9 +47,7 @@ def export_run(run_dir: Path, out: Path, step: int | None, averaged: bool) -> No
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     pipeline.save_pretrained(building)
-    if out.is_dir():
-        out.rmdir()
-    building.rename(out)
+    durable.publish(building, out)
 
 
 def diffusers_transformer(config: RunConfig, model: MMDiT) -> RecurrentSD3Transformer2DModel:

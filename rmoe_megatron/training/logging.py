@@ -1,4 +1,4 @@
-"""Metrics of a run: JSONL always, TensorBoard and wandb if configured, and a progress bar or plain lines."""
+"""Metrics of a run: JSONL and a picture always, TensorBoard and wandb if configured, progress bar or plain lines."""
 
 import json
 import secrets
@@ -8,9 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rmoe_megatron import durable
 from rmoe_megatron.config.schema import LoggingConfig
+from rmoe_megatron.training.curves import draw_curves
 
 METRICS = "metrics.jsonl"
+CURVES = "curves.png"
 WANDB_ID = "wandb_id.txt"
 
 
@@ -27,7 +30,7 @@ class RunLogger:
         self.is_active = is_rank0
         if not is_rank0:
             return
-        self.total_steps, self.start_step = total_steps, start_step
+        self.run_dir, self.total_steps, self.start_step = run_dir, total_steps, start_step
         self.started = time.monotonic()
         _drop_records_after(run_dir / METRICS, start_step)
         self.jsonl = (run_dir / METRICS).open("a", buffering=1)
@@ -79,6 +82,11 @@ class RunLogger:
             self.wandb.log({name: wandb.Image(str(path))}, step=step)
         self._write(f"step {step}: {name} in {path}")
 
+    def draw_curves(self) -> None:
+        """Write the metrics so far as ``curves.png``."""
+        if self.is_active:
+            durable.write(self.run_dir / CURVES, draw_curves(self.run_dir / METRICS))
+
     def close(self) -> None:
         """Flush and close everything."""
         if not self.is_active:
@@ -112,9 +120,7 @@ def _wandb_id(run_dir: Path) -> str:
     """Return the id of the run, made once, so that a resumed run continues it."""
     path = run_dir / WANDB_ID
     if not path.is_file():
-        partial = path.with_suffix(".partial")
-        partial.write_text(secrets.token_hex(4))
-        partial.rename(path)
+        durable.write(path, secrets.token_hex(4))
     return path.read_text().strip()
 
 
@@ -130,6 +136,4 @@ def _drop_records_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.rename(path)
+    durable.write(path, "".join(line + "\n" for line in kept))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, list_checkpoints
 from rmoe_megatron.checkpoint.state import Progress, TrainingState, load_checkpoint, save_checkpoint
 from rmoe_megatron.config.loading import load_config, save_config
@@ -19,6 +20,7 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.flops import training_flops_per_sample, vision_tokens
 from rmoe_megatron.parallel import process_groups, rank, world_size
 from rmoe_megatron.platform import peak_flops, synchronize
+from rmoe_megatron.sampling import png
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.logging import RunLogger
 from rmoe_megatron.training.routing import load_balancing_loss
@@ -136,6 +138,7 @@ class TrainingLoop:
                     log.log_image("samples", path, progress.step)
                 if progress.step % self.config.checkpoint.every == 0 or is_last:
                     save_checkpoint(self.state, self.config, run_dir)
+                    log.draw_curves()
         log.close()
 
     def validate(self) -> float:
@@ -154,9 +157,7 @@ class TrainingLoop:
         path = run_dir / "samples" / f"step-{self.state.progress.step:08d}.png"
         if dist.get_rank() == 0:
             path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(".partial")
-            image.save(partial, format="png")
-            partial.rename(path)
+            durable.write(path, png(image))
         return path
 
 

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches
@@ -38,8 +39,9 @@ class TrainingSource:
         self.autoencoder = load_autoencoder(config.encoders.autoencoder, device)
         self.text_encoder = load_text_encoder(config.encoders.text_encoder, config.model.text_length, device)
         self.null_text = self._load_null_text()
-        if self.train.precomputed:
-            self._check_precomputed()
+        for dataset in (self.train, self.validation):
+            if dataset is not None:
+                self._check_shapes(dataset)
 
     @property
     def has_validation(self) -> bool:
@@ -104,17 +106,19 @@ class TrainingSource:
         encoded = self.text_encoder.encode([""])
         return encoded.hidden_states, encoded.pooled
 
-    def _check_precomputed(self) -> None:
+    def _check_shapes(self, dataset: TrainingDataset) -> None:
         model = self.config.model
-        sample = self.train[0]
+        embedded = self._embed(default_collate([{**dataset[0], "sample_index": 0}]))
         expected = {
             "latents": (model.in_channels, model.sample_size, model.sample_size),
             "text_hidden_states": (model.text_length, model.text_hidden_size),
             "text_pooled": (model.pooled_size,),
         }
+        remedy = "precompute the data again with" if dataset.precomputed else "use data and encoders that fit"
         for name, shape in expected.items():
-            if tuple(sample[name].shape) != shape:
+            found = tuple(embedded[name].shape[1:])
+            if found != shape:
                 raise UserError(
-                    f"{name} in {self.config.data.train} has shape {tuple(sample[name].shape)} but the model of this "
-                    f"configuration needs {shape}; precompute the data again with this configuration."
+                    f"{name} from {dataset.samples.folder} has shape {found} but the model of this configuration "
+                    f"needs {shape}; {remedy} this configuration."
                 )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rmoe_megatron import durable
 from rmoe_megatron.data.shapes.render import render
 from rmoe_megatron.data.shapes.scene import Scene, sample_scene, seen_pairs
 from rmoe_megatron.data.shapes.vocabulary import COLOR_SKILLS, COLORS, HELDOUT_PAIRS, SHAPES, Pair, Skill
@@ -89,7 +90,7 @@ def build_shapes(
                 if progress is not None:
                     progress(done, total)
             splits[split] = {"samples": samples, "shards": shards}
-            _sync_folder(temporary / split)
+            durable.sync(temporary / split)
         description = {
             "name": "shapes",
             "toy": True,
@@ -97,10 +98,10 @@ def build_shapes(
             "splits": splits,
             "heldout_pairs": [list(pair) for pair in heldout],
         }
-        _write_file(temporary / "dataset.json", (json.dumps(description, indent=1) + "\n").encode())
-        _sync_folder(temporary)
+        durable.write(temporary / "dataset.json", (json.dumps(description, indent=1) + "\n").encode())
+        durable.sync(temporary)
         temporary.rename(out)
-        _sync_folder(out.parent)
+        durable.sync(out.parent)
     except OSError as error:
         raise UserError(f"Cannot write to {out} ({error.strerror}); choose a writable folder.") from error
     finally:
@@ -143,19 +144,4 @@ def _write_shard(path: Path, seed: int, split: str, indices: range, heldout: fro
                 header = tarfile.TarInfo(f"{split}-{index:08d}.{extension}")
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))
-    _write_file(path, buffer.getvalue())
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    durable.write(path, buffer.getvalue())

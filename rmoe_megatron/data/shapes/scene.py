@@ -25,11 +25,12 @@ from rmoe_megatron.data.shapes.vocabulary import (
 )
 
 TEMPLATES = ("{}", "a photo of {}", "an image of {}", "a picture of {}")
-GAP = 2.0  # pixels between the boxes of two objects, so that no pixel is shared and components stay apart
-MARGIN = 2  # pixels between a box and the border, at least
-GRID = 4  # boxes start this many pixels apart: the set is about composition, not about sub-pixel drawing
+CELL = (
+    8  # pixels; every object lies in a cell of its own, for the set is about composition, not about drawing
+)
+GAP = 1.0  # pixels between the boxes of two objects, at least, so that components stay apart
+SIZES = (6.0, 6.5, 7.0)  # sides of the objects' boxes in pixels
 MAX_SLOPE = 0.4  # off-axis over on-axis distance of two objects in a position scene
-SIZES = {1: (10, 12), 2: (10, 12), 3: (10,), 4: (10,)}  # box sides by number of objects
 _PLACEMENTS_PER_TRY = 128
 
 
@@ -122,20 +123,17 @@ def _entry(pair: Pair, count: int, colored: bool) -> dict[str, Any]:
 def _place(
     rng: np.random.Generator, count: int, relation: str | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Draw sizes [count] and centers [count, 2] (x, y) of boxes ``GAP`` apart; the first has ``relation``."""
+    """Draw sizes [count] and centers [count, 2] (x, y) of boxes in cells; the first has ``relation`` to the second."""
+    cells = IMAGE_SIZE // CELL
     while True:
-        sizes = rng.choice(SIZES[count], size=(_PLACEMENTS_PER_TRY, count)).astype(np.float64)
-        places = (IMAGE_SIZE - 2 * MARGIN - sizes) // GRID + 1  # per axis
-        corners = MARGIN + GRID * np.floor(rng.random((_PLACEMENTS_PER_TRY, count, 2)) * places[..., None])
-        centers = corners + sizes[..., None] / 2
-        good = np.ones(_PLACEMENTS_PER_TRY, dtype=bool)
-        for i in range(count):
-            for j in range(i):
-                apart = np.abs(centers[:, i] - centers[:, j]).max(axis=-1)
-                good &= apart >= (sizes[:, i] + sizes[:, j]) / 2 + GAP
-        if relation is not None:
-            good &= _has_relation(centers[:, 0] - centers[:, 1], relation)
-        hits = np.flatnonzero(good)
+        sizes = rng.choice(SIZES, size=(_PLACEMENTS_PER_TRY, count))
+        picked = rng.random((_PLACEMENTS_PER_TRY, cells * cells)).argsort(axis=1)[:, :count]
+        corners = CELL * np.stack((picked % cells, picked // cells), axis=-1)
+        slack = (CELL - GAP - sizes)[..., None]
+        centers = corners + CELL / 2 + slack * (rng.integers(3, size=corners.shape) - 1) / 2
+        if relation is None:
+            return sizes[0], centers[0]
+        hits = np.flatnonzero(_has_relation(centers[:, 0] - centers[:, 1], relation))
         if hits.size:
             return sizes[hits[0]], centers[hits[0]]
 

@@ -16,8 +16,8 @@ from rmoe_megatron.data.shapes.render import coverage
 from rmoe_megatron.data.shapes.vocabulary import BACKGROUND, COLORS, SHAPES
 
 FOREGROUND_DISTANCE = 60.0  # RGB distance from the background, of 442 at most
-MIN_AREA = 12.0  # pixels; the smallest object of the set covers 40
-MAX_SIDE = 20  # pixels; the largest object of the set has 13, a box beyond this is a patch and no object
+MIN_AREA = 6.0  # pixels; the smallest object of the set covers 18
+MAX_SIDE = 14  # pixels; the largest object of the set has 8, a box beyond this is a patch and no object
 MIN_OVERLAP = 0.7  # intersection over union below which a component is no known shape
 MIN_BRIGHTNESS = 0.4  # of the palette color's contrast to the background
 MAX_OFF_HUE = (

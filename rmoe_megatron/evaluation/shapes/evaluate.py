@@ -55,7 +55,9 @@ def evaluate_shapes(
     judged: list[JudgedImage] = []
     detector_right = detector_total = 0
     scenes = {
-        name: _select(ShardDataset(data / folder, ["png", "json"]), limit) for name, folder in SPLITS.items()
+        split: _select(ShardDataset(data / folder, ["png", "json"]), limit)
+        for split, folder in SPLITS.items()
+        if split == "seen" or any((data / folder).glob("*.tar"))  # a set may hold out nothing
     }
     total = sum(len(part) for part in scenes.values()) * images_per_prompt
     for split_number, (split, part) in enumerate(scenes.items()):
@@ -83,7 +85,7 @@ def evaluate_shapes(
         "images_per_prompt": images_per_prompt,
         "seed": seed,
         "detector_accuracy_on_ground_truth": detector_right / detector_total,
-        "splits": {split: score([item for item in judged if item.split == split]) for split in SPLITS},
+        "splits": {split: score([item for item in judged if item.split == split]) for split in scenes},
     }
     write_report(results, judged, out)
     return results

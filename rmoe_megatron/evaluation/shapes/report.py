@@ -1,7 +1,6 @@
 """What is left of an evaluation: results.json, a table, and a picture of right and wrong images."""
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from rmoe_megatron.sampling import labelled_grid
+from rmoe_megatron import durable
+from rmoe_megatron.sampling import labelled_grid, png
 
 if TYPE_CHECKING:
     from rmoe_megatron.evaluation.shapes.evaluate import JudgedImage
@@ -22,12 +22,10 @@ def write_report(results: dict[str, Any], judged: Sequence["JudgedImage"], out: 
     """Write the results to ``out`` and print the table."""
     out.mkdir(parents=True, exist_ok=True)
     picture = examples(judged)
-    partial = out / "examples.png.partial"
-    picture.save(partial, format="png")
-    partial.rename(out / "examples.png")
+    durable.write(out / "examples.png", png(picture))
     text = table(results)
-    _write(out / "results.md", text)
-    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    durable.write(out / "results.md", text)
+    durable.write(out / "results.json", json.dumps(results, indent=1) + "\n")
     print(text, end="")
 
 
@@ -80,12 +78,3 @@ def _titled(grid: Image.Image, title: str) -> Image.Image:
     ImageDraw.Draw(titled).text((4, 4), title, fill="black")
     titled.paste(grid, (0, 20))
     return titled
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
