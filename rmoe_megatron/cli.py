@@ -142,7 +142,7 @@ def sample(
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images and grid.png.")] = Path("samples"),
     steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: float = 3.0,
+    guidance: float = 2.0,
     seed: int = 0,
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -171,7 +171,7 @@ def eval_shapes(
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts per split; default is all.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: float = 3.0,
+    guidance: float = 2.0,
     seed: int = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
 ) -> None:
@@ -188,8 +188,9 @@ def eval_shapes(
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
         return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
 
+    sampling = {"model": str(model), "steps": steps, "guidance": guidance}
     evaluate_shapes(
-        generate, data, out, images_per_prompt, limit, seed, progress=_Bar("eval shapes", "image")
+        generate, data, out, sampling, images_per_prompt, limit, seed, progress=_Bar("eval shapes", "image")
     )
 
 

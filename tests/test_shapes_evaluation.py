@@ -133,11 +133,12 @@ def test_ground_truth_scores_one_and_blank_images_zero(shapes: Path, tmp_path: P
         assert len(set(seeds)) == len(seeds)
         return np.full((len(prompts), 32, 32, 3), 40, dtype=np.uint8)
 
-    best = evaluate_shapes(perfect, shapes, tmp_path / "perfect", images_per_prompt=1, limit=24)
-    worst = evaluate_shapes(blank, shapes, tmp_path / "blank", images_per_prompt=2, limit=24)
+    best = evaluate_shapes(perfect, shapes, tmp_path / "perfect", {}, images_per_prompt=1, limit=24)
+    worst = evaluate_shapes(blank, shapes, tmp_path / "blank", {"steps": 3}, images_per_prompt=2, limit=24)
     for split in ("seen", "heldout"):
         assert best["splits"][split]["overall"] == 1.0
         assert worst["splits"][split]["overall"] == 0.0
+    assert worst["steps"] == 3
         assert worst["splits"][split]["images"] == 48
     assert (tmp_path / "perfect" / "examples.png").is_file()
 
@@ -158,5 +159,5 @@ def test_a_set_that_holds_out_nothing_is_scored_on_seen_pairs_alone(tmp_path: Pa
     def blank(prompts: list[str], seeds: list[int]) -> np.ndarray:
         return np.full((len(prompts), 32, 32, 3), 40, dtype=np.uint8)
 
-    results = evaluate_shapes(blank, tmp_path / "shapes", tmp_path / "scores", images_per_prompt=1)
+    results = evaluate_shapes(blank, tmp_path / "shapes", tmp_path / "scores", {}, images_per_prompt=1)
     assert list(results["splits"]) == ["seen"] and results["splits"]["seen"]["images"] == 6

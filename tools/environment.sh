@@ -16,7 +16,7 @@ if ! sha256sum --check --status "$stamp" 2>/dev/null; then
     "$python" -m venv "$venv"
     # torch first: a later, unpinned request could replace a CPU build by gigabytes of CUDA libraries.
     "$venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --editable "$root[dev]"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --editable "${root}[dev]"
     sha256sum "$root/pyproject.toml" > "$stamp"
 fi
 # shellcheck source=/dev/null

@@ -126,7 +126,7 @@ class TrainingConfig:
     sample_every: int = 1000
     sample_prompts: list[str] = field(default_factory=list)
     sample_steps: int = 20
-    sample_guidance: float = 3.0
+    sample_guidance: float = 2.0
 
 
 @dataclass

@@ -65,7 +65,7 @@ class RecurrentSD3Pipeline(DiffusionPipeline):
         prompt: str | list[str],
         negative_prompt: str | list[str] = "",
         num_inference_steps: int = 25,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = 2.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,

@@ -36,6 +36,7 @@ def evaluate_shapes(
     generate: Generate,
     data: Path,
     out: Path,
+    sampling: dict[str, Any],
     images_per_prompt: int = 4,
     limit: int | None = None,
     seed: int = 0,
@@ -46,6 +47,7 @@ def evaluate_shapes(
     Args:
         generate: from prompts and seeds to images uint8 [N, H, W, 3]; an image depends on its own seed only.
         data: folder of the toy set.
+        sampling: how ``generate`` makes images; copied into the results.
         limit: prompts per split, spread evenly over the skills; None takes all.
         progress: called with (images done, images in total).
 
@@ -82,6 +84,7 @@ def evaluate_shapes(
                 progress(len(judged), total)
     results = {
         "benchmark": "toy shapes",
+        **sampling,
         "images_per_prompt": images_per_prompt,
         "seed": seed,
         "detector_accuracy_on_ground_truth": detector_right / detector_total,
