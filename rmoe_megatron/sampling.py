@@ -35,6 +35,8 @@ def sample_images(
         uint8 [N, H, W, 3].
     """
     images = []
+    if progress is not None:
+        progress(0, len(prompts))
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]

@@ -62,6 +62,8 @@ def evaluate_shapes(
         if split == "seen" or any((data / folder).glob("*.tar"))  # a set may hold out nothing
     }
     total = sum(len(part) for part in scenes.values()) * images_per_prompt
+    if progress is not None:
+        progress(0, total)
     for split_number, (split, part) in enumerate(scenes.items()):
         for sample in part:
             objects = [(item["shape"], item["color"]) for item in sample["json"]["objects"]]
