@@ -138,8 +138,8 @@ def test_ground_truth_scores_one_and_blank_images_zero(shapes: Path, tmp_path: P
     for split in ("seen", "heldout"):
         assert best["splits"][split]["overall"] == 1.0
         assert worst["splits"][split]["overall"] == 0.0
-    assert worst["steps"] == 3
         assert worst["splits"][split]["images"] == 48
+    assert worst["steps"] == 3
     assert (tmp_path / "perfect" / "examples.png").is_file()
 
 
