@@ -179,9 +179,11 @@ def eval_shapes(
     import numpy as np
 
     from rmoe_megatron.config.validation import check_writable
+    from rmoe_megatron.data.shards import list_shards
     from rmoe_megatron.evaluation.shapes import evaluate_shapes
 
     check_writable(out, "--out")
+    list_shards(data / "val")  # a missing set is named before the model is loaded
     pipeline = load_pipeline(model)
     from rmoe_megatron.sampling import sample_images
 

@@ -28,8 +28,12 @@ from tests.runs import losses, make_run, rmoe, write_shard
         (["sample", "{folder}/empty", "--prompt", "x"], "model_index.json"),
         (["sample", "{folder}/empty"], "no prompt"),
         (
-            ["eval", "shapes", "{folder}/empty", "--data", "{folder}", "--out", "{folder}/o"],
+            ["eval", "shapes", "{folder}/empty", "--data", "{folder}/data", "--out", "{folder}/o"],
             "model_index.json",
+        ),
+        (
+            ["eval", "shapes", "{folder}/model", "--data", "{folder}/empty", "--out", "{folder}/o"],
+            "no shard folder",
         ),
         (["data", "build-shapes", "{folder}"], "not empty"),
         (["data", "precompute", "{config}", "{folder}/empty", "{folder}/out"], "no .tar shards"),
