@@ -128,21 +128,88 @@ def to_hf(
     averaged: Annotated[
         bool, typer.Option("--ema/--raw", help="Averaged weights or those of the step.")
     ] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; default is the checkpoint's.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Run of the frozen base, if it has moved.")] = None,
+    remote_code: Annotated[
+        bool, typer.Option("--remote-code", help="Carry the code for users without this package.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Weights above it are split.")] = "5GB",
 ) -> None:
     """Export a run to a diffusers folder."""
+    import torch
+
     from rmoe_megatron.hf.export import export_run
 
-    export_run(run_dir, out, step, averaged)
+    dtypes = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise UserError(f"--dtype {dtype} must be fp32, fp16 or bf16.")
+    progress = _Bar("export", "tensor")
+    export_run(run_dir, out, step, averaged, dtypes[dtype], base, remote_code, max_shard_size, progress)
+    print(f"{out} can be loaded with diffusers and sampled with `rmoe sample {out}`")
+
+
+@convert_app.command("from-hf")
+def from_hf(
+    folder: Annotated[Path, typer.Argument(help="diffusers folder: a pipeline's or a transformer's.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder to create.")],
+    text_length: Annotated[int, typer.Option(help="Text tokens of an MM-DiT: CLIP's 77 and T5's.")] = 333,
+    overrides: Overrides = None,
+) -> None:
+    """Import SD3, SD3.5 or DiT weights; with torchrun and parallel.* settings each rank imports its part."""
+    from rmoe_megatron.hf.importing import import_diffusers
+
+    parallel = _parse_parallel(overrides)
+    import_diffusers(folder, run_dir, text_length, parallel, _Bar("import", "tensor"))
+    _say_imported(run_dir)
+
+
+@convert_app.command("from-facebook-dit")
+def from_facebook_dit(
+    file: Annotated[Path, typer.Argument(help="Checkpoint of the original DiT (.pt).")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder to create.")],
+    num_attention_heads: Annotated[
+        int | None, typer.Option(help="If the size is not one of the published.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Import a DiT in its original layout."""
+    from rmoe_megatron.hf.importing import import_facebook_dit
+
+    parallel = _parse_parallel(overrides)
+    import_facebook_dit(file, run_dir, num_attention_heads, parallel, _Bar("import", "tensor"))
+    _say_imported(run_dir)
+
+
+def _say_imported(run_dir: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Imported; a run starts from these weights with fine_tuning.base={run_dir}")
+
+
+def _parse_parallel(overrides: list[str] | None):  # type: ignore[no-untyped-def]  # a late import, as everywhere here
+    """Return the parallel section that ``parallel.key=value`` settings make."""
+    from rmoe_megatron.config.loading import load_parallel
+
+    return load_parallel(overrides or [])
 
 
 @app.command()
 def sample(
     model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; can be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt, or a DiT's class label; can be given several times.")
+    ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images and grid.png.")] = Path("samples"),
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: float = 2.0,
+    guidance_interval: Annotated[
+        tuple[float, float], typer.Option(help="Guide where timestep / 1000 lies in it.")
+    ] = (0.0, 1.0),
+    scheduler: Annotated[
+        str | None, typer.Option(help="euler, ddim or dpm; default is the folder's.")
+    ] = None,
     seed: int = 0,
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -152,12 +219,18 @@ def sample(
 
     prompts = read_prompts(prompt or [], prompts_file)
     check_writable(out, "--out")
-    pipeline = load_pipeline(model)
-    from rmoe_megatron.sampling import labelled_grid, png, sample_images, save_images
+    from rmoe_megatron.pictures import labelled_grid, png, save_images
+    from rmoe_megatron.sampling import load_pipeline, sample_images, set_scheduler
 
+    pipeline = load_pipeline(model)
+    if scheduler is not None:
+        set_scheduler(pipeline, scheduler)
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(repeated))]
-    images = sample_images(pipeline, repeated, seeds, steps, guidance, batch_size, _Bar("sample", "image"))
+    progress = _Bar("sample", "image")
+    images = sample_images(
+        pipeline, repeated, seeds, steps, guidance, batch_size, progress, guidance_interval
+    )
     save_images(images, out, [f"{index:05d}" for index in range(len(repeated))])
     durable.write(out / "grid.png", png(labelled_grid(images, repeated)))
     print(f"{len(images)} images and grid.png in {out}")
@@ -184,8 +257,9 @@ def eval_shapes(
 
     check_writable(out, "--out")
     list_shards(data / "val")  # a missing set is named before the model is loaded
+    from rmoe_megatron.sampling import load_pipeline, sample_images
+
     pipeline = load_pipeline(model)
-    from rmoe_megatron.sampling import sample_images
 
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
         return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
@@ -208,16 +282,3 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     if not prompts:
         raise UserError("There is no prompt; give --prompt TEXT or --prompts-file FILE.")
     return prompts
-
-
-def load_pipeline(model: Path):  # type: ignore[no-untyped-def]  # importing the class here would make --help slow
-    """Load an exported folder as a pipeline that shows no bar of its own."""
-    if not (model / "model_index.json").is_file():
-        raise UserError(
-            f"{model} is not a diffusers folder (no model_index.json); make one with `rmoe convert to-hf`."
-        )
-    from rmoe_megatron.hf import RecurrentSD3Pipeline
-
-    pipeline = RecurrentSD3Pipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

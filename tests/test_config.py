@@ -62,6 +62,32 @@ def test_missing_values_are_all_named(tmp_path: Path) -> None:
         load_config(tmp_path / "config.yaml", [])
 
 
+@pytest.mark.parametrize("name", [path.name for path in sorted(Path("configs").glob("*.yaml"))])
+def test_shipped_configurations_are_valid_but_for_their_data(name: str, tmp_path: Path) -> None:
+    """Everything up to the folders, which a fresh clone does not have."""
+    overrides = [f"run_dir={tmp_path}", "training.global_batch_size=256"]
+    config = load_config(Path("configs") / name, overrides)
+    missing = "fine_tuning.base" if config.fine_tuning else "shard folder"
+    with pytest.raises(UserError, match=missing):
+        validate(config, 1)
+
+
+def test_a_preset_fills_the_model_and_other_keys_override_it(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "preset.yaml").write_text(
+        "run_dir: x\nmodel: {preset: sd3.5_medium, sample_size: 64}\ndata: {train: y}\n"
+        "optimizer: {learning_rate: 1}\ntraining: {steps: 1, micro_batch_size: 1, global_batch_size: 1}\n"
+    )
+    model = load_config(tmp_path / "preset.yaml", ["model.num_layers=30"]).model
+    assert (model.hidden_size, model.num_layers, model.sample_size) == (1536, 30, 64)
+    assert model.dual_attention_layers == list(range(13)) and model.qk_norm
+    other = load_config(tmp_path / "preset.yaml", ["model.preset=sd3_medium"]).model
+    assert other.dual_attention_layers == [] and not other.qk_norm
+    save_config(load_config(tmp_path / "preset.yaml", []), tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml", []) == load_config(tmp_path / "preset.yaml", [])
+    with pytest.raises(UserError, match="did you mean sd3_medium?"):
+        load_config(tmp_path / "preset.yaml", ["model.preset=sd3_mediun"])
+
+
 @pytest.mark.parametrize("content", ["a: [", "- 1", "\x00"])
 def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
@@ -102,6 +128,25 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         (["parallel.sequence_parallel=true"], 1, ["sequence_parallel"]),
         (["data.train=/nowhere"], 1, ["/nowhere", "shard folder"]),
         (["device=cuda"], 1, ["cuda", "no GPU"]),
+        (["model.text_length=0"], 1, ["model.text_length", "MM-DiT"]),
+        (["model.num_classes=3"], 1, ["model.num_classes is 3", "architecture=dit"]),
+        (["model.architecture=dit"], 1, ["model.num_classes", "DiT"]),
+        (["model.architecture=dit", "model.num_classes=3"], 1, ["model.text_length is 6", "DiT"]),
+        (["model.dual_attention_layers=[5]"], 1, ["dual_attention_layers", "block 5", "0 to 2"]),
+        (["model.learned_sigma=true"], 1, ["learned_sigma"]),
+        (["diffusion.objective=ddpm", "diffusion.prediction=sample"], 1, ["prediction=sample", "DDPM"]),
+        (["diffusion.min_snr_gamma=5"], 1, ["min_snr_gamma", "ddpm"]),
+        (["diffusion.mode_scale=2"], 1, ["mode_scale", "1.752"]),
+        (["diffusion.shift_base_size=0"], 1, ["shift_base_size"]),
+        (["encoders.dropped=[t6]"], 1, ["t6", "clip_l, clip_g, t5"]),
+        (["lora.layers=[1]"], 1, ["lora and recurrence"]),
+        (["recurrence=null", "lora.layers=[9]"], 1, ["lora.layers", "block 9"]),
+        (["recurrence=null", "lora.layers=[1]", "lora.rank=0"], 1, ["lora.rank"]),
+        (["fine_tuning.base=/nowhere"], 1, ["/nowhere", "from-hf"]),
+        (["fine_tuning.base=/tmp", "recurrence=null"], 1, ["trainable=added", "both are null"]),
+        (["fine_tuning.base=/tmp", "fine_tuning.blocks=[1]"], 1, ["fine_tuning.blocks", "added"]),
+        (["fine_tuning.base=/tmp", "fine_tuning.trainable=blocks"], 1, ["fine_tuning.blocks is empty"]),
+        (["optimizer.ema_power=-1"], 1, ["ema_power"]),
     ],
 )
 def test_validation(
@@ -122,8 +167,3 @@ def test_run_dir_below_a_file_is_refused(path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         validate(load_config(path, [f"run_dir={tmp_path}/file/run"]), 1)
-
-
-def test_shipped_configurations_load() -> None:
-    for config in sorted(Path("configs").glob("*.yaml")):
-        load_config(config, [])

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from rmoe_megatron.config.schema import RecurrenceConfig
-from rmoe_megatron.encoders.autoencoder import PixelCodec
-from rmoe_megatron.hf import RecurrentSD3Pipeline, RecurrentSD3Transformer2DModel
-from rmoe_megatron.hf.mapping import transformer_arguments
+from rmoe_megatron.config.schema import DiffusionConfig, Prediction, RecurrenceConfig
+from rmoe_megatron.encoders.pixel_codec import PixelCodec
+from rmoe_megatron.hf import RecurrentSD3Pipeline
+from rmoe_megatron.hf.architecture import transformer_arguments, transformer_class
+from rmoe_megatron.hf.mapping import to_diffusers
 from tests.configurations import MODEL, RECURRENCE, TEXT_LENGTH, one_rank, randomise, tiny_config
+from tests.diffusers_models import run_ours
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -39,78 +41,23 @@ def inputs() -> dict[str, torch.Tensor]:
     ],
     ids=["dense", "recurrent", "M5-T5", "M1-T1", "full-rank", "ablated"],
 )
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize(("qk_norm", "prediction"), [(True, "velocity"), (False, "sample")])
 def test_exported_transformer_equals_the_training_model(
-    recurrence: RecurrenceConfig | None, qk_norm: bool
+    recurrence: RecurrenceConfig | None, qk_norm: bool, prediction: str
 ) -> None:
-    from rmoe_megatron.hf.export import diffusers_transformer
     from rmoe_megatron.model.mmdit import MMDiT
 
-    config = tiny_config(recurrence, model=replace(MODEL, qk_norm=qk_norm))
+    diffusion = DiffusionConfig(prediction=Prediction[prediction])
+    config = tiny_config(recurrence, model=replace(MODEL, qk_norm=qk_norm), diffusion=diffusion)
     batch = inputs()
     with one_rank(config), torch.no_grad():
         model = MMDiT(config).eval()
         randomise(model)
-        expected = model(
-            batch["hidden_states"],
-            batch["timestep"],
-            batch["encoder_hidden_states"],
-            batch["pooled_projections"],
-            torch.arange(2),
-        )
-        actual = diffusers_transformer(config, model)(**batch).sample
+        expected = run_ours(model, batch)
+        theirs = transformer_class(config)(**transformer_arguments(config)).eval()
+        theirs.load_state_dict(to_diffusers(model.state_dict(), config.model))
+        actual = theirs(**batch).sample
     assert (actual - expected).norm() / expected.norm() < 1e-5
-
-
-def test_dense_training_model_equals_diffusers_sd3_with_gradients() -> None:
-    """Output and every parameter gradient against diffusers' own class, not a subclass of ours."""
-    from rmoe_megatron.hf.mapping import to_diffusers
-    from rmoe_megatron.model.mmdit import MMDiT
-
-    config = tiny_config(None)
-    batch = inputs()
-    arguments = transformer_arguments(config.model, None)
-    arguments.pop("recurrence")
-    theirs = SD3Transformer2DModel(**arguments)
-    with one_rank(config):
-        ours = MMDiT(config)
-        randomise(ours)
-        theirs.load_state_dict(to_diffusers(ours.state_dict(), MODEL.num_attention_heads))
-        output = ours(
-            batch["hidden_states"],
-            batch["timestep"],
-            batch["encoder_hidden_states"],
-            batch["pooled_projections"],
-            torch.arange(2),
-        )
-        expected = theirs(**batch).sample
-        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
-        (output * direction).sum().backward()
-        (expected * direction).sum().backward()
-        gradients = {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for name, parameter in ours.named_parameters()
-        }
-        renamed = to_diffusers(gradients, MODEL.num_attention_heads)
-    assert (output - expected).norm() / expected.norm() < 1e-5
-    compared = 0
-    for name, parameter in theirs.named_parameters():
-        if parameter.grad is None:
-            continue
-        error = (renamed[name] - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-6)
-        assert error < 1e-4, f"gradient of {name} differs by {error:.1e}"
-        compared += 1
-    assert compared > 60
-
-
-def test_without_recurrence_it_is_diffusers_sd3() -> None:
-    arguments = transformer_arguments(MODEL, None)
-    ours = RecurrentSD3Transformer2DModel(**arguments)
-    arguments.pop("recurrence")
-    theirs = SD3Transformer2DModel(**arguments)
-    randomise(ours)
-    theirs.load_state_dict(ours.state_dict())
-    assert torch.equal(ours(**inputs()).sample, theirs(**inputs()).sample)
 
 
 def tiny_pipeline(folder: Path) -> RecurrentSD3Pipeline:
@@ -124,12 +71,9 @@ def tiny_pipeline(folder: Path) -> RecurrentSD3Pipeline:
             vocab_size=9, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
         )
     )
-    transformer = RecurrentSD3Transformer2DModel(
-        **transformer_arguments(replace(MODEL, pooled_size=12), RECURRENCE)
-    )
+    config = tiny_config(model=replace(MODEL, pooled_size=12))
+    transformer = transformer_class(config)(**transformer_arguments(config))
     randomise(transformer)
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     return RecurrentSD3Pipeline(
         transformer.eval(),
         FlowMatchEulerDiscreteScheduler(shift=3.0),

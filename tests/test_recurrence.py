@@ -26,13 +26,11 @@ TOLERANCE = 1e-5
 def build_block(recurrence: RecurrenceConfig, qk_norm: bool, layer: int):  # type: ignore[no-untyped-def]
     from megatron.core.transformer.spec_utils import build_module
 
-    from rmoe_megatron.model.layer_specs import joint_block_spec
+    from rmoe_megatron.model.layer_specs import block_spec
     from rmoe_megatron.model.transformer_config import transformer_config
 
     config = tiny_config(recurrence, model=replace(MODEL, qk_norm=qk_norm))
-    block = build_module(
-        joint_block_spec(config, layer), config=transformer_config(config), layer_number=layer + 1
-    )
+    block = build_module(block_spec(config, layer), config=transformer_config(config), layer_number=layer + 1)
     randomise(block)
     return block
 
@@ -43,7 +41,7 @@ def reference_weights(block: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     named = {f"transformer.layers.0.{name}": value for name, value in block.state_dict().items()}
     prefix = "transformer_blocks.0.attn."
-    renamed = to_diffusers(named, HEADS)
+    renamed = to_diffusers(named, MODEL)
     return {
         name.removeprefix(prefix): value.detach().double().clone().requires_grad_()
         for name, value in renamed.items()
@@ -141,7 +139,7 @@ def reference_gradients(block: torch.nn.Module) -> dict[str, torch.Tensor | None
         f"transformer.layers.0.{name}": torch.zeros_like(value) if value.grad is None else value.grad
         for name, value in block.named_parameters()
     }
-    renamed = to_diffusers(named, HEADS)
+    renamed = to_diffusers(named, MODEL)
     return {name.removeprefix("transformer_blocks.0.attn."): value for name, value in renamed.items()}
 
 
@@ -158,9 +156,9 @@ def test_zero_up_equals_the_base_model_bit_for_bit(num_modules: int, steps: int,
     inputs = (
         torch.randn(2, 3, 8, 8, generator=generator),
         torch.tensor([10.0, 900.0]),
+        torch.arange(2),
         torch.randn(2, TEXT_LENGTH, 12, generator=generator),
         torch.randn(2, 10, generator=generator),
-        torch.arange(2),
     )
     with one_rank(config):
         recurrent, base = MMDiT(config), MMDiT(replace(config, recurrence=None))

@@ -15,17 +15,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 from tqdm import tqdm
 
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.config.schema import RecurrenceConfig, RunConfig
+from rmoe_megatron.config.schema import Prediction, RecurrenceConfig, RunConfig
 from rmoe_megatron.counter_rng import sample_keys
-from rmoe_megatron.diffusion.rectified_flow import add_noise
-from rmoe_megatron.hf.mapping import transformer_arguments
+from rmoe_megatron.diffusion.build import build_objective
+from rmoe_megatron.hf.architecture import transformer_arguments
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.platform import PARAMS_DTYPE, synchronize
@@ -49,25 +48,24 @@ def make_batch(config: RunConfig, index: int, device: torch.device) -> Batch:
 
 def megatron_step(config: RunConfig, device: torch.device) -> Step:
     """Return a step of this project's trainer."""
-    model = build_model(config, device)
+    model, _ = build_model(config, device)
     optimizer, scheduler = build_optimizer(config, model)
-    null = make_batch(config, 0, device)
-    null_text = (null["text_hidden_states"][:1], null["text_pooled"][:1])
-    step = TrainingStep(config, model, optimizer, scheduler, null_text)
+    random = make_batch(config, 0, device)
+    null_conditions = {name: random[name][:1] for name in ("text_hidden_states", "text_pooled")}
+    step = TrainingStep(config, model, optimizer, scheduler, null_conditions)
     return lambda index: (step(iter([make_batch(config, index, device)])), None)[1]
 
 
 def diffusers_step(config: RunConfig, device: torch.device) -> Step:
     """Return the same step with diffusers' model under autocast-free ``dtype`` weights and PyTorch's AdamW."""
-    arguments: dict[str, Any] = transformer_arguments(config.model, None)
-    arguments.pop("recurrence")
     dtype = PARAMS_DTYPE[config.precision]
-    model = SD3Transformer2DModel(**arguments).to(device, dtype)
+    model = SD3Transformer2DModel(**transformer_arguments(config)).to(device, dtype)
+    objective = build_objective(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate)
 
     def step(index: int) -> None:
         batch = make_batch(config, index, device)
-        example = add_noise(config.diffusion, batch["latents"], sample_keys(0, batch["sample_index"]))
+        example = objective.add_noise(batch["latents"], sample_keys(0, batch["sample_index"]))
         prediction = model(
             hidden_states=example.noisy_latents.to(dtype),
             encoder_hidden_states=batch["text_hidden_states"].to(dtype),
@@ -113,7 +111,8 @@ def main() -> None:
     )
     layers = config.recurrence.layers if config.recurrence else [config.model.num_layers // 2]
     recurrence = replace(config.recurrence or RecurrenceConfig(layers), num_modules=5, steps=2)
-    dense = replace(config, training=training, recurrence=None)
+    velocity = replace(config.diffusion, prediction=Prediction.velocity)  # diffusers' model has no other
+    dense = replace(config, training=training, recurrence=None, diffusion=velocity)
     recurrent = replace(dense, recurrence=recurrence)
     with process_groups(config) as device:
         medians = measure(

@@ -12,6 +12,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
@@ -101,6 +102,11 @@ def publish(partial: Path, final: Path) -> None:
         shutil.rmtree(final)  # a damaged checkpoint of the same step, passed over at resume
     partial.rename(final)
     durable.sync(final.parent)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return ``run_state.json`` of a checkpoint: step, samples, and what else belongs to its kind."""
+    return json.loads((path / "run_state.json").read_text())
 
 
 def remove_old(run_dir: Path, keep_last: int) -> None:

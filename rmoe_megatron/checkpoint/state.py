@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,17 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from rmoe_megatron.checkpoint.folders import CheckpointFolder, checkpoint_path, publish, remove_old
+from rmoe_megatron.checkpoint.folders import (
+    CheckpointFolder,
+    checkpoint_path,
+    publish,
+    read_state,
+    remove_old,
+)
+from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.errors import UserError
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 
 # Megatron-Core's format that can be loaded under any other parallel layout.
@@ -43,6 +52,7 @@ class TrainingState:
     scheduler: OptimizerParamScheduler
     ema: ExponentialMovingAverage
     progress: Progress
+    base_fingerprint: str | None = None  # of the frozen weights, which checkpoints leave out
 
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
         """Describe the state to dist_checkpointing; with ``is_loading`` it names where loaded values go."""
@@ -57,9 +67,18 @@ class TrainingState:
         }
 
 
-def model_state(model: MegatronModule) -> ShardedStateDict:
-    """Return the model's sharded state dict."""
+def full_state(model: MegatronModule) -> ShardedStateDict:
+    """Return the sharded state dict of the whole model."""
     return model.sharded_state_dict(metadata={"dp_cp_group": _data_parallel_group()})
+
+
+def model_state(model: MegatronModule) -> ShardedStateDict:
+    """Return what a checkpoint stores of the model: everything, or of a partly frozen one the trained parameters."""
+    state = full_state(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if len(trained) == len(list(model.parameters())):
+        return state
+    return {name: sharded for name, sharded in state.items() if name in trained}
 
 
 def ema_state(model: MegatronModule, averages: dict[str, Tensor]) -> ShardedStateDict:
@@ -102,9 +121,10 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
     dist_checkpointing.save(state.sharded_state_dict(is_loading=False), str(partial))
     if is_rank0:
         save_config(config, partial / "config.yaml")
-        (partial / "run_state.json").write_text(
-            json.dumps({"step": state.progress.step, "samples": state.progress.samples})
-        )
+        run_state: dict[str, int | str] = {"step": state.progress.step, "samples": state.progress.samples}
+        if state.base_fingerprint is not None:
+            run_state["base_fingerprint"] = state.base_fingerprint
+        (partial / "run_state.json").write_text(json.dumps(run_state))
         publish(partial, final)
         remove_old(run_dir, config.checkpoint.keep_last)
     dist.barrier()
@@ -112,13 +132,23 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
 
 
 def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
-    """Load a checkpoint into ``state``, whatever parallel layout it was saved under."""
+    """Load a checkpoint into ``state``, whatever parallel layout it was saved under.
+
+    Raises:
+        UserError: it was trained on another frozen base.
+    """
+    progress = read_state(checkpoint.path)
+    if progress.get("base_fingerprint") != state.base_fingerprint:
+        raise UserError(
+            f"The frozen weights of fine_tuning.base are not those that {checkpoint.path} was trained on "
+            "(fingerprints differ); restore the original base."
+        )
     _create_adam_state(state.optimizer)
     sharded = state.sharded_state_dict(is_loading=True)
     saved_keys = dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).keys()
     sharded["rng"] = {name: tensor for name, tensor in sharded["rng"].items() if tensor.key in saved_keys}
     loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
-    state.model.module.load_state_dict(loaded["model"])
+    state.model.module.load_state_dict(loaded["model"], strict=state.base_fingerprint is None)
     state.optimizer.load_state_dict(loaded["optimizer"])
     for adam in _adam_optimizers(state.optimizer):
         for values in adam.state.values():
@@ -128,21 +158,32 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     for name, average in loaded["ema"].items():
         state.ema.averages[name].copy_(average)
     _load_rng(loaded.get("rng", {}))
-    progress = json.loads((checkpoint.path / "run_state.json").read_text())
     state.progress.step, state.progress.samples = progress["step"], progress["samples"]
 
 
-def load_weights(model: MegatronModule, checkpoint: CheckpointFolder, averaged: bool) -> None:
-    """Load only the weights of a checkpoint into a bare model: the moving averages or the last step's."""
-    names = set(dict(model.named_parameters()))
-    wanted = model_state(model)
-    if averaged:
-        wanted = {
-            name: replace(sharded, key=f"ema.{sharded.key}") if name in names else sharded
-            for name, sharded in wanted.items()
+def load_weights(model: MegatronModule, weights: RunWeights, fresh: Callable[[str], bool]) -> None:
+    """Load weights into a model of any parallel layout.
+
+    Args:
+        fresh: whether a parameter of this name may be missing and keeps its initial value.
+
+    Raises:
+        UserError: another weight is missing.
+    """
+    wanted = {name: entry for name, entry in full_state(model).items() if isinstance(entry, ShardedTensor)}
+    keys_wanted = [entry.key for entry in wanted.values()]
+    missing = [key for key in keys_wanted if key not in weights.locations and not fresh(key)]
+    if missing:
+        raise UserError(
+            f"{weights.checkpoint.path} lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; "
+            "its model is another one."
+        )
+    for reader, keys in weights.by_reader():
+        part = {
+            name: replace(entry, key=keys[entry.key]) for name, entry in wanted.items() if entry.key in keys
         }
-    loaded = dist_checkpointing.load(wanted, str(checkpoint.path))
-    model.load_state_dict({name: loaded[name] for name in wanted})
+        loaded = dist_checkpointing.load(part, str(reader.path))
+        model.load_state_dict({name: loaded[name] for name in part}, strict=False)
 
 
 def _create_adam_state(optimizer: MegatronOptimizer) -> None:

@@ -9,10 +9,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rmoe_megatron import durable
-from rmoe_megatron.config.schema import RecurrenceConfig, RunConfig
+from rmoe_megatron.config.presets import PRESETS
+from rmoe_megatron.config.schema import (
+    FineTuningConfig,
+    LoraConfig,
+    ParallelConfig,
+    RecurrenceConfig,
+    RunConfig,
+)
 from rmoe_megatron.errors import UserError
 
-OPTIONAL_SECTIONS = {"recurrence": RecurrenceConfig}
+OPTIONAL_SECTIONS = {"recurrence": RecurrenceConfig, "lora": LoraConfig, "fine_tuning": FineTuningConfig}
 
 
 def load_config(path: Path, overrides: list[str]) -> RunConfig:
@@ -27,19 +34,11 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
     values = _read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, like `seed: 0`.")
-    _merge(tree, values, str(path))
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"The override {override!r} is not of the form key=value.")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"The value of the override {override!r} is not valid YAML; quote it.") from error
-        nested: Any = parsed
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        _merge(tree, nested, "the command line")
+    parsed_overrides = [_parse_override(override) for override in overrides]
+    sources = [(values, str(path)), *((nested, "the command line") for nested in parsed_overrides)]
+    _merge_preset(tree, sources)
+    for nested, source in sources:
+        _merge(tree, nested, source)
     try:
         missing = sorted(OmegaConf.missing_keys(tree))
         if missing:
@@ -50,6 +49,50 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
         raise UserError(
             f"{name or 'A value'} in {path} or its overrides cannot be resolved: {reason}."
         ) from error
+
+
+def load_parallel(overrides: list[str]) -> ParallelConfig:
+    """Return the parallel section that ``parallel.key=value`` settings make.
+
+    Raises:
+        UserError: a setting is unknown, of a wrong type, or of another section.
+    """
+    tree = OmegaConf.structured(RunConfig)
+    for override in overrides:
+        values = _parse_override(override)
+        if set(values) != {"parallel"}:
+            raise UserError(f"The setting {override!r} is not of the parallel section.")
+        _merge(tree, values, "the command line")
+    return cast(ParallelConfig, OmegaConf.to_object(tree.parallel))
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"The override {override!r} is not of the form key=value.")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"The value of the override {override!r} is not valid YAML; quote it.") from error
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return nested
+
+
+def _merge_preset(tree: DictConfig, sources: list[tuple[dict[str, Any], str]]) -> None:
+    """Fill the model section from the preset that the last source names."""
+    models = [
+        (values["model"], source) for values, source in sources if isinstance(values.get("model"), dict)
+    ]
+    named = [(model["preset"], source) for model, source in models if model.get("preset") is not None]
+    if not named:
+        return
+    name, source = named[-1]
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
+        suggestion = f"did you mean {nearest[0]}?" if nearest else f"presets are {', '.join(PRESETS)}."
+        raise UserError(f"Unknown model.preset {name} in {source}; {suggestion}")
+    _merge(tree, {"model": PRESETS[name]}, f"the preset {name}")
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -33,10 +33,43 @@ class Prediction(Enum):
     sample = "sample"
 
 
+class Architecture(Enum):
+    """Text-conditional MM-DiT (Stable Diffusion 3 and 3.5) or class-conditional DiT."""
+
+    mmdit = "mmdit"
+    dit = "dit"
+
+
+class Objective(Enum):
+    """What is learned: rectified flow's velocity, or DDPM's noise (with its variance if the model has learned_sigma)."""
+
+    rectified_flow = "rectified_flow"
+    ddpm = "ddpm"
+
+
+class TimestepDensity(Enum):
+    """How rectified flow draws its timesteps (Esser et al., 2024, section 3.1)."""
+
+    logit_normal = "logit_normal"
+    mode = "mode"
+    cosmap = "cosmap"
+    uniform = "uniform"
+
+
+class Trainable(Enum):
+    """What fine-tuning trains: the added recurrence or LoRA alone (the base is frozen), some blocks, or everything."""
+
+    added = "added"
+    blocks = "blocks"
+    all = "all"
+
+
 @dataclass
 class ModelConfig:
-    """An MM-DiT (Stable Diffusion 3's dual-stream transformer). Names follow diffusers' SD3Transformer2DModel."""
+    """The transformer. Names follow diffusers' SD3Transformer2DModel and DiTTransformer2DModel."""
 
+    preset: str | None = None  # name in config/presets.py; fills what is not given here
+    architecture: Architecture = Architecture.mmdit
     sample_size: int = MISSING  # latent height and width
     patch_size: int = MISSING
     in_channels: int = MISSING
@@ -44,10 +77,19 @@ class ModelConfig:
     hidden_size: int = MISSING
     num_attention_heads: int = MISSING
     qk_norm: bool = True  # RMSNorm on queries and keys, as in SD3.5
-    text_length: int = MISSING  # tokens of text in the joint sequence
-    text_hidden_size: int = MISSING  # width of the text encoder's token states
-    pooled_size: int = MISSING  # width of the pooled text embedding
-    pos_embed_max_size: int = MISSING  # in patches
+    mlp_norm_eps: float = 1.0e-6  # diffusers' DiT has 1e-5
+    # MM-DiT
+    text_length: int = 0  # tokens of text in the joint sequence
+    text_hidden_size: int = 0  # width of the text encoder's token states
+    pooled_size: int = 0  # width of the pooled text embedding
+    pos_embed_max_size: int = 0  # in patches; images take a centred crop
+    dual_attention_layers: list[int] = field(
+        default_factory=list
+    )  # blocks with SD3.5-medium's second attention
+    # DiT
+    num_classes: int = 0  # the embedding table has one more row, the dropped label
+    learned_sigma: bool = False  # twice the output channels: noise and variance
+    shared_conditioning: bool = True  # false: timestep and label embeddings of its own in every block
 
 
 @dataclass
@@ -69,22 +111,52 @@ class RecurrenceConfig:
 
 
 @dataclass
-class DiffusionConfig:
-    """Rectified flow with logit-normal timesteps (SD3) and classifier-free guidance dropout."""
+class LoraConfig:
+    """Plain low-rank adaptation of the vision Q/K/V projections: the baseline without recurrence."""
 
+    layers: list[int] = MISSING
+    rank: int = 128
+
+
+@dataclass
+class DiffusionConfig:
+    """The objective, its timesteps, and classifier-free guidance dropout."""
+
+    objective: Objective = Objective.rectified_flow
+    guidance_dropout: float = 0.1  # share of captions or labels replaced by the empty one
+    # rectified flow
+    timestep_density: TimestepDensity = TimestepDensity.logit_normal
     logit_mean: float = 0.0
     logit_std: float = 1.0
-    shift: float = 1.0  # SD3's resolution-dependent shift of sigma
+    mode_scale: float = 1.29
+    shift: float = 1.0  # SD3's shift of sigma
+    shift_base_size: int | None = (
+        None  # sample_size that ``shift`` is for; others scale it by the ratio of sides
+    )
     prediction: Prediction = Prediction.velocity
-    guidance_dropout: float = 0.1  # share of captions replaced by the empty one
+    # DDPM with DiT's linear betas
+    min_snr_gamma: float | None = None  # weight min(SNR, gamma) / SNR of the noise's loss
 
 
 @dataclass
 class EncodersConfig:
-    """Frozen encoders. ``text_encoder`` and ``autoencoder`` are folders, or the names of the embedded defaults."""
+    """Frozen encoders: the names of the embedded defaults, local folders, or hub repositories (owner/name).
+
+    A folder or repository whose model_index.json is a Stable Diffusion 3 pipeline's has three text encoders.
+    """
 
     text_encoder: str = "minilm"
+    dropped: list[str] = field(default_factory=list)  # of SD3's clip_l, clip_g, t5: zeros instead, not loaded
     autoencoder: str = "pixel"
+
+
+@dataclass
+class FineTuningConfig:
+    """Training that starts from the weights of another run, trained or imported (``rmoe convert from-hf``)."""
+
+    base: str = MISSING  # folder of that run
+    trainable: Trainable = Trainable.added
+    blocks: list[int] = field(default_factory=list)  # for trainable=blocks
 
 
 @dataclass
@@ -110,6 +182,9 @@ class OptimizerConfig:
     eps: float = 1.0e-8
     clip_grad: float = 1.0
     ema_decay: float = 0.999
+    ema_power: float | None = (
+        None  # decay 1 - (1 + step) ** -power up to ema_decay; null is constant after a ramp
+    )
     distributed_optimizer: bool = True
 
 
@@ -124,7 +199,7 @@ class TrainingConfig:
     validate_every: int = 500
     validation_samples: int = 512
     sample_every: int = 1000
-    sample_prompts: list[str] = field(default_factory=list)
+    sample_prompts: list[str] = field(default_factory=list)  # class labels for DiT
     sample_steps: int = 20
     sample_guidance: float = 2.0
 
@@ -167,6 +242,8 @@ class RunConfig:
     device: Device = Device.auto
     model: ModelConfig = field(default_factory=ModelConfig)
     recurrence: RecurrenceConfig | None = None
+    lora: LoraConfig | None = None
+    fine_tuning: FineTuningConfig | None = None
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
     data: DataConfig = field(default_factory=DataConfig)

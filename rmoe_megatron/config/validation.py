@@ -6,11 +6,21 @@ from pathlib import Path
 
 import torch
 
-from rmoe_megatron.config.schema import Device, RunConfig
+from rmoe_megatron.config.schema import (
+    Architecture,
+    Device,
+    FineTuningConfig,
+    ModelConfig,
+    Objective,
+    Prediction,
+    RunConfig,
+    Trainable,
+)
 from rmoe_megatron.data.shards import list_shards
 from rmoe_megatron.errors import UserError
 
 GATE_INPUTS = ("tokens", "conditioning")
+SD3_ENCODERS = ("clip_l", "clip_g", "t5")
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -20,14 +30,33 @@ def validate(config: RunConfig, world_size: int) -> None:
         UserError: names the key, the value and what is allowed.
     """
     _check_values(config)
-    _check_model(config)
-    _check_layout(config, world_size)
+    check_model(config)
+    check_layout(config, world_size)
+    _check_batch(config, world_size)
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("device is cuda but PyTorch finds no GPU here; set device=cpu or device=auto.")
+    if config.fine_tuning is not None and not Path(config.fine_tuning.base).is_dir():
+        raise UserError(
+            f"There is no run at fine_tuning.base {config.fine_tuning.base}; train one or import one with "
+            "`rmoe convert from-hf`."
+        )
+    _check_prompts(config)
     list_shards(Path(config.data.train))
     if config.data.validation is not None:
         list_shards(Path(config.data.validation))
     check_writable(Path(config.run_dir), "run_dir")
+
+
+def _check_prompts(config: RunConfig) -> None:
+    """A class-conditional run draws class labels."""
+    if config.model.architecture is not Architecture.dit:
+        return
+    classes = config.model.num_classes
+    for prompt in config.training.sample_prompts:
+        _require(
+            prompt.isdigit() and int(prompt) < classes,
+            f"training.sample_prompts has {prompt!r}, but a DiT draws class labels 0 to {classes - 1}.",
+        )
 
 
 def check_writable(folder: Path, name: str) -> None:
@@ -68,9 +97,8 @@ def _check_values(config: RunConfig) -> None:
     positive = {
         "model": (
             model,
-            "sample_size patch_size in_channels num_layers hidden_size num_attention_heads text_length",
+            "sample_size patch_size in_channels num_layers hidden_size num_attention_heads mlp_norm_eps",
         ),
-        "model ": (model, "text_hidden_size pooled_size pos_embed_max_size"),
         "optimizer": (optimizer, "learning_rate eps"),
         "training": (
             training,
@@ -107,6 +135,8 @@ def _check_values(config: RunConfig) -> None:
         "data.num_workers": config.data.num_workers,
         "seed": config.seed,
     }
+    if optimizer.ema_power is not None:
+        not_negative["optimizer.ema_power"] = optimizer.ema_power
     for name, value in not_negative.items():
         _require(value >= 0, f"{name} must not be negative, it is {value}.")
     _require(
@@ -120,7 +150,7 @@ def _check_values(config: RunConfig) -> None:
     )
 
 
-def _check_model(config: RunConfig) -> None:
+def check_model(config: RunConfig) -> None:
     model, recurrence = config.model, config.recurrence
     _divides(model.patch_size, "model.patch_size", model.sample_size, "model.sample_size")
     _divides(model.num_attention_heads, "model.num_attention_heads", model.hidden_size, "model.hidden_size")
@@ -132,21 +162,21 @@ def _check_model(config: RunConfig) -> None:
     _require(
         model.hidden_size % 4 == 0, f"model.hidden_size must be a multiple of 4, it is {model.hidden_size}."
     )
-    patches = model.sample_size // model.patch_size
-    _require(
-        model.pos_embed_max_size >= patches,
-        f"model.pos_embed_max_size ({model.pos_embed_max_size}) must be at least sample_size / patch_size ({patches}).",
-    )
+    if model.architecture is Architecture.mmdit:
+        _check_mmdit(model)
+    else:
+        _check_dit(model)
+    _check_objective(config)
+    _check_blocks("model.dual_attention_layers", model.dual_attention_layers, model, may_be_empty=True)
+    if config.lora is not None:
+        _check_blocks("lora.layers", config.lora.layers, model)
+        _require(config.lora.rank > 0, f"lora.rank must be greater than 0, it is {config.lora.rank}.")
+        _require(recurrence is None, "lora and recurrence exclude each other; set one of them to null.")
+    if config.fine_tuning is not None:
+        _check_fine_tuning(config, config.fine_tuning)
     if recurrence is None:
         return
-    layers = recurrence.layers
-    _require(len(layers) > 0, "recurrence.layers is empty; name at least one block or set recurrence=null.")
-    _require(len(set(layers)) == len(layers), f"recurrence.layers {layers} names a block twice.")
-    for layer in layers:
-        _require(
-            0 <= layer < model.num_layers,
-            f"recurrence.layers names block {layer}, but blocks are numbered 0 to {model.num_layers - 1}.",
-        )
+    _check_blocks("recurrence.layers", recurrence.layers, model)
     for name in ("num_modules", "steps", "tau"):
         value = getattr(recurrence, name)
         _require(value > 0, f"recurrence.{name} must be greater than 0, it is {value}.")
@@ -164,8 +194,99 @@ def _check_model(config: RunConfig) -> None:
     )
 
 
-def _check_layout(config: RunConfig, world_size: int) -> None:
-    model, training, parallel = config.model, config.training, config.parallel
+def _check_mmdit(model: ModelConfig) -> None:
+    for name in ("text_length", "text_hidden_size", "pooled_size", "pos_embed_max_size"):
+        value = getattr(model, name)
+        _require(value > 0, f"model.{name} must be greater than 0 for an MM-DiT, it is {value}.")
+    for name in ("num_classes", "learned_sigma"):
+        value = getattr(model, name)
+        _require(not value, f"model.{name} is {value}, but an MM-DiT has none; set architecture=dit.")
+    patches = model.sample_size // model.patch_size
+    _require(
+        model.pos_embed_max_size >= patches,
+        f"model.pos_embed_max_size ({model.pos_embed_max_size}) must be at least sample_size / patch_size ({patches}).",
+    )
+
+
+def _check_dit(model: ModelConfig) -> None:
+    _require(
+        model.num_classes > 0,
+        f"model.num_classes must be greater than 0 for a DiT, it is {model.num_classes}.",
+    )
+    for name in (
+        "text_length",
+        "text_hidden_size",
+        "pooled_size",
+        "pos_embed_max_size",
+        "dual_attention_layers",
+        "qk_norm",
+    ):
+        value = getattr(model, name)
+        _require(not value, f"model.{name} is {value}, but a DiT has none; leave it out (qk_norm: false).")
+
+
+def _check_objective(config: RunConfig) -> None:
+    diffusion, is_ddpm = config.diffusion, config.diffusion.objective is Objective.ddpm
+    _require(
+        is_ddpm or not config.model.learned_sigma,
+        "model.learned_sigma needs diffusion.objective=ddpm; rectified flow has no variance to learn.",
+    )
+    _require(
+        not is_ddpm or diffusion.prediction is Prediction.velocity,
+        "diffusion.prediction=sample needs diffusion.objective=rectified_flow; DDPM predicts the noise.",
+    )
+    _require(
+        diffusion.prediction is Prediction.velocity or config.model.architecture is Architecture.mmdit,
+        "diffusion.prediction=sample is for MM-DiTs; a DiT predicts velocity or noise.",
+    )
+    _require(
+        is_ddpm or diffusion.min_snr_gamma is None,
+        "diffusion.min_snr_gamma needs diffusion.objective=ddpm; rectified flow weights by its timestep_density.",
+    )
+    for name in ("min_snr_gamma", "shift_base_size"):
+        value = getattr(diffusion, name)
+        _require(
+            value is None or value > 0, f"diffusion.{name} must be greater than 0 or null, it is {value}."
+        )
+    _require(
+        -1 <= diffusion.mode_scale <= 2 / (math.pi - 2),
+        f"diffusion.mode_scale must lie between -1 and {2 / (math.pi - 2):.3f}, where the density exists; it is "
+        f"{diffusion.mode_scale}.",
+    )
+    unknown = sorted(set(config.encoders.dropped) - set(SD3_ENCODERS))
+    _require(not unknown, f"encoders.dropped {unknown} must be among {', '.join(SD3_ENCODERS)}.")
+
+
+def _check_fine_tuning(config: RunConfig, fine_tuning: FineTuningConfig) -> None:
+    trainable = fine_tuning.trainable
+    _require(
+        trainable is not Trainable.added or config.recurrence is not None or config.lora is not None,
+        "fine_tuning.trainable=added trains recurrence or LoRA, but both are null; add one or train blocks or all.",
+    )
+    if trainable is Trainable.blocks:
+        _check_blocks("fine_tuning.blocks", fine_tuning.blocks, config.model)
+    else:
+        _require(
+            not fine_tuning.blocks,
+            f"fine_tuning.blocks is for trainable=blocks, but trainable is {trainable.value}.",
+        )
+
+
+def _check_blocks(name: str, layers: list[int], model: ModelConfig, may_be_empty: bool = False) -> None:
+    _require(
+        may_be_empty or len(layers) > 0,
+        f"{name} is empty; name at least one block or set {name.partition('.')[0]}=null.",
+    )
+    _require(len(set(layers)) == len(layers), f"{name} {layers} names a block twice.")
+    for layer in layers:
+        _require(
+            0 <= layer < model.num_layers,
+            f"{name} names block {layer}, but blocks are numbered 0 to {model.num_layers - 1}.",
+        )
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    model, parallel = config.model, config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     expert = parallel.expert_model_parallel_size
     _divides(
@@ -192,6 +313,11 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         not parallel.sequence_parallel or tensor > 1,
         "parallel.sequence_parallel needs parallel.tensor_model_parallel_size greater than 1.",
     )
+
+
+def _check_batch(config: RunConfig, world_size: int) -> None:
+    training, parallel = config.training, config.parallel
+    data = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     _divides(
         training.micro_batch_size * data,
         f"micro_batch_size x data-parallel ranks = {training.micro_batch_size} x {data}",

@@ -56,6 +56,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "jpeg": _decode_image,
     "txt": lambda content: content.decode("utf-8"),
     "json": json.loads,
+    "cls": int,
     "npy": _decode_array,
 }
 
@@ -192,24 +193,30 @@ class ShardDataset(Dataset):
 
 
 LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED = "latents.npy", "text_hidden_states.npy", "text_pooled.npy"
-PRECOMPUTED = {"latents": LATENTS, "text_hidden_states": TEXT_HIDDEN_STATES, "text_pooled": TEXT_POOLED}
+PRECOMPUTED_TEXT = {"text_hidden_states": TEXT_HIDDEN_STATES, "text_pooled": TEXT_POOLED}
+CLASS_LABEL = "cls"
 
 
 class TrainingDataset(Dataset):
     """Training samples of a shard folder, raw or precomputed; which one is read off the first sample.
 
     Raw samples are ``{"image": uint8 [3, H, W], "caption": str}``; precomputed ones float32 tensors ``latents``
-    [C, H, W], ``text_hidden_states`` [L, D] and ``text_pooled`` [P].
+    [C, H, W], ``text_hidden_states`` [L, D] and ``text_pooled`` [P]. For a class-conditional model
+    ``class_labels``, an int, takes the place of caption and text.
+
+    Args:
+        num_classes: of a class-conditional model, 0 for text.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_classes: int = 0) -> None:
         self.samples = ShardDataset(folder)
+        self.num_classes = num_classes
         members = self.samples.locations[0].members
         self.precomputed = LATENTS in members
         self.image_extension = next((name for name in ("png", "jpg", "jpeg") if name in members), "png")
-        self.samples.restrict(
-            list(PRECOMPUTED.values()) if self.precomputed else [self.image_extension, "txt"]
-        )
+        images = LATENTS if self.precomputed else self.image_extension
+        text = list(PRECOMPUTED_TEXT.values()) if self.precomputed else ["txt"]
+        self.samples.restrict([images, *([CLASS_LABEL] if num_classes else text)])
         self.samples.require_shapes_of_first()  # samples of a batch are stacked
 
     def __len__(self) -> int:
@@ -217,7 +224,24 @@ class TrainingDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
+        return self._image(sample) | (self._label(sample) if self.num_classes else self._text(sample))
+
+    def _image(self, sample: dict[str, Any]) -> dict[str, Any]:
         if self.precomputed:
-            arrays = {name: sample[member].astype(np.float32) for name, member in PRECOMPUTED.items()}
-            return {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {"image": torch.from_numpy(sample[self.image_extension]), "caption": sample["txt"]}
+            return {"latents": torch.from_numpy(sample[LATENTS].astype(np.float32))}
+        return {"image": torch.from_numpy(sample[self.image_extension])}
+
+    def _text(self, sample: dict[str, Any]) -> dict[str, Any]:
+        if not self.precomputed:
+            return {"caption": sample["txt"]}
+        arrays = {name: sample[member].astype(np.float32) for name, member in PRECOMPUTED_TEXT.items()}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _label(self, sample: dict[str, Any]) -> dict[str, Any]:
+        label = sample[CLASS_LABEL]
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"Sample {sample['__key__']} of {self.samples.folder} has class {label}, but model.num_classes is "
+                f"{self.num_classes}."
+            )
+        return {"class_labels": label}

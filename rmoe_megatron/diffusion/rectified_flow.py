@@ -1,52 +1,69 @@
-"""Rectified flow as in SD3 (Esser et al., 2024): straight paths from data to noise, logit-normal timesteps."""
+"""Rectified flow as in SD3 (Esser et al., 2024): straight paths from data to noise."""
 
 import math
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rmoe_megatron.config.schema import DiffusionConfig, Prediction
+from rmoe_megatron.config.schema import DiffusionConfig, Prediction, TimestepDensity
 from rmoe_megatron.counter_rng import Purpose, derive, normal, uniform
+from rmoe_megatron.diffusion.objective import TrainingExample
 
 TIMESTEPS = 1000.0  # the model is conditioned on sigma * TIMESTEPS, as diffusers' FlowMatchEulerDiscreteScheduler does
-
 
 # A predicted sample gives the velocity (noisy - sample) / sigma; below this sigma the divisor stays.
 MIN_SIGMA = 0.05
 
 
-@dataclass
-class TrainingExample:
-    """A noised batch: what the model sees and what it should answer."""
+def resolution_shift(config: DiffusionConfig, sample_size: int) -> float:
+    """Return the shift of sigma for latents of ``sample_size``.
 
-    noisy_latents: Tensor  # float32 [B, C, H, W]
-    timestep: Tensor  # float32 [B], sigma * TIMESTEPS
-    target: Tensor  # velocity, float32 [B, C, H, W]
+    Signal-to-noise ratios agree between resolutions when the shift grows with the square root of the number of
+    tokens (Esser et al., section 5.3.2), that is with the side of the image.
+    """
+    if config.shift_base_size is None:
+        return config.shift
+    return config.shift * sample_size / config.shift_base_size
 
 
-def sample_sigma(config: DiffusionConfig, keys: Tensor) -> Tensor:
-    """Draw sigma float32 [B]: sigmoid of a normal variable, then SD3's shift for resolution.
+def draw_sigma(config: DiffusionConfig, keys: Tensor) -> Tensor:
+    """Draw sigma in (0, 1) float32 [B] before the shift, from the configured density (Esser et al., section 3.1).
 
     Args:
         keys: int64 [B], one key per sample.
     """
-    logit = config.logit_mean + config.logit_std * normal(derive(keys, Purpose.timestep), 1).squeeze(-1)
-    sigma = torch.sigmoid(logit)
-    return config.shift * sigma / (1 + (config.shift - 1) * sigma)
+    keys = derive(keys, Purpose.timestep)
+    if config.timestep_density is TimestepDensity.logit_normal:
+        return torch.sigmoid(config.logit_mean + config.logit_std * normal(keys, 1).squeeze(-1))
+    u = uniform(keys, 1).squeeze(-1)
+    if config.timestep_density is TimestepDensity.mode:
+        return 1 - u - config.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    if config.timestep_density is TimestepDensity.cosmap:
+        return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+    return u
 
 
-def add_noise(config: DiffusionConfig, latents: Tensor, keys: Tensor) -> TrainingExample:
-    """Draw sigma and noise; the noisy latents are ``(1 - sigma) x + sigma noise``, the velocity ``noise - x``.
+class RectifiedFlow:
+    """Noisy latents ``(1 - sigma) x + sigma noise``, target ``noise - x``, mean squared error."""
 
-    Args:
-        latents: float32 [B, C, H, W].
-        keys: int64 [B], one key per sample.
-    """
-    sigma = sample_sigma(config, keys)
-    noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
-    weight = sigma.view(-1, 1, 1, 1)
-    return TrainingExample((1 - weight) * latents + weight * noise, sigma * TIMESTEPS, noise - latents)
+    def __init__(self, config: DiffusionConfig, sample_size: int) -> None:
+        self.config = config
+        self.shift = resolution_shift(config, sample_size)
+
+    def add_noise(self, latents: Tensor, keys: Tensor) -> TrainingExample:
+        """Draw sigma and noise for latents float32 [B, C, H, W]; keys are int64 [B], one per sample."""
+        sigma = draw_sigma(self.config, keys)
+        sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
+        weight = sigma.view(-1, 1, 1, 1)
+        return TrainingExample(
+            (1 - weight) * latents + weight * noise, sigma * TIMESTEPS, noise - latents, latents
+        )
+
+    def loss(self, velocity: Tensor, example: TrainingExample) -> Tensor:
+        """Return the mean squared error of the velocity [B, C, H, W], a float32 scalar."""
+        return F.mse_loss(velocity, example.target)
 
 
 def to_velocity(prediction: Prediction, output: Tensor, noisy_latents: Tensor, timestep: Tensor) -> Tensor:
@@ -63,26 +80,3 @@ def to_velocity(prediction: Prediction, output: Tensor, noisy_latents: Tensor, t
         return output.float()
     sigma = (timestep / TIMESTEPS).clamp_min(MIN_SIGMA).view(-1, 1, 1, 1)
     return (noisy_latents - output.float()) / sigma
-
-
-def drop_captions(
-    config: DiffusionConfig,
-    text_hidden_states: Tensor,
-    text_pooled: Tensor,
-    null_text: tuple[Tensor, Tensor],
-    keys: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Replace a share of the captions by the empty caption, for classifier-free guidance.
-
-    Args:
-        text_hidden_states: [B, L, D].
-        text_pooled: [B, P].
-        null_text: the empty caption's token states [1, L, D] and pooled embedding [1, P].
-        keys: int64 [B], one key per sample.
-    """
-    dropped = uniform(derive(keys, Purpose.guidance_dropout), 1) < config.guidance_dropout
-    hidden_states, pooled = null_text
-    return (
-        torch.where(dropped.unsqueeze(-1), hidden_states, text_hidden_states),
-        torch.where(dropped, pooled, text_pooled),
-    )

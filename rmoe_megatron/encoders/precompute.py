@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmoe_megatron import durable
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.schema import Architecture, RunConfig
 from rmoe_megatron.config.validation import check_writable
-from rmoe_megatron.data.shards import LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED, ShardDataset
+from rmoe_megatron.data.shards import CLASS_LABEL, LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED, ShardDataset
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_images, load_autoencoder
-from rmoe_megatron.encoders.text import TextEncoder, load_text_encoder, text_encoder_folder
+from rmoe_megatron.encoders.conditions import NULL_TEXT
+from rmoe_megatron.encoders.source import model_folder
+from rmoe_megatron.encoders.text import TEXT_FILES, CaptionEncoder, load_text_encoder, minilm_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.platform import select_device
 
-NULL_TEXT = "null_text.safetensors"
 BATCH = 256
 
 
@@ -33,7 +35,7 @@ def precompute(
     """Encode every shard below ``source`` into a shard of the same name below ``out``.
 
     ``out`` appears whole or not at all. Beside the shards it holds ``dataset.json`` with the encoders' fingerprints
-    and the embedding of the empty caption.
+    and the embedding of the empty caption. For a class-conditional model only images are encoded.
 
     Args:
         config: its ``encoders``, ``model`` and ``device`` sections are used.
@@ -49,21 +51,22 @@ def precompute(
         raise UserError(f"{out} exists and is not an empty folder; choose another one or remove it first.")
     check_writable(out, "The output")
     device = select_device(config.device)
-    text_encoder = load_text_encoder(config.encoders.text_encoder, config.model.text_length, device)
+    captions = None
+    if config.model.architecture is Architecture.mmdit:
+        captions = CaptionCache(load_text_encoder(config.encoders, config.model.text_length, device))
     autoencoder = load_autoencoder(config.encoders.autoencoder, device)
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    captions = CaptionCache(text_encoder)
     for done, shard in enumerate(shards):
         target = building / shard.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         encode_shard(shard, target, captions, autoencoder)
         if progress is not None:
             progress(done + 1, len(shards))
-    null_text = text_encoder.encode([""])
-    save_file(
-        {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}, building / NULL_TEXT
-    )
+    if captions is not None:
+        null_text = captions.text_encoder.encode([""])
+        tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
+        save_file(tensors, building / NULL_TEXT)
     _describe(config, source, building)
     durable.publish(building, out)
 
@@ -73,7 +76,7 @@ class CaptionCache:
 
     CAPACITY = 20_000
 
-    def __init__(self, text_encoder: TextEncoder) -> None:
+    def __init__(self, text_encoder: CaptionEncoder) -> None:
         self.text_encoder = text_encoder
         self.encoded: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -93,26 +96,35 @@ class CaptionCache:
             }
 
 
-def encode_shard(shard: Path, target: Path, captions: CaptionCache, autoencoder: Autoencoder) -> None:
-    """Encode the samples of one shard."""
+def encode_shard(shard: Path, target: Path, captions: CaptionCache | None, autoencoder: Autoencoder) -> None:
+    """Encode the samples of one shard; without ``captions`` text is copied and not embedded."""
     samples = ShardDataset(shard.parent, shards=[shard])
-    captions.add({samples[index]["txt"] for index in range(len(samples))})
+    if captions is not None:
+        captions.add({samples[index]["txt"] for index in range(len(samples))})
     with target.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for start in range(0, len(samples), BATCH):
                 batch_samples = [samples[index] for index in range(start, min(start + BATCH, len(samples)))]
                 images = torch.from_numpy(np.stack([_image(sample) for sample in batch_samples]))
                 for sample, latents in zip(batch_samples, encode_images(autoencoder, images), strict=True):
-                    hidden_states, pooled = captions.encoded[sample["txt"]]
-                    key = sample["__key__"]
-                    _add(tar, f"{key}.{LATENTS}", _array(latents))
-                    _add(tar, f"{key}.{TEXT_HIDDEN_STATES}", _array(hidden_states))
-                    _add(tar, f"{key}.{TEXT_POOLED}", _array(pooled))
-                    _add(tar, f"{key}.txt", sample["txt"].encode())
-                    if "json" in sample:
-                        _add(tar, f"{key}.json", json.dumps(sample["json"]).encode())
+                    _add_sample(tar, sample, latents, captions)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _add_sample(tar: tarfile.TarFile, sample: dict, latents: Tensor, captions: CaptionCache | None) -> None:
+    members = {LATENTS: _array(latents)}
+    if captions is not None:
+        hidden_states, pooled = captions.encoded[sample["txt"]]
+        members |= {TEXT_HIDDEN_STATES: _array(hidden_states), TEXT_POOLED: _array(pooled)}
+    if "txt" in sample:
+        members["txt"] = sample["txt"].encode()
+    if "json" in sample:
+        members["json"] = json.dumps(sample["json"]).encode()
+    if CLASS_LABEL in sample:
+        members[CLASS_LABEL] = str(sample[CLASS_LABEL]).encode()
+    for extension, content in members.items():
+        _add(tar, f"{sample['__key__']}.{extension}", content)
 
 
 def _image(sample: dict) -> np.ndarray:
@@ -136,13 +148,25 @@ def _describe(config: RunConfig, source: Path, building: Path) -> None:
     """Write ``dataset.json``: that of the source, and which encoders made the embeddings."""
     path = source / "dataset.json"
     description = json.loads(path.read_text()) if path.is_file() else {"name": source.name}
-    weights = text_encoder_folder(config.encoders.text_encoder) / "model.safetensors"
-    description["encoders"] = {
-        "text_encoder": config.encoders.text_encoder,
-        "text_encoder_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()
-        if weights.is_file()
-        else None,
-        "text_length": config.model.text_length,
-        "autoencoder": config.encoders.autoencoder,
-    }
+    encoders = config.encoders
+    described: dict[str, Any] = {"autoencoder": encoders.autoencoder}
+    if config.model.architecture is Architecture.mmdit:
+        described |= {
+            "text_encoder": encoders.text_encoder,
+            "text_encoder_sha256": _text_encoder_sha256(encoders.text_encoder),
+            "text_encoders_dropped": encoders.dropped,
+            "text_length": config.model.text_length,
+        }
+    description["encoders"] = described
     (building / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _text_encoder_sha256(name: str) -> str:
+    """Return the SHA-256 of the weights of a text encoder, or of all text encoders of a pipeline."""
+    folder = minilm_folder() if name == "minilm" else model_folder(name, TEXT_FILES)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("text_encoder*/*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

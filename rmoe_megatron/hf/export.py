@@ -1,72 +1,184 @@
-"""From a training checkpoint to a diffusers folder."""
+"""From a run to a diffusers folder: diffusers' own classes where they can express the model, ours where not."""
 
+import functools
+import json
 import shutil
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
+from torch import Tensor
 
 from rmoe_megatron import durable
-from rmoe_megatron.checkpoint.folders import find_checkpoint
-from rmoe_megatron.checkpoint.state import load_weights
-from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.config.schema import Device, ParallelConfig, Precision, RunConfig
+from rmoe_megatron.checkpoint.weights import RunWeights
+from rmoe_megatron.config.schema import Architecture, Objective, RunConfig
 from rmoe_megatron.config.validation import check_writable
+from rmoe_megatron.diffusion.build import build_scheduler
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
-from rmoe_megatron.encoders.text import load_text_encoder
+from rmoe_megatron.encoders.source import model_folder
+from rmoe_megatron.encoders.text import TEXT_FILES, load_text_encoder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.mapping import to_diffusers, transformer_arguments
+from rmoe_megatron.hf.architecture import empty_transformer
+from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
+from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
-from rmoe_megatron.hf.transformer import RecurrentSD3Transformer2DModel
-from rmoe_megatron.model.mmdit import MMDiT
-from rmoe_megatron.parallel import process_groups
+from rmoe_megatron.hf.remote_code import add_remote_code
+from rmoe_megatron.hf.safetensors_folder import MAX_SHARD_SIZE, write_model
+
+IMAGENET_CLASSES = 1000  # diffusers' DiTPipeline takes this number for the dropped label
+SD3_COMPONENTS = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+QKV_WEIGHT = "attention.linear_qkv.weight"
 
 
-def export_run(run_dir: Path, out: Path, step: int | None, averaged: bool) -> None:
-    """Write the weights of a run in float32 as a diffusers folder, which appears whole or not at all.
+def export_run(
+    run_dir: Path,
+    out: Path,
+    step: int | None = None,
+    averaged: bool = True,
+    dtype: torch.dtype | None = None,
+    base: Path | None = None,
+    remote_code: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a run as a diffusers folder, which appears whole or not at all.
 
     Args:
         step: checkpoint to export; None takes the newest complete one.
         averaged: the moving averages instead of the weights of the step.
+        dtype: of the weights; None keeps the checkpoint's, of several the one that holds all.
+        base: where the frozen base lies if not where the run's configuration says.
+        remote_code: put the code of classes that diffusers lacks into the folder, for users without this package.
+        max_shard_size: weights above it are written as several files.
 
     Raises:
         UserError: the run has no complete checkpoint, or ``out`` is not empty or cannot be written.
     """
-    if not run_dir.is_dir():
-        raise UserError(f"There is no run at {run_dir}; give the run_dir of an earlier `rmoe train`.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; choose another one or remove it first.")
     check_writable(out, "The output")
-    checkpoint = find_checkpoint(run_dir, step)
-    saved = load_config(checkpoint.path / "config.yaml", [])
-    config = replace(saved, precision=Precision.fp32, device=Device.cpu, parallel=ParallelConfig())
-    with process_groups(config):
-        model = MMDiT(config)
-        load_weights(model, checkpoint, averaged)
-        pipeline = build_pipeline(config, diffusers_transformer(config, model))
+    weights = RunWeights(run_dir, step, averaged, base)
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    pipeline.save_pretrained(building)
+    (building / "transformer").mkdir(parents=True)
+    reader = DiffusersWeights(weights, dtype)
+    transformer = empty_transformer(weights.config, reader.dtype)
+    write_model(transformer, reader.read, building / "transformer", max_shard_size, progress)
+    write_pipeline(weights.config, transformer, building)
+    if remote_code:
+        add_remote_code(building)
     durable.publish(building, out)
 
 
-def diffusers_transformer(config: RunConfig, model: MMDiT) -> RecurrentSD3Transformer2DModel:
-    """Return the diffusers model with the weights of an unsharded Megatron-Core model."""
-    transformer = RecurrentSD3Transformer2DModel(**transformer_arguments(config.model, config.recurrence))
-    transformer.load_state_dict(to_diffusers(model.state_dict(), config.model.num_attention_heads))
-    return transformer.eval()
+class DiffusersWeights:
+    """A run's weights under diffusers' names, converted one tensor of the run at a time.
+
+    LoRA is merged into the projections that it adapts.
+    """
+
+    def __init__(self, weights: RunWeights, dtype: torch.dtype | None) -> None:
+        self.weights = weights
+        self.dtype = dtype or _common_dtype(location.dtype for location in weights.locations.values())
+        names = [name for name in weights.locations if ".lora." not in name]
+        self.rules = weight_rules(names, weights.config.model)
+        self.sources = {target: name for name, rule in self.rules.items() for target in rule.names}
+        self._pending: dict[str, Tensor] = {}
+
+    def read(self, target: str) -> Tensor:
+        """Return the tensor of a diffusers name."""
+        name = self.sources[target]
+        rule = self.rules[name]
+        if target not in self._pending:
+            self._pending |= dict(zip(rule.names, rule.split(self._converted(name)), strict=True))
+        tensor = self._pending.pop(target)
+        # Tensors of a file must not share memory.
+        return tensor.clone() if isinstance(rule, Copies) else tensor
+
+    def _converted(self, name: str) -> Tensor:
+        tensor = self.weights.locations[name].read()
+        lora = name.removesuffix(QKV_WEIGHT) + "lora."
+        if name.endswith(QKV_WEIGHT) and f"{lora}up" in self.weights.locations:
+            tensor = merge_lora(
+                tensor,
+                self.weights.locations[f"{lora}down"].read(),
+                self.weights.locations[f"{lora}up"].read(),
+                self.rules[name],
+            )
+        return tensor.to(self.dtype)
 
 
-def build_pipeline(config: RunConfig, transformer: RecurrentSD3Transformer2DModel) -> RecurrentSD3Pipeline:
-    """Put the transformer together with the frozen encoders and the sampler of a run."""
-    device = transformer.device
-    encoder = load_text_encoder(config.encoders.text_encoder, config.model.text_length, device)
+def _common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the data type that holds all others: diffusers expects one in a file."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def merge_lora(weight: Tensor, down: Tensor, up: Tensor, rule: Rule) -> Tensor:
+    """Add ``up @ down`` of q, k and v (down [3 r, H], up [3, H, r]) to the projection [3 H, H] of a block."""
+    updates = torch.bmm(up.float(), down.float().view(3, -1, down.shape[-1]))
+    return (weight.float() + rule.join(list(updates.unbind(0)))).to(weight.dtype)
+
+
+def write_pipeline(config: RunConfig, transformer: ModelMixin, folder: Path) -> None:
+    """Write all of a pipeline but the transformer's weights: frozen encoders, sampler and model_index.json."""
+    if _has_sd3_encoders(config):
+        _write_sd3_pipeline(config, transformer, folder)
+        return
+    pipeline = build_pipeline(config, transformer)
+    for name, component in pipeline.components.items():
+        if name != "transformer" and hasattr(component, "save_pretrained"):
+            component.save_pretrained(folder / name)
+    pipeline.save_config(folder)
+
+
+def build_pipeline(config: RunConfig, transformer: ModelMixin) -> DiffusionPipeline:
+    """Put a transformer together with the frozen encoders and the sampler of a run without SD3's text encoders."""
+    cpu = torch.device("cpu")
+    scheduler, vae = build_scheduler(config), load_autoencoder(config.encoders.autoencoder, cpu)
+    if config.model.architecture is Architecture.dit:
+        stock = config.diffusion.objective is Objective.ddpm and config.model.num_classes == IMAGENET_CLASSES
+        pipeline_class = (
+            DiTPipeline if stock and vae.config.get("shift_factor") is None else RecurrentDiTPipeline
+        )
+        return pipeline_class(transformer=transformer, vae=vae, scheduler=scheduler)
+    encoder = load_text_encoder(config.encoders, config.model.text_length, cpu)
     return RecurrentSD3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.diffusion.shift),
-        vae=load_autoencoder(config.encoders.autoencoder, device),
-        text_encoder=encoder.model,
-        tokenizer=encoder.tokenizer,
+        scheduler=scheduler,
+        vae=vae,
         text_length=config.model.text_length,
-        prediction=config.diffusion.prediction.value,
+        **encoder.components(),
     )
+
+
+def _has_sd3_encoders(config: RunConfig) -> bool:
+    name = config.encoders.text_encoder
+    if config.model.architecture is not Architecture.mmdit or name == "minilm":
+        return False
+    return (model_folder(name, TEXT_FILES) / "model_index.json").is_file()
+
+
+def _write_sd3_pipeline(config: RunConfig, transformer: ModelMixin, folder: Path) -> None:
+    """Copy the text encoders of diffusers' own StableDiffusion3Pipeline; they can be larger than memory."""
+    source = model_folder(config.encoders.text_encoder, TEXT_FILES)
+    index: dict[str, Any] = json.loads((source / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusion3Pipeline"
+    dropped_t5 = "t5" in config.encoders.dropped
+    for name in SD3_COMPONENTS:
+        if name.endswith("_3") and dropped_t5:
+            index[name] = [None, None]
+        elif (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+    components = {
+        "transformer": transformer,
+        "scheduler": build_scheduler(config),
+        "vae": load_autoencoder(config.encoders.autoencoder, torch.device("cpu")),
+    }
+    for name, component in components.items():
+        if name != "transformer":
+            component.save_pretrained(folder / name)
+        module = type(component).__module__
+        library = "diffusers" if module.startswith("diffusers.") else module
+        index[name] = [library, type(component).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

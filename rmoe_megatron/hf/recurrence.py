@@ -1,4 +1,4 @@
-"""The recursion of joint attention in plain PyTorch, for inference in diffusers.
+"""The recursion of attention in plain PyTorch, for inference in diffusers.
 
 The equations are those of :mod:`rmoe_megatron.model.recurrence` without Gumbel noise: every vision token goes to the
 module with the largest logit, with weight 1.
@@ -78,7 +78,7 @@ class Experts(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """Gate, step modulation and experts of one block's joint attention."""
+    """Gate, step modulation and experts of one block's attention."""
 
     def __init__(
         self,
@@ -96,35 +96,39 @@ class Recurrence(nn.Module):
         self.experts = Experts(hidden_size, num_modules, rank)
 
     def forward(
-        self, attention: Attention, vision: Tensor, text: Tensor, temb: Tensor
+        self, attention: Attention, vision: Tensor, text: Tensor | None, temb: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attention output of vision [B, S, H] and text [B, L, H] (None in the last block).
+        """Return the attention output of vision [B, S, H] and text [B, L, H] (None in SD3's last block and in DiT).
 
         Args:
-            attention: diffusers' joint attention of the block.
+            attention: diffusers' attention of the block.
             vision: modulated vision tokens [B, S, H].
-            text: modulated text tokens [B, L, H].
+            text: modulated text tokens [B, L, H]; None in DiT.
             temb: conditioning vector [B, H], before SiLU.
         """
         conditioning = F.silu(temb)
-        text_qkv = normalise(
-            heads(
-                attention, attention.add_q_proj(text), attention.add_k_proj(text), attention.add_v_proj(text)
-            ),
-            attention.norm_added_q,
-            attention.norm_added_k,
-        )
+        text_qkv = None if text is None else self.text_qkv(attention, text)
         state = vision
         for _ in range(self.steps - 1):
             query, key, value = self.vision_qkv(attention, self.apply_modules(state, conditioning))
-            attended = attend(query, torch.cat((key, text_qkv[1]), 2), torch.cat((value, text_qkv[2]), 2))
-            state = attention.to_out[0](attended) + vision
+            if text_qkv is not None:
+                key, value = torch.cat((key, text_qkv[1]), 2), torch.cat((value, text_qkv[2]), 2)
+            state = attention.to_out[0](attend(query, key, value)) + vision
         base = torch.cat((attention.to_q(vision), attention.to_k(vision), attention.to_v(vision)), dim=-1)
-        vision_qkv = self.vision_qkv(attention, self.apply_modules(state, conditioning) + base)
-        attended = attend(*(torch.cat(parts, dim=2) for parts in zip(vision_qkv, text_qkv, strict=True)))
-        vision_attended, text_attended = attended.split([vision.shape[1], text.shape[1]], dim=1)
-        text_output = None if attention.context_pre_only else attention.to_add_out(text_attended)
-        return attention.to_out[0](vision_attended), text_output
+        qkv = self.vision_qkv(attention, self.apply_modules(state, conditioning) + base)
+        if text_qkv is not None:
+            qkv = tuple(torch.cat(parts, dim=2) for parts in zip(qkv, text_qkv, strict=True))
+        attended = attend(*qkv)
+        output = attention.to_out[0](attended[:, : vision.shape[1]])
+        if text is None or attention.context_pre_only:
+            return output, None
+        return output, attention.to_add_out(attended[:, vision.shape[1] :])
+
+    @staticmethod
+    def text_qkv(attention: Attention, text: Tensor) -> tuple[Tensor, ...]:
+        """Project text tokens [B, L, H] to normalised heads; they are the same in every latent step."""
+        projected = attention.add_q_proj(text), attention.add_k_proj(text), attention.add_v_proj(text)
+        return normalise(heads(attention, *projected), attention.norm_added_q, attention.norm_added_k)
 
     def apply_modules(self, state: Tensor, conditioning: Tensor) -> Tensor:
         """Project token states [B, S, H] with the module picked for each; returns [B, S, 3 H]."""
@@ -136,7 +140,7 @@ class Recurrence(nn.Module):
         return self.experts(tokens.flatten(0, 1), modules.flatten()).unflatten(0, state.shape[:2])
 
     @staticmethod
-    def vision_qkv(attention: Attention, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def vision_qkv(attention: Attention, projected: Tensor) -> tuple[Tensor, ...]:
         """Split [B, S, 3 H] into normalised heads."""
         return normalise(heads(attention, *projected.chunk(3, dim=-1)), attention.norm_q, attention.norm_k)
 

@@ -1,1 +1,1 @@
-"""The models: MM-DiT with recursive sparse mixture-of-experts in joint attention, on Megatron-Core."""
+"""The models: MM-DiT and DiT with recursive sparse mixture-of-experts in attention, on Megatron-Core."""

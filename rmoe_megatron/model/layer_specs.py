@@ -8,45 +8,52 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from rmoe_megatron.config.schema import RunConfig
-from rmoe_megatron.model.blocks import JointBlock, JointBlockSubmodules
+from rmoe_megatron.config.schema import Architecture, RunConfig
+from rmoe_megatron.model.attention import AttentionSubmodules, JointAttention, SelfAttention
+from rmoe_megatron.model.blocks import BlockSettings, BlockSubmodules, DiTBlock, JointBlock
 from rmoe_megatron.model.experts import Experts
-from rmoe_megatron.model.joint_attention import JointAttention, JointAttentionSubmodules
+from rmoe_megatron.model.lora import Lora
 from rmoe_megatron.model.recurrence import Recurrence, RecurrenceSubmodules
 
 
-def block_spec(
+def stage_spec(
     config: RunConfig, transformer: TransformerConfig, pipeline_rank: int
 ) -> TransformerBlockSubmodules:
     """Return the specs of the layers of this pipeline stage; the final norm belongs to the model, not to the block."""
     layers_per_stage = transformer.num_layers // transformer.pipeline_model_parallel_size
     offset = get_transformer_layer_offset(transformer, None, pipeline_rank)
     layers = range(offset, offset + layers_per_stage)
-    return TransformerBlockSubmodules(layer_specs=[joint_block_spec(config, layer) for layer in layers])
+    return TransformerBlockSubmodules(layer_specs=[block_spec(config, layer) for layer in layers])
 
 
-def joint_block_spec(config: RunConfig, layer: int) -> ModuleSpec:
+def block_spec(config: RunConfig, layer: int) -> ModuleSpec:
     """Return the spec of block ``layer`` (from 0)."""
+    model, is_joint = config.model, config.model.architecture is Architecture.mmdit
     recurrence = config.recurrence if config.recurrence and layer in config.recurrence.layers else None
-    return ModuleSpec(
-        module=JointBlock,
-        params={
-            "text_length": config.model.text_length,
-            "context_pre_only": layer == config.model.num_layers - 1,
-            "qk_norm": config.model.qk_norm,
-            "seed": config.seed,
-            "recurrence": recurrence,
-        },
-        submodules=JointBlockSubmodules(
-            attention=ModuleSpec(
-                module=JointAttention, submodules=JointAttentionSubmodules(core_attention=DotProductAttention)
-            ),
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
-            recurrence=ModuleSpec(module=Recurrence, submodules=RecurrenceSubmodules(experts=Experts))
-            if recurrence
-            else None,
-        ),
+    lora = config.lora if config.lora and layer in config.lora.layers else None
+    settings = BlockSettings(
+        qk_norm=model.qk_norm,
+        mlp_norm_eps=model.mlp_norm_eps,
+        seed=config.seed,
+        text_length=model.text_length,
+        context_pre_only=is_joint and layer == model.num_layers - 1,
+        recurrence=recurrence,
+        lora=lora,
     )
+    core = AttentionSubmodules(core_attention=DotProductAttention)
+    submodules = BlockSubmodules(
+        attention=ModuleSpec(module=JointAttention if is_joint else SelfAttention, submodules=core),
+        mlp=ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        ),
+        dual_attention=ModuleSpec(module=SelfAttention, submodules=core)
+        if layer in model.dual_attention_layers
+        else None,
+        recurrence=ModuleSpec(module=Recurrence, submodules=RecurrenceSubmodules(experts=Experts))
+        if recurrence
+        else None,
+        lora=ModuleSpec(module=Lora) if lora else None,
+    )
+    block = JointBlock if is_joint else DiTBlock
+    return ModuleSpec(module=block, params={"settings": settings}, submodules=submodules)

@@ -36,11 +36,11 @@ class Modulation(MegatronModule):
         return self.linear(conditioning)[0].chunk(self.num_vectors, dim=-1)
 
 
-def layer_norm(hidden_states: Tensor) -> Tensor:
+def layer_norm(hidden_states: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
     """Layer normalisation over the last dimension without affine parameters."""
-    return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=LAYER_NORM_EPS)
+    return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
 
 
-def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
     """Return ``LN(hidden_states) * (1 + scale) + shift``; hidden_states [S, B, H], shift and scale [1, B, H]."""
-    return shift.addcmul(layer_norm(hidden_states), 1 + scale)
+    return shift.addcmul(layer_norm(hidden_states, eps), 1 + scale)

@@ -1,7 +1,7 @@
 """The recursion of "The Thinking Pixel" (arXiv 2604.25299): vision tokens refined for T latent steps.
 
 In every step the gate picks one of M modules for each vision token, the module projects the token to a query, key and
-value, and joint attention with the fixed text gives the next token state. The block's own projection of the vision
+value, and attention (in MM-DiT joint with the fixed text) gives the next token state. The block's own projection of the vision
 tokens joins in the last step only.
 """
 
@@ -14,9 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from rmoe_megatron.config.schema import RecurrenceConfig
+from rmoe_megatron.model.attention import Attention, QueryKeyValue
 from rmoe_megatron.model.dispatch import QueryKeyValueDispatcher
 from rmoe_megatron.model.gate import Gate
-from rmoe_megatron.model.joint_attention import JointAttention, QueryKeyValue
 from rmoe_megatron.model.modulation import Modulation, layer_norm, modulate
 
 
@@ -28,7 +28,7 @@ class RecurrenceSubmodules:
 
 
 class Recurrence(MegatronModule):
-    """Gate, step modulation, experts and their dispatch for the joint attention of one block."""
+    """Gate, step modulation, experts and their dispatch for the attention of one block."""
 
     def __init__(
         self,
@@ -52,18 +52,18 @@ class Recurrence(MegatronModule):
         )
 
     def forward(
-        self, attention: JointAttention, vision: Tensor, text: Tensor, conditioning: Tensor, keys: Tensor
+        self, attention: Attention, vision: Tensor, text: Tensor | None, conditioning: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the block's attention output for vision [S, B, H] and text [L, B, H] (None in the last block).
+        """Return the block's attention output for vision [S, B, H] and text [L, B, H] (None in SD3's last block and DiT).
 
         Args:
-            attention: the block's joint attention.
+            attention: the block's attention.
             vision: modulated vision tokens, [S, B, H].
-            text: modulated text tokens, [L, B, H].
+            text: modulated text tokens, [L, B, H]; None in DiT.
             conditioning: [1, B, H], after SiLU.
             keys: int64 [B], the samples' keys of the counter-based random numbers.
         """
-        text_qkv = attention.project_text(text)
+        text_qkv = None if text is None else attention.project_text(text)
         state = vision
         for step in range(self.steps - 1):
             module_qkv = self.apply_modules(attention, state, conditioning, keys, step)
@@ -72,7 +72,7 @@ class Recurrence(MegatronModule):
         return attention(module_qkv + attention.project_vision(vision), text_qkv)
 
     def apply_modules(
-        self, attention: JointAttention, state: Tensor, conditioning: Tensor, keys: Tensor, step: int
+        self, attention: Attention, state: Tensor, conditioning: Tensor, keys: Tensor, step: int
     ) -> QueryKeyValue:
         """Project token states [S, B, H] with the module that the gate picks for each."""
         weights, routing_map = self.gate(state, conditioning, keys, step)
@@ -86,5 +86,4 @@ class Recurrence(MegatronModule):
         tokens, tokens_per_expert, weights = self.dispatcher.dispatch_postprocess(tokens, weights)
         projected = self.dispatcher.combine_preprocess(self.experts(tokens, tokens_per_expert, weights))
         projected = self.dispatcher.combine_postprocess(self.dispatcher.token_combine(projected))
-        heads = (part.unflatten(-1, (-1, attention.head_dim)) for part in projected.chunk(3, dim=-1))
-        return QueryKeyValue(*heads)
+        return QueryKeyValue.from_parts(projected, attention.head_dim)

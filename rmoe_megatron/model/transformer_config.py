@@ -12,8 +12,8 @@ from rmoe_megatron.platform import PARAMS_DTYPE
 LAYER_NORM_EPS = 1.0e-6
 
 
-def transformer_config(config: RunConfig) -> TransformerConfig:
-    """Return the TransformerConfig that hosts the model of ``config``.
+def transformer_config(config: RunConfig, initialise: bool = True) -> TransformerConfig:
+    """Return the TransformerConfig that hosts the model of ``config``; ``initialise`` draws initial weights.
 
     The modules of the recurrence are Megatron-Core experts: M experts, top-1, all-to-all dispatch, dropless.
     """
@@ -46,6 +46,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         use_cpu_initialization=True,
+        perform_initialization=initialise,
         init_method=torch.nn.init.xavier_uniform_,
         output_layer_init_method=torch.nn.init.xavier_uniform_,
         params_dtype=PARAMS_DTYPE[config.precision],

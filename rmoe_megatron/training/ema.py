@@ -11,12 +11,19 @@ class ExponentialMovingAverage:
     """Float32 average of a model's parameters, on this rank's shard of the model.
 
     The decay of update n is ``min(decay, (1 + n) / (10 + n))``, so that the average of a short run forgets the
-    initial weights.
+    initial weights; with a power it is ``min(decay, 1 - (1 + n) ** -power)``. These are the two ramps of diffusers'
+    EMAModel.
+
+    Args:
+        model: its trainable parameters are averaged.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, power: float | None = None) -> None:
         self.decay = decay
-        self.parameters = dict(model.named_parameters())
+        self.power = power
+        self.parameters = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         self.averages = {
             name: parameter.detach().float().clone() for name, parameter in self.parameters.items()
         }
@@ -24,7 +31,8 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the current parameters; ``step`` counts updates from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        ramp = (1 + step) / (10 + step) if self.power is None else 1 - (1 + step) ** -self.power
+        decay = min(self.decay, ramp)
         averages = list(self.averages.values())
         current = [parameter.detach().float() for parameter in self.parameters.values()]
         torch._foreach_lerp_(averages, current, 1 - decay)

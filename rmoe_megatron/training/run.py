@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rmoe_megatron import durable
-from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, list_checkpoints
+from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, list_checkpoints, read_state
 from rmoe_megatron.checkpoint.state import Progress, TrainingState, load_checkpoint, save_checkpoint
 from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.schema import RunConfig
@@ -19,8 +19,8 @@ from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.flops import training_flops_per_sample, vision_tokens
 from rmoe_megatron.parallel import process_groups, rank, world_size
+from rmoe_megatron.pictures import png
 from rmoe_megatron.platform import peak_flops, synchronize
-from rmoe_megatron.sampling import png
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.logging import RunLogger
 from rmoe_megatron.training.routing import load_balancing_loss
@@ -60,9 +60,15 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
     if not run_dir.is_dir():
         raise UserError(f"There is no run at {run_dir}; give the run_dir of an earlier `rmoe train`.")
     checkpoint = find_checkpoint(run_dir)
+    if read_state(checkpoint.path).get("imported"):
+        raise UserError(
+            f"{run_dir} holds imported weights and no training state; start a run with fine_tuning.base={run_dir}."
+        )
     saved = load_config(checkpoint.path / "config.yaml", [])
     config = load_config(checkpoint.path / "config.yaml", [*overrides, f"run_dir={run_dir}"])
-    for section in ("model", "recurrence"):
+    if config.fine_tuning and saved.fine_tuning:
+        saved.fine_tuning.base = config.fine_tuning.base  # it may have moved; its fingerprint is checked
+    for section in ("model", "recurrence", "lora", "fine_tuning"):
         if getattr(config, section) != getattr(saved, section):
             raise UserError(
                 f"The checkpoint {checkpoint.path} has another architecture ({section} differs from what is asked "
@@ -78,13 +84,13 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
 def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
     with process_groups(config) as device:
         source = TrainingSource(config, device)
-        model = build_model(config, device)
+        model, base_fingerprint = build_model(config, device)
         optimizer, scheduler = build_optimizer(config, model)
-        ema = ExponentialMovingAverage(model.module, config.optimizer.ema_decay)
-        state = TrainingState(model, optimizer, scheduler, ema, Progress())
+        ema = ExponentialMovingAverage(model.module, config.optimizer.ema_decay, config.optimizer.ema_power)
+        state = TrainingState(model, optimizer, scheduler, ema, Progress(), base_fingerprint)
         if checkpoint is not None:
             load_checkpoint(state, checkpoint)
-        step = TrainingStep(config, model, optimizer, scheduler, source.null_text)
+        step = TrainingStep(config, model, optimizer, scheduler, source.null_conditions)
         TrainingLoop(config, state, step, source, device).run()
 
 
@@ -105,9 +111,10 @@ class TrainingLoop:
         log = RunLogger(
             run_dir, self.config.logging, training.steps, progress.step, is_rank0=dist.get_rank() == 0
         )
-        grid = SampleGrid(
-            self.config, self.source.encode_prompts(training.sample_prompts), self.source.autoencoder
-        )
+        grid = None
+        if training.sample_prompts:
+            prompts = self.source.encode_prompts(training.sample_prompts)
+            grid = SampleGrid(self.config, prompts, self.source.autoencoder)
         batches = self.source.training_batches(progress.samples)
         throughput = Throughput(self.config, self.device)
         self.state.model.train()
@@ -133,7 +140,7 @@ class TrainingLoop:
             with throughput.paused():
                 if self.source.has_validation and (progress.step % training.validate_every == 0 or is_last):
                     log.log_metrics(progress.step, {"validation_loss": self.validate()})
-                if training.sample_prompts and (progress.step % training.sample_every == 0 or is_last):
+                if grid is not None and (progress.step % training.sample_every == 0 or is_last):
                     path = self.sample(grid, run_dir)
                     log.log_image("samples", path, progress.step)
                 if progress.step % self.config.checkpoint.every == 0 or is_last:

@@ -7,24 +7,31 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rmoe_megatron.config.schema import Precision, RunConfig
-from rmoe_megatron.model.mmdit import MMDiT
+from rmoe_megatron.model.build import build_transformer
 from rmoe_megatron.platform import PARAMS_DTYPE
+from rmoe_megatron.training.fine_tuning import start_from_base
 
 
-def build_model(config: RunConfig, device: torch.device) -> DistributedDataParallel:
-    """Return the model of this pipeline stage on ``device``, wrapped in Megatron-Core's data parallelism."""
-    model = MMDiT(
+def build_model(config: RunConfig, device: torch.device) -> tuple[DistributedDataParallel, str | None]:
+    """Return the model of this pipeline stage on ``device``, wrapped in Megatron-Core's data parallelism.
+
+    The second value is the fingerprint of the frozen base, None without one.
+    """
+    model = build_transformer(
         config,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-    ).to(device)
+        initialise=config.fine_tuning is None,
+    )
+    base_fingerprint = start_from_base(model, config) if config.fine_tuning is not None else None
+    model.to(device)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.optimizer.distributed_optimizer,
     )
     wrapped = DistributedDataParallel(model.config, ddp, model)
     wrapped.broadcast_params()
-    return wrapped
+    return wrapped, base_fingerprint
 
 
 def build_optimizer(

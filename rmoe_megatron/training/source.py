@@ -6,16 +6,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from safetensors.torch import load_file
-from torch import Tensor
 from torch.utils.data import default_collate
 
 from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches
 from rmoe_megatron.data.shards import TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
-from rmoe_megatron.encoders.precompute import NULL_TEXT
-from rmoe_megatron.encoders.text import load_text_encoder
+from rmoe_megatron.encoders.conditions import build_condition_encoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.training.samples import Prompts
 from rmoe_megatron.training.step import Batch
@@ -25,7 +22,7 @@ FIRST_VALIDATION_DRAW = 1 << 40
 
 
 class TrainingSource:
-    """Batches of embedded captions and latents for this data-parallel rank.
+    """Batches of latents and conditions for this data-parallel rank.
 
     Raises:
         UserError: shards are missing or do not fit the model.
@@ -34,11 +31,14 @@ class TrainingSource:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.train = TrainingDataset(Path(config.data.train))
-        self.validation = TrainingDataset(Path(config.data.validation)) if config.data.validation else None
+        classes, validation = config.model.num_classes, config.data.validation
+        self.train = TrainingDataset(Path(config.data.train), classes)
+        self.validation = TrainingDataset(Path(validation), classes) if validation else None
         self.autoencoder = load_autoencoder(config.encoders.autoencoder, device)
-        self.text_encoder = load_text_encoder(config.encoders.text_encoder, config.model.text_length, device)
-        self.null_text = self._load_null_text()
+        self.encoder = build_condition_encoder(
+            config, device, precomputed=Path(config.data.train) if self.train.precomputed else None
+        )
+        self.null_conditions = self.encoder.null
         for dataset in (self.train, self.validation):
             if dataset is not None:
                 self._check_shapes(dataset)
@@ -70,9 +70,8 @@ class TrainingSource:
         return map(self._with_validation_noise, map(self._embed, loader)), micro_batches
 
     def encode_prompts(self, captions: list[str]) -> Prompts:
-        """Encode captions for the sample grid."""
-        encoded = self.text_encoder.encode([*captions, ""])
-        return Prompts(captions, encoded.hidden_states[:-1], encoded.pooled[:-1], self.null_text)
+        """Encode captions or class labels for the sample grid."""
+        return Prompts(captions, self.encoder.encode_prompts(captions), self.null_conditions)
 
     def _layout(self) -> BatchLayout:
         training = self.config.training
@@ -86,34 +85,23 @@ class TrainingSource:
     def _embed(self, batch: dict[str, Any]) -> Batch:
         if "latents" in batch:
             return batch
-        text = self.text_encoder.encode(batch["caption"])
-        return {
-            "latents": encode_images(self.autoencoder, batch["image"]),
-            "text_hidden_states": text.hidden_states,
-            "text_pooled": text.pooled,
-            "sample_index": batch["sample_index"],
-        }
+        latents = encode_images(self.autoencoder, batch["image"])
+        conditions = self.encoder.encode_batch(batch)
+        return {"latents": latents, **conditions, "sample_index": batch["sample_index"]}
 
     @staticmethod
     def _with_validation_noise(batch: Batch) -> Batch:
         return {**batch, "sample_index": batch["sample_index"] + FIRST_VALIDATION_DRAW}
 
-    def _load_null_text(self) -> tuple[Tensor, Tensor]:
-        stored = Path(self.config.data.train).parent / NULL_TEXT
-        if self.train.precomputed and stored.is_file():
-            tensors = load_file(stored)
-            return tensors["text_hidden_states"].to(self.device), tensors["text_pooled"].to(self.device)
-        encoded = self.text_encoder.encode([""])
-        return encoded.hidden_states, encoded.pooled
-
     def _check_shapes(self, dataset: TrainingDataset) -> None:
         model = self.config.model
         embedded = self._embed(default_collate([{**dataset[0], "sample_index": 0}]))
-        expected = {
-            "latents": (model.in_channels, model.sample_size, model.sample_size),
-            "text_hidden_states": (model.text_length, model.text_hidden_size),
-            "text_pooled": (model.pooled_size,),
+        expected: dict[str, tuple[int, ...]] = {
+            "latents": (model.in_channels, model.sample_size, model.sample_size)
         }
+        if not model.num_classes:
+            expected["text_hidden_states"] = (model.text_length, model.text_hidden_size)
+            expected["text_pooled"] = (model.pooled_size,)
         remedy = "precompute the data again with" if dataset.precomputed else "use data and encoders that fit"
         for name, shape in expected.items():
             found = tuple(embedded[name].shape[1:])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -12,11 +11,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from rmoe_megatron.config.schema import Prediction, RunConfig
+from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.counter_rng import sample_keys
-from rmoe_megatron.diffusion.rectified_flow import TrainingExample, add_noise, drop_captions, to_velocity
+from rmoe_megatron.diffusion.build import build_objective
+from rmoe_megatron.diffusion.guidance import Conditions, drop_conditions
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Tensor]  # latents, sample_index, and the model's conditions
 
 
 @dataclass
@@ -33,7 +33,7 @@ class TrainingStep:
     """Runs optimizer steps of one model.
 
     Args:
-        null_text: token states [1, L, D] and pooled embedding [1, P] of the empty caption.
+        null_conditions: of the empty caption or the dropped label, each [1, ...].
     """
 
     def __init__(
@@ -42,14 +42,15 @@ class TrainingStep:
         model: DistributedDataParallel,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
-        null_text: tuple[Tensor, Tensor],
+        null_conditions: Conditions,
     ) -> None:
         self.config = config
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.null_text = null_text
-        self.device = null_text[0].device
+        self.null_conditions = null_conditions
+        self.device = next(iter(null_conditions.values())).device
+        self.objective = build_objective(config)
         data_parallel = parallel_state.get_data_parallel_world_size()
         training = config.training
         self.num_micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
@@ -97,25 +98,20 @@ class TrainingStep:
     def forward_step(
         self, micro_batches: Iterator[Batch], model: Callable[..., Tensor]
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
-        """Noise one micro-batch and predict its velocity (Megatron-Core's ``forward_step_func``)."""
+        """Noise one micro-batch and answer it (Megatron-Core's ``forward_step_func``)."""
         batch = {name: tensor.to(self.device) for name, tensor in next(micro_batches).items()}
         keys = sample_keys(self.config.seed, batch["sample_index"])
-        example = add_noise(self.config.diffusion, batch["latents"], keys)
-        hidden_states, pooled = drop_captions(
-            self.config.diffusion, batch["text_hidden_states"], batch["text_pooled"], self.null_text, keys
-        )
-        prediction = model(example.noisy_latents, example.timestep, hidden_states, pooled, keys)
-        return prediction, partial(velocity_loss, example=example, kind=self.config.diffusion.prediction)
+        example = self.objective.add_noise(batch["latents"], keys)
+        conditions = {name: batch[name] for name in self.null_conditions}
+        conditions = drop_conditions(self.config.diffusion, conditions, self.null_conditions, keys)
+        output = model(example.noisy_latents, example.timestep, keys, **conditions)
 
+        def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            value = self.objective.loss(output, example)
+            # A copy: Megatron-Core's schedule divides the loss by the number of micro-batches in place.
+            return value, {"loss": value.detach().clone()}
 
-def velocity_loss(
-    prediction: Tensor, example: TrainingExample, kind: Prediction
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean squared error of the velocity, float32, and the value to report."""
-    velocity = to_velocity(kind, prediction, example.noisy_latents, example.timestep)
-    loss = torch.nn.functional.mse_loss(velocity, example.target)
-    # A copy: Megatron-Core's schedule divides the loss by the number of micro-batches in place.
-    return loss, {"loss": loss.detach().clone()}
+        return output, loss
 
 
 def mean_over_data_parallel(losses: list[Tensor]) -> float:

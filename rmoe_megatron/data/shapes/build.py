@@ -1,7 +1,7 @@
 """Writes the toy shapes set as WebDataset tar shards.
 
-Layout: ``OUT/{train,val,val_heldout}/shapes-NNNNNN.tar`` with members KEY.png, KEY.txt (caption) and
-KEY.json (scene), and ``OUT/dataset.json``. A sample is a function of (seed, split, index) alone; the
+Layout: ``OUT/{train,val,val_heldout}/shapes-NNNNNN.tar`` with members KEY.png, KEY.txt (caption), KEY.json (scene) and
+KEY.cls (class label), and ``OUT/dataset.json``. A sample is a function of (seed, split, index) alone; the
 shards are byte for byte the same each time.
 """
 
@@ -35,6 +35,12 @@ TRAIN_SHARES = {
     Skill.position: 0.24,
     Skill.color_attr: 0.23,
 }
+
+
+def class_label(scene: Scene) -> int:
+    """Return the class of a scene for class-conditional models: color and shape of its first object, 35 classes."""
+    first = scene.objects[0]
+    return list(COLORS).index(first.color) * len(SHAPES) + SHAPES.index(first.shape)
 
 
 def make_scene(seed: int, split: str, index: int, heldout: frozenset[Pair]) -> Scene:
@@ -139,6 +145,7 @@ def _write_shard(path: Path, seed: int, split: str, indices: range, heldout: fro
                 "png": png.getvalue(),
                 "txt": scene.caption.encode(),
                 "json": json.dumps(scene.to_json()).encode(),
+                "cls": str(class_label(scene)).encode(),
             }
             for extension, content in members.items():
                 header = tarfile.TarInfo(f"{split}-{index:08d}.{extension}")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from rmoe_megatron import durable
-from rmoe_megatron.sampling import labelled_grid, png
+from rmoe_megatron.pictures import labelled_grid, png
 
 if TYPE_CHECKING:
     from rmoe_megatron.evaluation.shapes.evaluate import JudgedImage

@@ -1,13 +1,17 @@
-"""SD3's transformer with recursive sparse experts in chosen blocks, as a diffusers model."""
+"""SD3's transformer with recursive sparse experts in chosen blocks, as a diffusers model.
+
+This file and ``recurrence.py`` need diffusers alone: an exported folder can carry them (``--remote-code``).
+"""
 
 from typing import Any
 
 from diffusers import ModelMixin, SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from rmoe_megatron.hf.recurrence import Recurrence
+from .recurrence import Recurrence
 
 # DiffusionPipeline.from_pretrained loads a class of another library only if that module also names ModelMixin.
 __all__ = ["ModelMixin", "RecurrentSD3Transformer2DModel"]
@@ -51,6 +55,8 @@ class RecurrentSD3Transformer2DModel(SD3Transformer2DModel):
         recurrence: keys ``layers`` (block numbers from 0), ``num_modules``, ``steps``, ``rank`` (None: full rank),
             ``modulation`` and ``gate_inputs``; None is exactly SD3Transformer2DModel. The other arguments are those
             of SD3Transformer2DModel.
+        min_sigma: None: the network's output is the velocity. Otherwise the network predicts the sample, from which
+            the velocity follows as ``(noisy - sample) / max(sigma, min_sigma)``.
     """
 
     _no_split_modules = ["JointTransformerBlock", "RecurrentJointTransformerBlock"]
@@ -72,6 +78,7 @@ class RecurrentSD3Transformer2DModel(SD3Transformer2DModel):
         dual_attention_layers: tuple[int, ...] = (),
         qk_norm: str | None = None,
         recurrence: dict[str, Any] | None = None,
+        min_sigma: float | None = None,
     ) -> None:
         super().__init__(
             sample_size=sample_size,
@@ -99,6 +106,15 @@ class RecurrentSD3Transformer2DModel(SD3Transformer2DModel):
                 use_dual_attention=layer in dual_attention_layers,
                 recurrence=Recurrence(self.inner_dim, **settings),
             )
+
+    def forward(self, hidden_states: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Predict the velocity; see diffusers' SD3Transformer2DModel."""
+        output = super().forward(hidden_states, *args, return_dict=False, **kwargs)[0]
+        if self.config.min_sigma is not None:
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[2]
+            sigma = (timestep / 1000).clamp_min(self.config.min_sigma).view(-1, 1, 1, 1)
+            output = ((hidden_states.float() - output.float()) / sigma).to(output.dtype)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     @property
     def recurrent_blocks(self) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""SD3's joint attention: vision and text tokens have their own projections and attend to each other.
+"""Attention of the blocks: of vision tokens among themselves (DiT), or joint with text tokens (SD3).
 
 It is handed queries, keys and values and knows nothing of where they come from; the recurrence calls it once per
 latent step.
@@ -26,6 +26,11 @@ class QueryKeyValue(NamedTuple):
     key: Tensor
     value: Tensor
 
+    @classmethod
+    def from_parts(cls, projected: Tensor, head_dim: int) -> "QueryKeyValue":
+        """Split [S, B, 3 H] with q, k and v side by side into heads."""
+        return cls(*(part.unflatten(-1, (-1, head_dim)) for part in projected.chunk(3, dim=-1)))
+
     def __add__(self, other: "QueryKeyValue") -> "QueryKeyValue":  # type: ignore[override]
         return QueryKeyValue(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
@@ -46,43 +51,23 @@ class QueryKeyNorm(nn.Module):
 
 
 @dataclass
-class JointAttentionSubmodules:
+class AttentionSubmodules:
     """What computes ``softmax(q k^T) v``: Megatron-Core's DotProductAttention or Transformer Engine's."""
 
     core_attention: ModuleSpec | type
 
 
-class JointAttention(MegatronModule):
-    """Joint attention of one block.
+class Attention(MegatronModule):
+    """What both attentions do for the vision tokens; subclasses build the layers."""
 
-    Args:
-        context_pre_only: the last block of SD3: text gives keys and values but receives no output.
-        qk_norm: RMSNorm on queries and keys.
-    """
+    linear_qkv: ColumnParallelLinear
+    linear_proj: RowParallelLinear
+    qk_norm: QueryKeyNorm | None
+    core_attention: MegatronModule
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: JointAttentionSubmodules,
-        layer_number: int,
-        context_pre_only: bool,
-        qk_norm: bool,
-    ) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config=config)
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.linear_qkv = self._linear_qkv()
-        self.linear_qkv_context = self._linear_qkv()
-        self.qk_norm = QueryKeyNorm(self.head_dim, config.params_dtype) if qk_norm else None
-        self.qk_norm_context = QueryKeyNorm(self.head_dim, config.params_dtype) if qk_norm else None
-        self.core_attention = build_module(
-            submodules.core_attention,
-            config=config,
-            layer_number=layer_number,
-            attn_mask_type=AttnMaskType.no_mask,
-            attention_type="self",
-        )
-        self.linear_proj = self._linear_proj()
-        self.linear_proj_context = None if context_pre_only else self._linear_proj()
 
     def _linear_qkv(self) -> ColumnParallelLinear:
         return ColumnParallelLinear(
@@ -90,6 +75,18 @@ class JointAttention(MegatronModule):
             3 * self.config.hidden_size,
             config=self.config,
             init_method=self.config.init_method,
+        )
+
+    def _qk_norm(self, qk_norm: bool) -> QueryKeyNorm | None:
+        return QueryKeyNorm(self.head_dim, self.config.params_dtype) if qk_norm else None
+
+    def _core_attention(self, submodules: AttentionSubmodules, layer_number: int) -> MegatronModule:
+        return build_module(
+            submodules.core_attention,
+            config=self.config,
+            layer_number=layer_number,
+            attn_mask_type=AttnMaskType.no_mask,
+            attention_type="self",
         )
 
     def _linear_proj(self) -> RowParallelLinear:
@@ -107,14 +104,73 @@ class JointAttention(MegatronModule):
         """Project vision tokens [S, B, H] with the block's own weights; not normalised yet."""
         return self.split_heads(self.linear_qkv(hidden_states)[0])
 
+    def split_heads(self, mixed: Tensor) -> QueryKeyValue:
+        """Split [S, B, 3 H / TP] whose rows are ordered (head, q|k|v, head_dim), so that TP splits whole heads."""
+        return QueryKeyValue(*mixed.view(*mixed.shape[:-1], -1, 3, self.head_dim).unbind(dim=-2))
+
+    def attend_vision(self, vision: QueryKeyValue, text: QueryKeyValue | None) -> Tensor:
+        """Attend from the vision tokens alone, to themselves and to text where there is any; returns [S, B, H].
+
+        Args:
+            vision: not normalised; the QK norm acts on the sum of base and module projections.
+            text: normalised, from :meth:`JointAttention.project_text`.
+        """
+        vision = self.qk_norm(vision) if self.qk_norm else vision
+        if text is None:
+            key, value = vision.key.contiguous(), vision.value.contiguous()
+        else:
+            key, value = torch.cat((text.key, vision.key)), torch.cat((text.value, vision.value))
+        return self.linear_proj(
+            self.core_attention(vision.query.contiguous(), key, value, attention_mask=None)
+        )[0]
+
+
+class SelfAttention(Attention):
+    """Attention of the vision tokens among themselves: DiT's, and the second one of SD3.5-medium's first blocks."""
+
+    def __init__(
+        self, config: TransformerConfig, submodules: AttentionSubmodules, layer_number: int, qk_norm: bool
+    ) -> None:
+        super().__init__(config)
+        self.linear_qkv = self._linear_qkv()
+        self.qk_norm = self._qk_norm(qk_norm)
+        self.core_attention = self._core_attention(submodules, layer_number)
+        self.linear_proj = self._linear_proj()
+
+    def forward(self, vision: QueryKeyValue, text: QueryKeyValue | None = None) -> tuple[Tensor, None]:
+        """Return the attention output of vision [S, B, H] and None for the text that there is not."""
+        return self.attend_vision(vision, text), None
+
+
+class JointAttention(Attention):
+    """SD3's joint attention: vision and text tokens have their own projections and attend to each other.
+
+    Args:
+        context_pre_only: the last block of SD3: text gives keys and values but receives no output.
+        qk_norm: RMSNorm on queries and keys.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: AttentionSubmodules,
+        layer_number: int,
+        context_pre_only: bool,
+        qk_norm: bool,
+    ) -> None:
+        super().__init__(config)
+        self.linear_qkv = self._linear_qkv()
+        self.linear_qkv_context = self._linear_qkv()
+        self.qk_norm = self._qk_norm(qk_norm)
+        self.qk_norm_context = self._qk_norm(qk_norm)
+        self.core_attention = self._core_attention(submodules, layer_number)
+        self.linear_proj = self._linear_proj()
+        self.linear_proj_context = None if context_pre_only else self._linear_proj()
+
     def project_text(self, hidden_states: Tensor) -> QueryKeyValue:
         """Project text tokens [L, B, H] and normalise; independent of the latent step, so called once per block."""
         qkv = self.split_heads(self.linear_qkv_context(hidden_states)[0])
         return self.qk_norm_context(qkv) if self.qk_norm_context else qkv
-
-    def split_heads(self, mixed: Tensor) -> QueryKeyValue:
-        """Split [S, B, 3 H / TP] whose rows are ordered (head, q|k|v, head_dim), so that TP splits whole heads."""
-        return QueryKeyValue(*mixed.view(*mixed.shape[:-1], -1, 3, self.head_dim).unbind(dim=-2))
 
     def forward(self, vision: QueryKeyValue, text: QueryKeyValue) -> tuple[Tensor, Tensor | None]:
         """Attend over both streams; returns the attention output of vision [S, B, H] and of text [L, B, H] or None.
@@ -131,11 +187,3 @@ class JointAttention(MegatronModule):
             [text.query.shape[0], vision.query.shape[0]]
         )
         return self.linear_proj(output_vision)[0], self.linear_proj_context(output_text)[0]
-
-    def attend_vision(self, vision: QueryKeyValue, text: QueryKeyValue) -> Tensor:
-        """Attend from the vision tokens alone to both streams; returns [S, B, H]."""
-        vision = self.qk_norm(vision) if self.qk_norm else vision
-        key, value = torch.cat((text.key, vision.key)), torch.cat((text.value, vision.value))
-        return self.linear_proj(
-            self.core_attention(vision.query.contiguous(), key, value, attention_mask=None)
-        )[0]

@@ -1,0 +1,28 @@
+"""From a configuration to its objective and to the sampler that fits it."""
+
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from rmoe_megatron.config.schema import Objective, RunConfig
+from rmoe_megatron.diffusion.ddpm import BETA_END, BETA_START, DDPM, NUM_TIMESTEPS
+from rmoe_megatron.diffusion.objective import TrainingObjective
+from rmoe_megatron.diffusion.rectified_flow import RectifiedFlow, resolution_shift
+
+
+def build_objective(config: RunConfig) -> TrainingObjective:
+    """Return what the run trains for."""
+    if config.diffusion.objective is Objective.ddpm:
+        return DDPM(config.diffusion)
+    return RectifiedFlow(config.diffusion, config.model.sample_size)
+
+
+def build_scheduler(config: RunConfig) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
+    """Return diffusers' deterministic sampler for the objective."""
+    if config.diffusion.objective is Objective.ddpm:
+        return DDIMScheduler(
+            num_train_timesteps=NUM_TIMESTEPS,
+            beta_start=BETA_START,
+            beta_end=BETA_END,
+            beta_schedule="linear",
+            clip_sample=False,
+        )
+    return FlowMatchEulerDiscreteScheduler(shift=resolution_shift(config.diffusion, config.model.sample_size))

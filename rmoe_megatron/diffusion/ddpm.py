@@ -1,0 +1,108 @@
+"""DDPM as DiT trains it: linear betas, predicted noise, and a learned variance (Nichol and Dhariwal, 2021)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rmoe_megatron.config.schema import DiffusionConfig
+from rmoe_megatron.counter_rng import Purpose, derive, normal, uniform
+from rmoe_megatron.diffusion.objective import TrainingExample, mean_per_sample
+
+NUM_TIMESTEPS = 1000
+BETA_START, BETA_END = 1.0e-4, 2.0e-2
+
+
+class DDPM:
+    """Noisy latents ``sqrt(a_t) x + sqrt(1 - a_t) noise`` with a_t the cumulative product of ``1 - beta``.
+
+    The loss is the noise's mean squared error; a model with twice the channels also learns the variance of the
+    reverse step, whose variational bound in bits per dimension is added. The bound's mean takes no gradient.
+    """
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.min_snr_gamma = config.min_snr_gamma
+        self.betas = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
+        self.alphas_cumprod = (1 - self.betas).cumprod(0)
+        previous = torch.cat((torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]))
+        # q(x_{t-1} | x_t, x_0), equation 7 of Ho et al., 2020.
+        posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
+        posterior_variance[0] = posterior_variance[1]  # zero at the last step; its logarithm is needed
+        self.posterior_log_variance = posterior_variance.log()
+        self.posterior_from_sample = self.betas * previous.sqrt() / (1 - self.alphas_cumprod)
+        self.posterior_from_noisy = (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
+
+    def add_noise(self, latents: Tensor, keys: Tensor) -> TrainingExample:
+        """Draw timesteps uniformly and noise for latents float32 [B, C, H, W]; keys are int64 [B]."""
+        timestep = (uniform(derive(keys, Purpose.timestep), 1).squeeze(-1) * NUM_TIMESTEPS).long()
+        noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
+        signal = self._at(self.alphas_cumprod.sqrt(), timestep)
+        scale = self._at((1 - self.alphas_cumprod).sqrt(), timestep)
+        return TrainingExample(signal * latents + scale * noise, timestep.float(), noise, latents)
+
+    def loss(self, output: Tensor, example: TrainingExample) -> Tensor:
+        """Return the mean loss for the model's output [B, C or 2 C, H, W], a float32 scalar."""
+        timestep = example.timestep.long()
+        noise, *variance = output.split(example.target.shape[1], dim=1)
+        loss = mean_per_sample((noise - example.target) ** 2)
+        if self.min_snr_gamma is not None:
+            snr = self._at(self.alphas_cumprod / (1 - self.alphas_cumprod), timestep).flatten()
+            loss = loss * snr.clamp_max(self.min_snr_gamma) / snr
+        if variance:
+            loss = loss + self.variational_bound(noise.detach(), variance[0], example)
+        return loss.mean()
+
+    def variational_bound(self, noise: Tensor, variance: Tensor, example: TrainingExample) -> Tensor:
+        """Return the bound's term of each sample's timestep in bits per dimension, float32 [B].
+
+        Args:
+            noise: predicted noise [B, C, H, W].
+            variance: in [-1, 1] where the log variance goes from the posterior's to beta's; [B, C, H, W].
+        """
+        timestep = example.timestep.long()
+        fraction = (variance + 1) / 2
+        lowest = self._at(self.posterior_log_variance, timestep)
+        log_variance = fraction * self._at(self.betas.log(), timestep) + (1 - fraction) * lowest
+        sample = (
+            self._at(self.alphas_cumprod.rsqrt(), timestep) * example.noisy_latents
+            - self._at((1 / self.alphas_cumprod - 1).sqrt(), timestep) * noise
+        )
+        mean = self._posterior_mean(sample, example.noisy_latents, timestep)
+        true_mean = self._posterior_mean(example.latents, example.noisy_latents, timestep)
+        divergence = gaussian_divergence(true_mean, lowest, mean, log_variance)
+        likelihood = discretised_log_likelihood(example.latents, mean, 0.5 * log_variance)
+        bound = torch.where((timestep == 0).view(-1, 1, 1, 1), -likelihood, divergence)
+        return mean_per_sample(bound) / math.log(2)
+
+    def _posterior_mean(self, sample: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+        from_sample = self._at(self.posterior_from_sample, timestep)
+        return from_sample * sample + self._at(self.posterior_from_noisy, timestep) * noisy
+
+    @staticmethod
+    def _at(values: Tensor, timestep: Tensor) -> Tensor:
+        """Pick a value per timestep as float32 [B, 1, 1, 1]."""
+        return values.to(timestep.device)[timestep].float().view(-1, 1, 1, 1)
+
+
+def gaussian_divergence(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence of normal distributions 1 from 2, elementwise in nats."""
+    difference = log_variance1 - log_variance2
+    return 0.5 * (difference.exp() - difference - 1 + (mean1 - mean2) ** 2 * (-log_variance2).exp())
+
+
+def discretised_log_likelihood(value: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Return the log probability of the 1/255-wide bin around ``value`` in [-1, 1] under a normal distribution.
+
+    The outermost bins reach to infinity (Ho et al., 2020, equation 13). As in DiT the normal's distribution function
+    is the tanh approximation.
+    """
+    half_bin = 1 / 255
+    upper = _normal_cdf((value - mean + half_bin) * (-log_scale).exp())
+    lower = _normal_cdf((value - mean - half_bin) * (-log_scale).exp())
+    upper = torch.where(value > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(value < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp_min(1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

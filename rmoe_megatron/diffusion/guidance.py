@@ -1,0 +1,32 @@
+"""Classifier-free guidance (Ho and Salimans, 2022): dropped conditions in training, extrapolation in sampling."""
+
+import torch
+from torch import Tensor
+
+from rmoe_megatron.config.schema import DiffusionConfig
+from rmoe_megatron.counter_rng import Purpose, derive, uniform
+
+Conditions = dict[str, Tensor]  # what to draw: tensors with the batch first, by the model's argument name
+
+
+def drop_conditions(
+    config: DiffusionConfig, conditions: Conditions, null: Conditions, keys: Tensor
+) -> Conditions:
+    """Replace a share of the samples' conditions by the empty one.
+
+    Args:
+        conditions: tensors [B, ...].
+        null: the empty caption's or the dropped label's, [1, ...].
+        keys: int64 [B], one key per sample.
+    """
+    dropped = uniform(derive(keys, Purpose.guidance_dropout), 1).squeeze(-1) < config.guidance_dropout
+    return {
+        name: torch.where(dropped.view(-1, *[1] * (values.dim() - 1)), null[name], values)
+        for name, values in conditions.items()
+    }
+
+
+def guide(output: Tensor, guidance: float) -> Tensor:
+    """Extrapolate from the unconditional half of a batch to the conditional one; output [2 B, ...] to [B, ...]."""
+    conditional, unconditional = output.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)

@@ -1,0 +1,33 @@
+"""What a training objective is: it noises latents and scores the model's answer."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass
+class TrainingExample:
+    """A noised batch: what the model sees and what it should answer."""
+
+    noisy_latents: Tensor  # float32 [B, C, H, W]
+    timestep: Tensor  # float32 [B] in [0, 1000]
+    target: Tensor  # velocity or noise, float32 [B, C, H, W]
+    latents: Tensor  # without noise, float32 [B, C, H, W]
+
+
+class TrainingObjective(Protocol):
+    """Rectified flow or DDPM."""
+
+    def add_noise(self, latents: Tensor, keys: Tensor) -> TrainingExample:
+        """Draw timesteps and noise for latents [B, C, H, W] from one int64 key per sample, [B]."""
+        ...
+
+    def loss(self, output: Tensor, example: TrainingExample) -> Tensor:
+        """Return the mean loss of a batch, a float32 scalar."""
+        ...
+
+
+def mean_per_sample(values: Tensor) -> Tensor:
+    """Return the mean over all but the first dimension, [B]."""
+    return values.flatten(1).mean(dim=1)

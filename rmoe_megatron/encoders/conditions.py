@@ -1,0 +1,83 @@
+"""What a model is conditioned on, made from raw samples and from prompts: embedded captions, or class labels."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rmoe_megatron.config.schema import Architecture, RunConfig
+from rmoe_megatron.diffusion.guidance import Conditions
+from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
+
+NULL_TEXT = "null_text.safetensors"  # beside precomputed shards
+
+
+class ConditionEncoder(Protocol):
+    """Makes conditions for one kind of model."""
+
+    null: Conditions  # of the empty caption or the dropped label, [1, ...]
+
+    def encode_batch(self, batch: dict[str, Any]) -> Conditions:
+        """Return the conditions of a raw batch."""
+        ...
+
+    def encode_prompts(self, prompts: list[str]) -> Conditions:
+        """Return the conditions of prompts, [N, ...]."""
+        ...
+
+
+class CaptionConditions:
+    """Token states float32 [B, L, D] and pooled embeddings [B, P] of captions."""
+
+    def __init__(self, encoder: CaptionEncoder, null: Conditions | None) -> None:
+        self.encoder = encoder
+        self.null = null if null is not None else self.encode_prompts([""])
+
+    def encode_batch(self, batch: dict[str, Any]) -> Conditions:
+        """Encode the captions of a raw batch."""
+        return self.encode_prompts(batch["caption"])
+
+    def encode_prompts(self, prompts: list[str]) -> Conditions:
+        """Encode captions."""
+        text = self.encoder.encode(prompts)
+        return {"text_hidden_states": text.hidden_states, "text_pooled": text.pooled}
+
+
+class LabelConditions:
+    """Class labels int64 [B]; the label after the last class is the dropped one."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.num_classes = num_classes
+        self.device = device
+        self.null = {"class_labels": torch.tensor([num_classes], device=device)}
+
+    def encode_batch(self, batch: dict[str, Any]) -> Conditions:
+        """Return the labels of a raw batch."""
+        return {"class_labels": batch["class_labels"]}
+
+    def encode_prompts(self, prompts: list[str]) -> Conditions:
+        """Read labels written as numbers."""
+        return {"class_labels": torch.tensor([int(prompt) for prompt in prompts], device=self.device)}
+
+
+def build_condition_encoder(
+    config: RunConfig, device: torch.device, precomputed: Path | None
+) -> ConditionEncoder:
+    """Return what makes the conditions of a run's model.
+
+    Args:
+        precomputed: folder of precomputed shards, beside which the empty caption's embedding lies.
+
+    Raises:
+        UserError: a text encoder is missing, or its embedding doesn't fit the stored one.
+    """
+    if config.model.architecture is Architecture.dit:
+        return LabelConditions(config.model.num_classes, device)
+    encoder = load_text_encoder(config.encoders, config.model.text_length, device)
+    null: dict[str, Tensor] | None = None
+    if precomputed is not None and (precomputed.parent / NULL_TEXT).is_file():
+        stored = load_file(precomputed.parent / NULL_TEXT)
+        null = {name: tensor.to(device) for name, tensor in stored.items()}
+    return CaptionConditions(encoder, null)

@@ -1,0 +1,195 @@
+"""Which diffusers class a configuration is, with which arguments, and back."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, ModelMixin, SD3Transformer2DModel
+
+from rmoe_megatron.config.schema import (
+    Architecture,
+    DiffusionConfig,
+    ModelConfig,
+    Objective,
+    Prediction,
+    RecurrenceConfig,
+    RunConfig,
+)
+from rmoe_megatron.diffusion.rectified_flow import MIN_SIGMA
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.recurrent_dit import RecurrentDiTTransformer2DModel
+from rmoe_megatron.hf.recurrent_sd3 import RecurrentSD3Transformer2DModel
+
+CLASSES: dict[str, type[ModelMixin]] = {
+    cls.__name__: cls
+    for cls in (
+        SD3Transformer2DModel,
+        RecurrentSD3Transformer2DModel,
+        DiTTransformer2DModel,
+        RecurrentDiTTransformer2DModel,
+    )
+}
+# What the architectures here have fixed; a diffusers config that says otherwise is refused.
+FIXED_DIT = {
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "dropout": 0.0,
+}
+RECURRENCE_KEYS = ("layers", "num_modules", "steps", "rank", "modulation", "gate_inputs")
+
+
+def needs_own_class(config: RunConfig) -> bool:
+    """Whether diffusers' own class cannot express the model: it has recurrence or predicts the sample."""
+    return config.recurrence is not None or config.diffusion.prediction is Prediction.sample
+
+
+def transformer_class(config: RunConfig) -> type[ModelMixin]:
+    """Return diffusers' own class for a plain model, ours for a recurrent one or one that predicts the sample."""
+    if config.model.architecture is Architecture.dit:
+        return RecurrentDiTTransformer2DModel if needs_own_class(config) else DiTTransformer2DModel
+    return RecurrentSD3Transformer2DModel if needs_own_class(config) else SD3Transformer2DModel
+
+
+def transformer_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments of :func:`transformer_class`."""
+    model = config.model
+    arguments: dict[str, Any] = {
+        "sample_size": model.sample_size,
+        "patch_size": model.patch_size,
+        "in_channels": model.in_channels,
+        "num_layers": model.num_layers,
+        "attention_head_dim": model.hidden_size // model.num_attention_heads,
+        "num_attention_heads": model.num_attention_heads,
+    }
+    if model.architecture is Architecture.dit:
+        arguments |= {
+            "out_channels": model.in_channels * (2 if model.learned_sigma else 1),
+            "num_embeds_ada_norm": model.num_classes,
+            "norm_eps": model.mlp_norm_eps,
+        }
+    else:
+        arguments |= {
+            "out_channels": model.in_channels,
+            "joint_attention_dim": model.text_hidden_size,
+            "caption_projection_dim": model.hidden_size,
+            "pooled_projection_dim": model.pooled_size,
+            "pos_embed_max_size": model.pos_embed_max_size,
+            "dual_attention_layers": tuple(model.dual_attention_layers),
+            "qk_norm": "rms_norm" if model.qk_norm else None,
+        }
+        if config.diffusion.prediction is Prediction.sample:
+            arguments["min_sigma"] = MIN_SIGMA
+    if config.recurrence is not None:
+        settings = asdict(config.recurrence)
+        arguments["recurrence"] = {key: settings[key] for key in RECURRENCE_KEYS}
+    return arguments
+
+
+def empty_transformer(config: RunConfig, dtype: torch.dtype = torch.float32) -> ModelMixin:
+    """Return the diffusers model without memory for its weights: names, shapes, data type and configuration."""
+    with torch.device("meta"):
+        transformer = transformer_class(config)(**transformer_arguments(config))
+    # Not ModelMixin's own to(), which warns about layers that lose precision: there are no values here.
+    return torch.nn.Module.to(transformer, dtype)
+
+
+@dataclass
+class ImportedArchitecture:
+    """What a diffusers transformer's config.json says."""
+
+    model: ModelConfig
+    recurrence: RecurrenceConfig | None
+    diffusion: DiffusionConfig
+
+
+def read_architecture(folder: Path, text_length: int) -> ImportedArchitecture:
+    """Translate the config.json of a diffusers transformer.
+
+    Args:
+        folder: that of the transformer.
+        text_length: which diffusers' config does not know.
+
+    Raises:
+        UserError: the file is missing, of another class, or of a variant that is not supported.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"There is no diffusers transformer in {folder} (no readable config.json)."
+        ) from error
+    name = values.get("_class_name")
+    if name not in CLASSES:
+        raise UserError(f"{path} describes a {name}; supported are {', '.join(CLASSES)}.")
+    is_dit = issubclass(CLASSES[name], DiTTransformer2DModel)
+    try:
+        model = _dit(values, path) if is_dit else _mmdit(values, path, text_length)
+    except KeyError as error:
+        raise UserError(
+            f"{path} has no value for {error.args[0]}; it is not a whole {name} config."
+        ) from error
+    recurrence = values.get("recurrence")
+    diffusion = DiffusionConfig(objective=Objective.ddpm if is_dit else Objective.rectified_flow)
+    if values.get("min_sigma") is not None:
+        diffusion.prediction = Prediction.sample
+    return ImportedArchitecture(model, RecurrenceConfig(**recurrence) if recurrence else None, diffusion)
+
+
+def _sizes(values: dict[str, Any]) -> dict[str, Any]:
+    heads = values["num_attention_heads"]
+    return {
+        "sample_size": values["sample_size"],
+        "patch_size": values["patch_size"],
+        "in_channels": values["in_channels"],
+        "num_layers": values["num_layers"],
+        "hidden_size": heads * values["attention_head_dim"],
+        "num_attention_heads": heads,
+    }
+
+
+def _mmdit(values: dict[str, Any], path: Path, text_length: int) -> ModelConfig:
+    sizes = _sizes(values)
+    _require_fixed(path, values, {"caption_projection_dim": sizes["hidden_size"]})
+    _require_fixed(path, values, {"out_channels": sizes["in_channels"]})
+    if values.get("qk_norm") not in (None, "rms_norm"):
+        raise UserError(f"{path} has qk_norm {values['qk_norm']}; supported are null and rms_norm.")
+    return ModelConfig(
+        **sizes,
+        architecture=Architecture.mmdit,
+        qk_norm=values.get("qk_norm") == "rms_norm",
+        text_length=text_length,
+        text_hidden_size=values["joint_attention_dim"],
+        pooled_size=values["pooled_projection_dim"],
+        pos_embed_max_size=values["pos_embed_max_size"],
+        dual_attention_layers=list(values.get("dual_attention_layers") or ()),
+    )
+
+
+def _dit(values: dict[str, Any], path: Path) -> ModelConfig:
+    sizes = _sizes(values)
+    _require_fixed(path, values, FIXED_DIT)
+    channels = values["in_channels"]
+    out_channels = values.get("out_channels") or channels
+    if out_channels not in (channels, 2 * channels):
+        raise UserError(
+            f"{path} has out_channels {out_channels}; supported are {channels} and {2 * channels}."
+        )
+    return ModelConfig(
+        **sizes,
+        architecture=Architecture.dit,
+        qk_norm=False,
+        mlp_norm_eps=values.get("norm_eps", 1.0e-5),
+        num_classes=values["num_embeds_ada_norm"],
+        learned_sigma=out_channels == 2 * channels,
+    )
+
+
+def _require_fixed(path: Path, values: dict[str, Any], fixed: dict[str, Any]) -> None:
+    for key, expected in fixed.items():
+        if values.get(key, expected) != expected:
+            raise UserError(f"{path} has {key} {values[key]}; supported is {expected}.")

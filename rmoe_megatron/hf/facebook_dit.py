@@ -1,0 +1,135 @@
+"""The original DiT's checkpoint layout (facebookresearch/DiT), seen under diffusers' names."""
+
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmoe_megatron.config.schema import Architecture, DiffusionConfig, ModelConfig, Objective
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.architecture import ImportedArchitecture
+
+_TIMESTEP_MODULES = {"0": "linear_1", "2": "linear_2"}
+_BLOCK_MODULES = {
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+    "norm1.linear": "adaLN_modulation.1",
+}
+_MODEL_MODULES = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+_EMBEDDINGS = {
+    f"norm1.emb.timestep_embedder.{theirs}.{parameter}": f"t_embedder.mlp.{number}.{parameter}"
+    for number, theirs in _TIMESTEP_MODULES.items()
+    for parameter in ("weight", "bias")
+} | {"norm1.emb.class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight"}
+_QKV = ("to_q", "to_k", "to_v")  # of attn1
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+# What tells the architecture.
+_TELLING = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.bias")
+# Attention heads are not in the file; published DiTs have these.
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+
+
+class FacebookDiT:
+    """A ``.pt`` file of the original DiT; tensors are memory-mapped and named as in diffusers.
+
+    diffusers' sinusoidal timestep features differ slightly from the original's (their frequencies end at 1/10000 of
+    the first instead of just before), so outputs equal those of diffusers' converted DiT.
+
+    Raises:
+        UserError: the file cannot be read, is no plain tensor file, or is no DiT.
+    """
+
+    def __init__(self, path: Path, num_attention_heads: int | None = None) -> None:
+        self.path = path
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path} cannot be read as a file of plain tensors ({reason}).") from error
+        content = content if isinstance(content, dict) else {}
+        tensors: Any = content.get("ema", content.get("model", content))
+        self.tensors: dict[str, Tensor] = {
+            name: value for name, value in tensors.items() if isinstance(value, Tensor)
+        }
+        for name in _TELLING:
+            if name not in self.tensors:
+                raise UserError(f"{path} is not a DiT checkpoint: missing {name}.")
+        self.model = self._architecture(num_attention_heads)
+        self.tensors.pop("pos_embed", None)  # a function of the size
+        self._keys = {name: self._key(name) for name in self._names()}
+        expected = set(self._keys.values())
+        problems = [f"missing {key}" for key in sorted(expected - self.tensors.keys())]
+        problems += [f"unexpected {key}" for key in sorted(self.tensors.keys() - expected)]
+        if problems:
+            raise UserError(f"{path} does not hold a DiT and nothing else: {'; '.join(problems)}.")
+        self.shapes = {name: tuple(self.read(name).shape) for name in self._keys}
+
+    @property
+    def architecture(self) -> ImportedArchitecture:
+        """Return the architecture that the shapes tell, trained with DDPM."""
+        return ImportedArchitecture(self.model, None, DiffusionConfig(objective=Objective.ddpm))
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor under a name of diffusers."""
+        tensor = self.tensors[self._keys[name]]
+        projection = name.rpartition(".")[0].partition(".attn1.")[2]
+        return tensor.chunk(3)[_QKV.index(projection)] if projection in _QKV else tensor
+
+    def _architecture(self, num_attention_heads: int | None) -> ModelConfig:
+        hidden_size, in_channels, patch_size, _ = self.tensors["x_embedder.proj.weight"].shape
+        numbers = [int(name.split(".")[1]) for name in self.tensors if name.startswith("blocks.")]
+        heads = num_attention_heads or HEADS.get(hidden_size)
+        outputs = self.tensors["final_layer.linear.bias"].shape[0] // patch_size**2
+        positions = self.tensors.get("pos_embed")
+        # Without positions: latents of images of 256 pixels.
+        sample_size = 32 if positions is None else math.isqrt(positions.shape[1]) * patch_size
+        if heads is None:
+            raise UserError(
+                f"{self.path} has hidden size {hidden_size}, which is no published DiT; give --num-attention-heads."
+            )
+        return ModelConfig(
+            architecture=Architecture.dit,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_layers=max(numbers) + 1,
+            hidden_size=hidden_size,
+            num_attention_heads=heads,
+            qk_norm=False,
+            mlp_norm_eps=1.0e-5,
+            num_classes=self.tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
+            learned_sigma=outputs == 2 * in_channels,
+        )
+
+    def _names(self) -> list[str]:
+        """Return diffusers' names of all that is in the file."""
+        parameters = ("weight", "bias")
+        names = [f"{theirs}.{p}" for theirs in _MODEL_MODULES for p in parameters]
+        projections = [f"attn1.{name}" for name in _QKV]
+        local = [f"{theirs}.{p}" for theirs in (*_BLOCK_MODULES, *projections) for p in parameters]
+        for block in range(self.model.num_layers):
+            names += [f"transformer_blocks.{block}.{name}" for name in (*local, *_EMBEDDINGS)]
+        return names
+
+    def _key(self, name: str) -> str:
+        """Return the file's name of a tensor; q, k and v are parts of one."""
+        module, _, parameter = name.rpartition(".")
+        block = _BLOCK.fullmatch(name)
+        if block is None:
+            return f"{_MODEL_MODULES[module]}.{parameter}"
+        number, local = block.groups()
+        if local in _EMBEDDINGS:
+            return _EMBEDDINGS[local]
+        module, _, parameter = local.rpartition(".")
+        if module.removeprefix("attn1.") in _QKV:
+            return f"blocks.{number}.attn.qkv.{parameter}"
+        return f"blocks.{number}.{_BLOCK_MODULES[module]}.{parameter}"

@@ -1,0 +1,183 @@
+"""From diffusers weights, or the original DiT's, to a run that training starts from."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
+
+from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints, publish
+from rmoe_megatron.checkpoint.state import full_state
+from rmoe_megatron.config.loading import save_config
+from rmoe_megatron.config.schema import (
+    Architecture,
+    DataConfig,
+    Device,
+    EncodersConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+    RunConfig,
+    TrainingConfig,
+)
+from rmoe_megatron.config.validation import check_layout, check_model, check_writable
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.architecture import ImportedArchitecture, empty_transformer, read_architecture
+from rmoe_megatron.hf.facebook_dit import FacebookDiT
+from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
+from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
+from rmoe_megatron.model.build import build_transformer
+from rmoe_megatron.parallel import process_groups, world_size
+
+Progress = Callable[[int, int], None]
+
+
+def import_diffusers(
+    folder: Path, run_dir: Path, text_length: int, parallel: ParallelConfig, progress: Progress | None = None
+) -> None:
+    """Import the transformer of a diffusers folder.
+
+    Args:
+        folder: a pipeline's, with ``transformer/``, or the transformer's own.
+        run_dir: run to create; its only checkpoint has step 0.
+        text_length: text tokens of an MM-DiT, which diffusers' config does not know.
+        parallel: layout of the ranks that import; the checkpoint can be loaded under any.
+
+    Raises:
+        UserError: the folder is none, its tensors are not those of its architecture, or run_dir holds a run.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; download the model first.")
+    transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    architecture = read_architecture(transformer, text_length)
+    source = SafetensorsFolder(transformer)
+    encoders = EncodersConfig()
+    if transformer != folder:
+        encoders = _encoders_of(folder)
+        architecture = _with_scheduler(architecture, folder / "scheduler" / "scheduler_config.json")
+    _import(source, architecture, encoders, run_dir, parallel, str(transformer), progress)
+
+
+def import_facebook_dit(
+    file: Path,
+    run_dir: Path,
+    num_attention_heads: int | None,
+    parallel: ParallelConfig,
+    progress: Progress | None = None,
+) -> None:
+    """Import a ``.pt`` file of the original DiT; see :func:`import_diffusers`."""
+    source = FacebookDiT(file, num_attention_heads)
+    _import(source, source.architecture, EncodersConfig(), run_dir, parallel, str(file), progress)
+
+
+def _encoders_of(folder: Path) -> EncodersConfig:
+    """Return the frozen encoders that come with a pipeline's folder."""
+    encoders = EncodersConfig()
+    if (folder / "text_encoder_2" / "config.json").is_file():
+        encoders.text_encoder = str(folder.resolve())
+    vae = folder / "vae" / "config.json"
+    if vae.is_file() and json.loads(vae.read_text()).get("_class_name") == "AutoencoderKL":
+        encoders.autoencoder = str(folder.resolve())
+    return encoders
+
+
+def _with_scheduler(architecture: ImportedArchitecture, path: Path) -> ImportedArchitecture:
+    """Take the shift of sigma from the pipeline's scheduler."""
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    shift = values.get("shift", architecture.diffusion.shift)
+    return replace(architecture, diffusion=replace(architecture.diffusion, shift=shift))
+
+
+def _import(
+    source: WeightSource,
+    architecture: ImportedArchitecture,
+    encoders: EncodersConfig,
+    run_dir: Path,
+    parallel: ParallelConfig,
+    where: str,
+    progress: Progress | None,
+) -> None:
+    if list_checkpoints(run_dir):
+        raise UserError(f"{run_dir} already holds checkpoints; choose another folder.")
+    check_writable(run_dir, "RUN")
+    config = RunConfig(
+        run_dir=str(run_dir),
+        precision=Precision.fp32,
+        device=Device.cpu,
+        model=architecture.model,
+        recurrence=architecture.recurrence,
+        diffusion=architecture.diffusion,
+        encoders=encoders,
+        parallel=parallel,
+        # An imported run is not trained; a run that starts from it has its own values.
+        data=DataConfig(train=""),
+        optimizer=OptimizerConfig(learning_rate=0.0),
+        training=TrainingConfig(steps=0, micro_batch_size=0, global_batch_size=0),
+    )
+    check_model(config)
+    check_layout(config, world_size())
+    check_tensors(source, empty_transformer(config), where)
+    config.model.shared_conditioning = _shares_conditioning(source, config)
+    with process_groups(config):
+        with torch.device("meta"):
+            model = build_transformer(
+                config,
+                pre_process=parallel_state.is_pipeline_first_stage(),
+                post_process=parallel_state.is_pipeline_last_stage(),
+                initialise=False,
+            )
+        state = {name: entry for name, entry in full_state(model).items() if isinstance(entry, ShardedTensor)}
+        rules = weight_rules((entry.key for entry in state.values()), config.model)
+        is_rank0 = dist.get_rank() == 0
+        for done, (name, entry) in enumerate(state.items()):
+            state[name] = _filled(entry, rules[entry.key], source)
+            if progress is not None and is_rank0:
+                progress(done + 1, len(state))
+        _save(state, config, run_dir, is_rank0)
+
+
+def _filled(entry: ShardedTensor, rule: Rule, source: WeightSource) -> ShardedTensor:
+    """Give an entry this rank's part of the source's tensors, in their own data type."""
+    names = rule.names[:1] if isinstance(rule, Copies) else rule.names
+    whole = rule.join([source.read(name) for name in names])
+    part = tuple(
+        slice(offset, offset + size)
+        for offset, size in zip(entry.global_offset, entry.local_shape, strict=True)
+    )
+    data: Tensor = whole[part].clone() if whole.dim() else whole.clone()
+    return replace(entry, data=data, dtype=data.dtype)
+
+
+def _shares_conditioning(source: WeightSource, config: RunConfig) -> bool:
+    """Whether all blocks of a DiT have the same timestep and label embeddings."""
+    if config.model.architecture is not Architecture.dit:
+        return True
+    first = "transformer_blocks.0.norm1.emb."
+    for name in [name for name in source.shapes if name.startswith(first)]:
+        tensor = source.read(name)
+        for block in range(1, config.model.num_layers):
+            other = name.replace("blocks.0.", f"blocks.{block}.", 1)
+            if not torch.equal(tensor, source.read(other)):
+                return False
+    return True
+
+
+def _save(state: Mapping[str, object], config: RunConfig, run_dir: Path, is_rank0: bool) -> None:
+    final = checkpoint_path(run_dir, step=0)
+    partial = final.with_name(final.name + ".partial")
+    if is_rank0:
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save({"model": dict(state)}, str(partial))
+    if is_rank0:
+        config = replace(config, parallel=ParallelConfig())
+        save_config(config, partial / "config.yaml")
+        save_config(config, run_dir / "config.yaml")
+        (partial / "run_state.json").write_text(json.dumps({"step": 0, "samples": 0, "imported": True}))
+        publish(partial, final)
+    dist.barrier()

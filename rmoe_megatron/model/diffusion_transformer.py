@@ -1,0 +1,122 @@
+"""What MM-DiT and DiT share: Megatron-Core's TransformerBlock between patch embedding and output projection."""
+
+from dataclasses import replace
+
+import torch
+from diffusers.models.embeddings import PatchEmbed
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.diffusion.rectified_flow import to_velocity
+from rmoe_megatron.model.layer_specs import stage_spec
+from rmoe_megatron.model.modulation import Modulation, modulate
+from rmoe_megatron.model.transformer_config import transformer_config
+
+
+class DiffusionTransformer(MegatronModule):
+    """A transformer over image patches. Embeddings are diffusers' own modules.
+
+    Every pipeline stage computes the conditioning itself; the first embeds, the last projects out.
+
+    Args:
+        config: a validated run configuration.
+        pre_process: this is the first pipeline stage.
+        post_process: this is the last pipeline stage.
+        initialise: draw initial weights; False where they are loaded next, which saves time.
+    """
+
+    condition_names: tuple[str, ...]  # keyword arguments of forward() that say what to draw
+    conditioning_module: str  # name of the module that every pipeline stage has a copy of
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pre_process: bool = True,
+        post_process: bool = True,
+        initialise: bool = True,
+    ) -> None:
+        transformer = transformer_config(config, initialise)
+        transformer.has_cond_embedder = True  # read by Megatron-Core's finalize_model_grads
+        super().__init__(config=transformer)
+        self.run_config = config
+        self.pre_process, self.post_process = pre_process, post_process
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed * 100_003)
+            self.build_conditioning()
+            for parameter in getattr(self, self.conditioning_module).parameters():
+                parameter.pipeline_parallel = True  # Megatron-Core adds its gradients up over the stages
+            if pre_process:
+                self.build_embeddings()
+            self.transformer = TransformerBlock(
+                transformer,
+                stage_spec(config, transformer, groups.pp.rank()),
+                pre_process=pre_process,
+                post_process=post_process,
+                pg_collection=groups,
+            )
+            if post_process:
+                self.build_output()
+
+    def build_conditioning(self) -> None:
+        """Build what makes the conditioning vector."""
+        raise NotImplementedError
+
+    def build_embeddings(self) -> None:
+        """Build the patch embedding with its sine-cosine positions."""
+        model = self.run_config.model
+        self.pos_embed = PatchEmbed(
+            height=model.sample_size,
+            width=model.sample_size,
+            patch_size=model.patch_size,
+            in_channels=model.in_channels,
+            embed_dim=model.hidden_size,
+            pos_embed_max_size=model.pos_embed_max_size or None,
+        ).to(self.config.params_dtype)
+
+    def build_output(self) -> None:
+        """Build the modulated output projection; with adaLN-Zero the untrained model's output is zero."""
+        model = self.run_config.model
+        channels = model.in_channels * (2 if model.learned_sigma else 1)
+        self.modulation_out = Modulation(self.config, num_vectors=2)
+        self.proj_out = nn.Linear(
+            model.hidden_size, model.patch_size**2 * channels, dtype=self.config.params_dtype
+        )
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Receive the hidden states of the previous pipeline stage (Megatron-Core's schedules call this)."""
+        self.transformer.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Describe the stage's tensors to dist_checkpointing; the conditioning is the first stage's to write."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        for name, entry in state.items():
+            if name.startswith(f"{prefix}{self.conditioning_module}."):
+                state[name] = replace(entry, replica_id=(stage, *entry.replica_id[1:]))
+        return state
+
+    def project_out(
+        self, vision: Tensor, shift: Tensor, scale: Tensor, latents: Tensor, timestep: Tensor
+    ) -> Tensor:
+        """Return the model's output float32 [B, C or 2 C, height, width] from the last vision tokens [S, B, H].
+
+        A model that predicts the sample returns the velocity that follows from it.
+        """
+        patches = self.proj_out(modulate(vision, shift, scale)).float()
+        size, (batch, _, height, width) = self.run_config.model.patch_size, latents.shape
+        patches = patches.view(height // size, width // size, batch, size, size, -1)
+        output = patches.permute(2, 5, 0, 3, 1, 4).reshape(batch, -1, height, width)
+        return to_velocity(self.run_config.diffusion.prediction, output, latents, timestep)

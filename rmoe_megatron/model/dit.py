@@ -1,0 +1,57 @@
+"""DiT: the class-conditional diffusion transformer (Peebles and Xie, 2022), hosted in Megatron-Core."""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+from torch import Tensor, nn
+
+from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
+
+
+class DiT(DiffusionTransformer):
+    """Predicts the noise (and with ``learned_sigma`` its variance) or the velocity from class label and timestep.
+
+    diffusers' DiT keeps the embedding of timestep and label in every block, DiT itself has one for all blocks;
+    ``model.shared_conditioning`` says which. The output layer takes that of the first block.
+    """
+
+    condition_names = ("class_labels",)
+    conditioning_module = "conditioning"
+
+    def build_conditioning(self) -> None:
+        """Build the embedding of timestep and class label, for all blocks or one for each."""
+        model = self.run_config.model
+        embeddings = [
+            CombinedTimestepLabelEmbeddings(model.num_classes, model.hidden_size)
+            for _ in range(1 if model.shared_conditioning else model.num_layers)
+        ]
+        for embedding in embeddings:
+            # Labels are dropped before they come here, by numbers that don't depend on the layout.
+            embedding.class_embedder.dropout_prob = 0.0
+        self.conditioning = nn.ModuleList(embeddings).to(self.config.params_dtype)
+
+    def forward(self, latents: Tensor, timestep: Tensor, sample_keys: Tensor, class_labels: Tensor) -> Tensor:
+        """Predict noise and variance, or the velocity.
+
+        Args:
+            latents: noisy latents [B, C, height, width].
+            timestep: float32 [B] in [0, 1000].
+            sample_keys: int64 [B], from :func:`rmoe_megatron.counter_rng.sample_keys`; only training uses them.
+            class_labels: int64 [B]; ``num_classes`` stands for the dropped label.
+
+        Returns:
+            float32 [B, C or 2 C, height, width] on the last pipeline stage, hidden states [S, B, H] before it.
+        """
+        dtype = self.config.params_dtype
+        embedded = [embed(timestep, class_labels, hidden_dtype=dtype) for embed in self.conditioning]
+        conditioning = F.silu(torch.stack(embedded))
+        hidden_states = None
+        if self.pre_process:
+            hidden_states = self.pos_embed(latents.to(dtype)).to(dtype).transpose(0, 1).contiguous()
+        hidden_states = self.transformer(
+            hidden_states, attention_mask=None, context=conditioning, context_mask=sample_keys
+        )
+        if not self.post_process:
+            return hidden_states
+        shift, scale = self.modulation_out(conditioning[:1])
+        return self.project_out(hidden_states, shift, scale, latents, timestep)

@@ -1,0 +1,47 @@
+"""PNG files and labelled grids."""
+
+import io
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from rmoe_megatron import durable
+
+CELL = 128  # pixels of a picture in a grid, at least
+LINE = 12  # pixels of a line of text
+
+
+def save_images(images: np.ndarray, folder: Path, names: list[str]) -> list[Path]:
+    """Write uint8 images [N, H, W, 3] as ``folder/name.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in names]
+    for image, path in zip(images, paths, strict=True):
+        durable.write(path, png(Image.fromarray(image)))
+    return paths
+
+
+def png(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def labelled_grid(images: np.ndarray, labels: list[str], columns: int = 8) -> Image.Image:
+    """Lay uint8 images [N, H, W, 3] out in a grid with their labels below; small images are enlarged."""
+    columns = min(columns, len(images))
+    scale = max(1, round(CELL / images.shape[2]))
+    width, height = images.shape[2] * scale, images.shape[1] * scale
+    wrapped = [textwrap.wrap(label, width // 6)[:3] for label in labels]
+    row_height = height + 3 * LINE + 8
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + 8), rows * row_height), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+        x, y = index % columns * (width + 8) + 4, index // columns * row_height + 4
+        grid.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for number, line in enumerate(lines):
+            draw.text((x, y + height + 2 + number * LINE), line, fill="black")
+    return grid

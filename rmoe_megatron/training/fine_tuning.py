@@ -1,0 +1,67 @@
+"""Training that starts from another run's weights, with all, some or none of them frozen."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from rmoe_megatron.checkpoint.state import load_weights
+from rmoe_megatron.checkpoint.weights import RunWeights
+from rmoe_megatron.config.schema import FineTuningConfig, ModelConfig, RunConfig, Trainable
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.model.blocks import Block
+from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
+
+
+def start_from_base(model: DiffusionTransformer, config: RunConfig) -> str | None:
+    """Load the base's weights and freeze what is not trained; recurrence and LoRA that the base lacks stay fresh.
+
+    Returns:
+        The fingerprint of the base if any of it is frozen. Checkpoints then leave the frozen weights out.
+
+    Raises:
+        UserError: the base is missing or of another architecture.
+    """
+    assert config.fine_tuning is not None
+    base = RunWeights(Path(config.fine_tuning.base))
+    if architecture(base.config.model) != architecture(config.model):
+        raise UserError(
+            f"fine_tuning.base {config.fine_tuning.base} has another architecture than the model section; "
+            "give the same model section or another base."
+        )
+    load_weights(model, base, fresh=is_addition)
+    freeze(model, config.fine_tuning)
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    fingerprint = [base.fingerprint() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(fingerprint, src=0)
+    return fingerprint[0]
+
+
+def architecture(model: ModelConfig) -> ModelConfig:
+    """Return the model section without what weights don't depend on: image size, text length, the preset's name.
+
+    An MM-DiT takes a crop of the base's positions, so that fine-tuning may use another resolution.
+    """
+    return replace(model, preset=None, sample_size=0, text_length=0)
+
+
+def is_addition(name: str) -> bool:
+    """Whether a parameter belongs to recurrence or LoRA, which a base need not have."""
+    return ".recurrence." in name or ".lora." in name
+
+
+def freeze(model: DiffusionTransformer, fine_tuning: FineTuningConfig) -> None:
+    """Let only the configured part of the model take gradients."""
+    if fine_tuning.trainable is Trainable.all:
+        return
+    blocks: list[Block] = list(model.transformer.layers)
+    trained = {
+        id(parameter)
+        for block in blocks
+        if block.layer_number - 1 in fine_tuning.blocks
+        for parameter in block.parameters()
+    }
+    for name, parameter in model.named_parameters():
+        added = fine_tuning.trainable is Trainable.added and is_addition(name)
+        parameter.requires_grad_(added or id(parameter) in trained)

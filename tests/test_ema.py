@@ -1,0 +1,32 @@
+"""The moving average against diffusers' EMAModel."""
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+
+from rmoe_megatron.training.ema import ExponentialMovingAverage
+
+
+@pytest.mark.parametrize("power", [None, 2 / 3, 0.75])
+def test_averages_equal_diffusers(power: float | None) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    ours = ExponentialMovingAverage(model, decay=0.95, power=power)
+    theirs = EMAModel(
+        model.parameters(), decay=0.95, use_ema_warmup=power is not None, inv_gamma=1.0, power=power or 1.0
+    )
+    theirs.optimization_step = 1  # its first call copies the weights; ours starts with the first average
+    for step in range(1, 200):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ours.update(step)
+        theirs.step(model.parameters())
+    for actual, expected in zip(ours.averages.values(), theirs.shadow_params, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_frozen_parameters_have_no_average() -> None:
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    assert list(ExponentialMovingAverage(model, 0.9).averages) == ["weight"]

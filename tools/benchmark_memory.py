@@ -1,0 +1,190 @@
+"""Memory and time of importing, running, fine-tuning and exporting a large model with random weights on the CPU.
+
+    python tools/benchmark_memory.py FOLDER [--preset sd3_medium]
+
+FOLDER needs room for three copies of the weights in bf16 (SD3-medium: 13 GB). Every stage runs in a process of its own;
+*anonymous* is the peak of memory that is not a mapped file, which is what has to fit into the machine.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from rmoe_megatron.config.presets import PRESETS
+from rmoe_megatron.config.schema import (
+    Architecture,
+    DataConfig,
+    FineTuningConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+    RecurrenceConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from rmoe_megatron.hf.architecture import empty_transformer
+from rmoe_megatron.hf.export import export_run
+from rmoe_megatron.hf.importing import import_diffusers
+from rmoe_megatron.hf.safetensors_folder import write_model
+from rmoe_megatron.parallel import process_groups
+from rmoe_megatron.training.setup import build_model, build_optimizer
+from rmoe_megatron.training.step import Batch, TrainingStep
+
+FINE_TUNING_SIZE = 32  # latent side of the training step: images of 256 pixels
+
+
+def make_config(preset: str, folder: Path) -> RunConfig:
+    """Return the paper's fine-tuning of a preset on the imported weights."""
+    values = PRESETS[preset] | {"architecture": Architecture[PRESETS[preset]["architecture"]]}
+    return RunConfig(
+        run_dir=str(folder / "run"),
+        precision=Precision.bf16,
+        model=ModelConfig(**values),
+        recurrence=RecurrenceConfig(layers=[4, 8, 12], num_modules=2, steps=2, rank=128),
+        fine_tuning=FineTuningConfig(base=str(folder / "imported")),
+        data=DataConfig(train=""),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        training=TrainingConfig(steps=10, micro_batch_size=1, global_batch_size=1),
+    )
+
+
+def make_weights(config: RunConfig, folder: Path) -> dict[str, float]:
+    """Write random weights as a diffusers folder."""
+    transformer = empty_transformer(replace(config, recurrence=None), torch.bfloat16)
+    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+
+    def read(name: str) -> torch.Tensor:
+        return torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02)
+
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(shapes), desc="random weights", unit="tensor")
+
+    def progress(done: int, _: int) -> None:
+        bar.update(done - bar.n)
+
+    write_model(transformer, read, folder / "model", progress=progress)
+    return {"parameters": float(sum(shape.numel() for shape in shapes.values()))}
+
+
+def import_weights(config: RunConfig, folder: Path) -> dict[str, float]:
+    """Import the folder."""
+    import_diffusers(folder / "model", folder / "imported", config.model.text_length, ParallelConfig())
+    return {}
+
+
+def export_weights(config: RunConfig, folder: Path) -> dict[str, float]:
+    """Export it again."""
+    export_run(folder / "imported", folder / "exported")
+    return {}
+
+
+def make_batch(config: RunConfig) -> Batch:
+    """Return one random sample."""
+    model = config.model
+    return {
+        "latents": torch.randn(1, model.in_channels, model.sample_size, model.sample_size),
+        "text_hidden_states": torch.randn(1, model.text_length, model.text_hidden_size),
+        "text_pooled": torch.randn(1, model.pooled_size),
+        "sample_index": torch.zeros(1, dtype=torch.int64),
+    }
+
+
+def forward(config: RunConfig, folder: Path) -> dict[str, float]:
+    """Load the weights into the recurrent model and take one forward step at full resolution."""
+    with process_groups(config):
+        model, _ = build_model(config, torch.device("cpu"))
+        batch = make_batch(config)
+        keys = batch.pop("sample_index")
+        started = time.perf_counter()
+        with torch.no_grad():
+            output = model.eval()(batch.pop("latents"), torch.tensor([500.0]), keys, **batch)
+        assert output.isfinite().all()
+        return {"forward_seconds": time.perf_counter() - started}
+
+
+def fine_tune(config: RunConfig, folder: Path) -> dict[str, float]:
+    """Take one training step with the frozen base; counts what has gradients and optimizer state."""
+    small = replace(config, model=replace(config.model, sample_size=FINE_TUNING_SIZE))
+    with process_groups(small):
+        model, _ = build_model(small, torch.device("cpu"))
+        optimizer, scheduler = build_optimizer(small, model)
+        batch = make_batch(small)
+        null = {name: batch[name] for name in ("text_hidden_states", "text_pooled")}
+        started = time.perf_counter()
+        TrainingStep(small, model, optimizer, scheduler, null)(iter([batch]))
+        return {
+            "step_seconds": time.perf_counter() - started,
+            "trained_parameters": float(sum(p.numel() for p in model.parameters() if p.requires_grad)),
+        }
+
+
+STAGES: dict[str, Callable[[RunConfig, Path], dict[str, float]]] = {
+    "weights": make_weights,
+    "import": import_weights,
+    "forward": forward,
+    "fine_tune": fine_tune,
+    "export": export_weights,
+}
+
+
+class AnonymousMemory:
+    """Watches the process's memory that is not a mapped file."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    self.peak = max(self.peak, int(line.split()[1]) * 1024)
+            time.sleep(0.05)
+
+
+def main() -> None:
+    """Run the stages one after the other, or one of them in this process."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--preset", default="sd3_medium", choices=[name for name in PRESETS if "sd3" in name])
+    parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        memory, started = AnonymousMemory(), time.perf_counter()
+        found = STAGES[arguments.stage](make_config(arguments.preset, arguments.folder), arguments.folder)
+        found["seconds"] = time.perf_counter() - started
+        found["anonymous_gb"] = memory.peak / 1e9
+        found["resident_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps(found))
+        return
+    print(f"{arguments.preset}, bf16, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for stage in STAGES:
+        command = [
+            sys.executable,
+            __file__,
+            str(arguments.folder),
+            "--preset",
+            arguments.preset,
+            "--stage",
+            stage,
+        ]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = json.loads(output.splitlines()[-1])
+        print(f"  {stage:10}", ", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
