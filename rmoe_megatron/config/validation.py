@@ -151,6 +151,11 @@ def _check_values(config: RunConfig) -> None:
 
 
 def check_model(config: RunConfig) -> None:
+    """Check the model, what is added to it, its objective and what of it is trained.
+
+    Raises:
+        UserError: names the key, the value and what is allowed.
+    """
     model, recurrence = config.model, config.recurrence
     _divides(model.patch_size, "model.patch_size", model.sample_size, "model.sample_size")
     _divides(model.num_attention_heads, "model.num_attention_heads", model.hidden_size, "model.hidden_size")
@@ -286,6 +291,11 @@ def _check_blocks(name: str, layers: list[int], model: ModelConfig, may_be_empty
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
+    """Check that the model can be spread over ``world_size`` ranks as configured.
+
+    Raises:
+        UserError: says which numbers don't divide.
+    """
     model, parallel = config.model, config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     expert = parallel.expert_model_parallel_size

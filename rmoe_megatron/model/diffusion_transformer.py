@@ -31,7 +31,6 @@ class DiffusionTransformer(MegatronModule):
         initialise: draw initial weights; False where they are loaded next, which saves time.
     """
 
-    condition_names: tuple[str, ...]  # keyword arguments of forward() that say what to draw
     conditioning_module: str  # name of the module that every pipeline stage has a copy of
 
     def __init__(

@@ -15,7 +15,6 @@ class DiT(DiffusionTransformer):
     ``model.shared_conditioning`` says which. The output layer takes that of the first block.
     """
 
-    condition_names = ("class_labels",)
     conditioning_module = "conditioning"
 
     def build_conditioning(self) -> None:

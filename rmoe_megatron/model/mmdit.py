@@ -11,7 +11,6 @@ from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 class MMDiT(DiffusionTransformer):
     """Predicts the velocity of noisy latents from text and timestep."""
 
-    condition_names = ("text_hidden_states", "text_pooled")
     conditioning_module = "time_text_embed"
 
     def build_conditioning(self) -> None:
