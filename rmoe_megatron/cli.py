@@ -28,6 +28,10 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    # Megatron-Core warns of its asynchronous saving when it saves synchronously; PyTorch of a missing GPU.
+    for name in ("megatron.core.dist_checkpointing.strategies", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()

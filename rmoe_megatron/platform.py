@@ -191,9 +191,6 @@ def _patch_megatron_core() -> None:
     )
     tensor_parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     tensor_parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    if not hasattr(moe_utils, "te_general_gemm"):
-        # Megatron-Core 0.16.1 reads this name in the router without importing it when Transformer Engine is absent.
-        moe_utils.te_general_gemm = None
 
 
 def _copy_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,7 +211,7 @@ def _copy_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_adam_step(set_states: Callable[..., None]) -> Callable[..., None]:
-    """Wrap how loaded optimizer state is set: Megatron-Core 0.16.1 asks PyTorch's Adam for a ``step`` it did not save."""
+    """Wrap how loaded optimizer state is set: Megatron-Core asks PyTorch's Adam for a ``step`` it did not save."""
 
     @functools.wraps(set_states)
     def call(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,19 +1,53 @@
 # Sourced by the scripts in this folder: makes the virtual environment and activates it.
-# RMOE_VENV names another place than .venv. A second call finds the stamp of pyproject.toml and does nothing.
+# RMOE_VENV names another place than .venv, RMOE_PYTHON the Python to make it with (3.12 or 3.13).
+# A second call finds the stamp of pyproject.toml and does nothing.
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${RMOE_VENV:-$root/.venv}
 stamp=$venv/pyproject.sha256
 
+is_supported() { # is_supported COMMAND...: run it as a Python and ask for its version; a pyenv shim may exist and fail
+    "$@" -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 12), (3, 13)))' > /dev/null 2>&1
+}
+
+find_python() { # print the Python to use
+    local candidate
+    if [[ -n ${RMOE_PYTHON:-} ]]; then
+        is_supported "$RMOE_PYTHON" || {
+            echo "error: RMOE_PYTHON=$RMOE_PYTHON is not a working Python 3.12 or 3.13; name another or unset it." >&2
+            return 2
+        }
+        echo "$RMOE_PYTHON"
+        return
+    fi
+    for candidate in python3.12 python3.13 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23].*/bin/python; do
+        if is_supported "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    if command -v uv > /dev/null && uv python install --quiet 3.12 2> /dev/null; then
+        candidate=$(uv python find 3.12 2> /dev/null)
+        if is_supported "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    fi
+    cat >&2 <<'END'
+error: Python 3.12 or 3.13 is needed and there is none here. Three ways to get one:
+  apt-get install python3.12 python3.12-venv     (or your distribution's package)
+  pyenv install 3.12                             (found without being activated)
+  uv python install 3.12                         (found through uv)
+An interpreter anywhere else is named by RMOE_PYTHON=/path/to/python3.12.
+END
+    return 2
+}
+
 if ! sha256sum --check --status "$stamp" 2>/dev/null; then
-    python=$(command -v python3.11 || command -v python3)
-    "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
-        echo "error: Python 3.11 is needed; $python is $("$python" --version)." >&2
-        exit 2
-    }
-    echo "Setting up $venv"
-    "$python" -m venv "$venv"
+    python=$(find_python) || exit 2
+    echo "Setting up $venv with $python ($("$python" --version))"
+    "$python" -m venv --clear "$venv"
     # torch first: a later, unpinned request could replace a CPU build by gigabytes of CUDA libraries.
     "$venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0
     "$venv/bin/pip" install --quiet --disable-pip-version-check --editable "${root}[dev]"

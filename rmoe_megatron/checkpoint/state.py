@@ -149,6 +149,9 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     sharded["rng"] = {name: tensor for name, tensor in sharded["rng"].items() if tensor.key in saved_keys}
     loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
     state.model.module.load_state_dict(loaded["model"], strict=state.base_fingerprint is None)
+    for group in state.optimizer.param_groups:
+        # Megatron-Core finds a group's saved counterpart by these; the checkpoint's win, as they do in the scheduler.
+        group.update({name: loaded["scheduler"][name] for name in ("max_lr", "min_lr")})
     state.optimizer.load_state_dict(loaded["optimizer"])
     for adam in _adam_optimizers(state.optimizer):
         for values in adam.state.values():

@@ -1,7 +1,5 @@
 """The autoencoder of a run: diffusers' AutoencoderKL, or pixels themselves behind the same interface."""
 
-from typing import TypeAlias
-
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -10,7 +8,7 @@ from rmoe_megatron.encoders.pixel_codec import PixelCodec
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
 
-Autoencoder: TypeAlias = "PixelCodec | AutoencoderKL"
+type Autoencoder = PixelCodec | AutoencoderKL
 
 
 def load_autoencoder(name: str, device: torch.device) -> Autoencoder:

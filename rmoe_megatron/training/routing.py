@@ -3,10 +3,7 @@
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from rmoe_megatron.config.schema import RunConfig
 
@@ -20,11 +17,11 @@ def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch
     recurrence = config.recurrence
     if recurrence is None or recurrence.aux_loss_coeff == 0:
         return {}
-    tracker = get_moe_layer_wise_logging_tracker()
+    tracker = get_moe_metrics_tracker()
     total = torch.zeros((), device=device)
-    if "load_balancing_loss" in tracker:
-        total += tracker["load_balancing_loss"]["values"].sum()
-    clear_aux_losses_tracker()
+    if "load_balancing_loss" in tracker.metrics:
+        total += tracker.metrics["load_balancing_loss"].values.sum()
+    tracker.clear()
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     gates = len(recurrence.layers) * recurrence.steps * num_micro_batches

@@ -4,6 +4,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rmoe_megatron.config.schema import Precision, RunConfig
@@ -29,7 +30,16 @@ def build_model(config: RunConfig, device: torch.device) -> tuple[DistributedDat
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.optimizer.distributed_optimizer,
     )
-    wrapped = DistributedDataParallel(model.config, ddp, model)
+    layout = None
+    if ddp.use_distributed_optimizer:
+        layout = DistributedOptimizer.compute_full_param_layout(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            bucket_size=None,  # one bucket: gradients are not reduced while the backward pass runs
+            data_parallel_world_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            ddp_config=ddp,
+            expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
+        )
+    wrapped = DistributedDataParallel(model.config, ddp, model, full_param_layout=layout)
     wrapped.broadcast_params()
     return wrapped, base_fingerprint
 
