@@ -104,7 +104,7 @@ def train(
         return
     if not arguments:
         raise UserError("train needs a configuration file, or --resume RUN; see `rmoe train --help`.")
-    from rmoe_megatron.config.validation import validate
+    from rmoe_megatron.config.validation import data_parallel_size, validate
 
     config = load_config(Path(arguments[0]), arguments[1:])
     ranks, layout = int(os.environ.get("WORLD_SIZE", "1")), config.parallel
@@ -112,12 +112,12 @@ def train(
     if check:
         from rmoe_megatron.config.loading import to_yaml
 
-        tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
         print(to_yaml(config), end="")
         print(
-            f"# {ranks} ranks = data {ranks // (tensor * pipeline)} x tensor {tensor} x pipeline {pipeline};"
+            f"# {ranks} ranks = data {data_parallel_size(layout, ranks)} x tensor {layout.tensor_model_parallel_size} "
+            f"x context {layout.context_parallel_size} x pipeline {layout.pipeline_model_parallel_size};"
         )
-        print(f"# experts spread over {layout.expert_model_parallel_size} data-parallel ranks")
+        print(f"# experts spread over {layout.expert_model_parallel_size} ranks of a pipeline stage")
         return
     from rmoe_megatron.training import run
 

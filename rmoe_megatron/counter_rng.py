@@ -61,9 +61,9 @@ def sample_keys(seed: int, sample_index: Tensor) -> Tensor:
     return derive(sample_index.to(torch.int64), seed)
 
 
-def uniform(keys: Tensor, count: int) -> Tensor:
-    """Return ``count`` float32 numbers strictly inside (0, 1) for every key: [*keys.shape, count]."""
-    counter = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device)
+def uniform(keys: Tensor, count: int, first: int = 0) -> Tensor:
+    """Return the float32 numbers ``first`` to ``first + count`` of every key, inside (0, 1): [*keys.shape, count]."""
+    counter = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=keys.device)
     bits = _mix(keys.unsqueeze(-1) + counter * _GOLDEN)
     return (_shift_right(bits, 41).to(torch.float32) + 0.5) * 2.0**-23
 
@@ -77,6 +77,6 @@ def normal(keys: Tensor, count: int) -> Tensor:
     return torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)[..., :count]
 
 
-def gumbel(keys: Tensor, count: int) -> Tensor:
-    """Return ``count`` Gumbel(0, 1) float32 numbers for every key: [*keys.shape, count]."""
-    return -torch.log(-torch.log(uniform(keys, count)))
+def gumbel(keys: Tensor, count: int, first: int = 0) -> Tensor:
+    """Return the Gumbel(0, 1) numbers ``first`` to ``first + count`` of every key, float32: [*keys.shape, count]."""
+    return -torch.log(-torch.log(uniform(keys, count, first)))

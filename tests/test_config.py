@@ -10,6 +10,8 @@ from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import UserError
 from tests.runs import make_run
 
+TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -117,9 +119,29 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         (["recurrence=null", "parallel.expert_model_parallel_size=2"], 2, ["no experts"]),
         (["parallel.pipeline_model_parallel_size=2"], 2, ["num_layers (3)", "(2)"]),
         (
-            ["parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=2"],
+            [*TP2, "parallel.expert_model_parallel_size=4"],
             2,
-            ["data-parallel ranks (1)", "expert_model_parallel_size (2)"],
+            ["ranks of a pipeline stage (2)", "expert_model_parallel_size (4)"],
+        ),
+        (["parallel.tensor_model_parallel_size=2"], 2, ["sequence_parallel=true"]),
+        (["parallel.context_parallel_size=3"], 3, ["patches of an image (16)", "1 x 3"]),
+        (["parallel.context_parallel_size=0"], 1, ["context_parallel_size", "greater than 0"]),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=3"],
+            1,
+            ["pipeline_model_parallel_size greater than 1"],
+        ),
+        (["parallel.overlap_param_gather=true"], 1, ["overlap_grad_reduce=true"]),
+        (["parallel.bucket_size=9"], 1, ["bucket_size is 9", "overlap_grad_reduce"]),
+        (
+            [
+                "model.num_layers=4",
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "training.micro_batch_size=8",
+            ],
+            2,
+            ["micro-batches per step", "(1)"],
         ),
         (["model.hidden_size=34"], 1, ["must be even", "17"]),
         (["optimizer.beta2=1"], 1, ["optimizer.beta2", "less than 1"]),
@@ -161,6 +183,7 @@ def test_validation(
 def test_valid_layouts_pass(path: Path) -> None:
     validate(load_config(path, []), 1)
     validate(load_config(path, ["parallel.expert_model_parallel_size=2"]), 2)
+    validate(load_config(path, [*TP2, "parallel.expert_model_parallel_size=2"]), 2)
 
 
 def test_run_dir_below_a_file_is_refused(path: Path, tmp_path: Path) -> None:

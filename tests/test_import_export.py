@@ -63,7 +63,7 @@ def load_ours(weights: RunWeights, recurrence: RecurrenceConfig | None = None) -
 
     config = replace(weights.config, recurrence=recurrence or weights.config.recurrence)
     model = build_transformer(config, initialise=False)
-    load_weights(model, weights, fresh=lambda name: ".recurrence." in name)
+    load_weights(torch.nn.ModuleList([model]), weights, fresh=lambda name: ".recurrence." in name)
     return model
 
 
@@ -243,21 +243,22 @@ def test_truncated_weights_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "recurrence", "setting"),
+    ("name", "recurrence", "settings"),
     [
-        ("sd3.5-medium", None, "tensor_model_parallel_size"),
-        ("sd3.5-large", None, "pipeline_model_parallel_size"),
-        ("dit", RECURRENCE_SETTINGS | {"num_modules": 2}, "expert_model_parallel_size"),
+        ("sd3.5-medium", None, ["tensor_model_parallel_size=2", "sequence_parallel=true"]),
+        ("sd3.5-large", None, ["pipeline_model_parallel_size=2"]),
+        ("dit", RECURRENCE_SETTINGS | {"num_modules": 2}, ["expert_model_parallel_size=2"]),
     ],
     ids=["tensor", "pipeline", "expert"],
 )
 def test_import_on_two_ranks_gives_the_same_checkpoint(
-    name: str, recurrence: dict[str, Any] | None, setting: str, tmp_path: Path
+    name: str, recurrence: dict[str, Any] | None, settings: list[str], tmp_path: Path
 ) -> None:
     make_own_model(name, recurrence).save_pretrained(tmp_path / "model")
     one = import_model(tmp_path / "model", tmp_path / "one")
     arguments = ["convert", "from-hf", str(tmp_path / "model"), str(tmp_path / "two")]
-    code, errors = rmoe(*arguments, "--text-length", str(TEXT_LENGTH), f"parallel.{setting}=2", ranks=2)
+    overrides = [f"parallel.{setting}" for setting in settings]
+    code, errors = rmoe(*arguments, "--text-length", str(TEXT_LENGTH), *overrides, ranks=2)
     assert code == 0, errors
     assert RunWeights(tmp_path / "two").fingerprint() == one.fingerprint()
 

@@ -108,7 +108,8 @@ def forward(config: RunConfig, folder: Path) -> dict[str, float]:
         keys = batch.pop("sample_index")
         started = time.perf_counter()
         with torch.no_grad():
-            output = model.eval()(batch.pop("latents"), torch.tensor([500.0]), keys, **batch)
+            model.train(False)
+            output = model.modules[0](batch.pop("latents"), torch.tensor([500.0]), keys, **batch)
         assert output.isfinite().all()
         return {"forward_seconds": time.perf_counter() - started}
 
@@ -125,7 +126,9 @@ def fine_tune(config: RunConfig, folder: Path) -> dict[str, float]:
         TrainingStep(small, model, optimizer, scheduler, null)(iter([batch]))
         return {
             "step_seconds": time.perf_counter() - started,
-            "trained_parameters": float(sum(p.numel() for p in model.parameters() if p.requires_grad)),
+            "trained_parameters": float(
+                sum(p.numel() for p in model.modules.parameters() if p.requires_grad)
+            ),
         }
 
 

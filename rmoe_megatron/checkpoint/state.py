@@ -12,11 +12,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmoe_megatron.checkpoint.folders import (
     CheckpointFolder,
@@ -47,7 +46,7 @@ class Progress:
 class TrainingState:
     """Everything that changes while training."""
 
-    model: DistributedDataParallel
+    chunks: nn.ModuleList  # of DiffusionTransformer: what this rank has of the model
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     ema: ExponentialMovingAverage
@@ -56,36 +55,42 @@ class TrainingState:
 
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
         """Describe the state to dist_checkpointing; with ``is_loading`` it names where loaded values go."""
-        model = model_state(self.model.module)
+        model = model_state(self.chunks)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
         return {
             "model": model,
-            "ema": ema_state(self.model.module, self.ema.averages),
+            "ema": ema_state(self.chunks, self.ema.averages),
             "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "rng": rng_state(),
         }
 
 
-def full_state(model: MegatronModule) -> ShardedStateDict:
-    """Return the sharded state dict of the whole model."""
-    return model.sharded_state_dict(metadata={"dp_cp_group": _data_parallel_group()})
+def full_state(chunks: nn.ModuleList) -> ShardedStateDict:
+    """Return the sharded state dict of all of this rank's model chunks; keys are those of the whole model."""
+    metadata = {"dp_cp_group": _data_parallel_group()}
+    state = {}
+    for number, chunk in enumerate(chunks):
+        assert isinstance(chunk, MegatronModule)
+        for name, entry in chunk.sharded_state_dict(metadata=metadata).items():
+            state[f"{number}.{name}"] = entry
+    return state
 
 
-def model_state(model: MegatronModule) -> ShardedStateDict:
+def model_state(chunks: nn.ModuleList) -> ShardedStateDict:
     """Return what a checkpoint stores of the model: everything, or of a partly frozen one the trained parameters."""
-    state = full_state(model)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if len(trained) == len(list(model.parameters())):
+    state = full_state(chunks)
+    trained = {name for name, parameter in chunks.named_parameters() if parameter.requires_grad}
+    if len(trained) == len(list(chunks.parameters())):
         return state
     return {name: sharded for name, sharded in state.items() if name in trained}
 
 
-def ema_state(model: MegatronModule, averages: dict[str, Tensor]) -> ShardedStateDict:
+def ema_state(chunks: nn.ModuleList, averages: dict[str, Tensor]) -> ShardedStateDict:
     """Return the averages sharded as the parameters they average, under keys that start with ``ema.``."""
     return {
         name: replace(sharded, key=f"ema.{sharded.key}", data=averages[name], dtype=torch.float32)
-        for name, sharded in model_state(model).items()
+        for name, sharded in model_state(chunks).items()
         if name in averages
     }
 
@@ -148,7 +153,7 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     saved_keys = dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).keys()
     sharded["rng"] = {name: tensor for name, tensor in sharded["rng"].items() if tensor.key in saved_keys}
     loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
-    state.model.module.load_state_dict(loaded["model"], strict=state.base_fingerprint is None)
+    state.chunks.load_state_dict(loaded["model"], strict=state.base_fingerprint is None)
     for group in state.optimizer.param_groups:
         # Megatron-Core finds a group's saved counterpart by these; the checkpoint's win, as they do in the scheduler.
         group.update({name: loaded["scheduler"][name] for name in ("max_lr", "min_lr")})
@@ -164,7 +169,7 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     state.progress.step, state.progress.samples = progress["step"], progress["samples"]
 
 
-def load_weights(model: MegatronModule, weights: RunWeights, fresh: Callable[[str], bool]) -> None:
+def load_weights(chunks: nn.ModuleList, weights: RunWeights, fresh: Callable[[str], bool]) -> None:
     """Load weights into a model of any parallel layout.
 
     Args:
@@ -173,7 +178,7 @@ def load_weights(model: MegatronModule, weights: RunWeights, fresh: Callable[[st
     Raises:
         UserError: another weight is missing.
     """
-    wanted = {name: entry for name, entry in full_state(model).items() if isinstance(entry, ShardedTensor)}
+    wanted = {name: entry for name, entry in full_state(chunks).items() if isinstance(entry, ShardedTensor)}
     keys_wanted = [entry.key for entry in wanted.values()]
     missing = [key for key in keys_wanted if key not in weights.locations and not fresh(key)]
     if missing:
@@ -186,7 +191,7 @@ def load_weights(model: MegatronModule, weights: RunWeights, fresh: Callable[[st
             name: replace(entry, key=keys[entry.key]) for name, entry in wanted.items() if entry.key in keys
         }
         loaded = dist_checkpointing.load(part, str(reader.path))
-        model.load_state_dict({name: loaded[name] for name in part}, strict=False)
+        chunks.load_state_dict({name: loaded[name] for name in part}, strict=False)
 
 
 def _create_adam_state(optimizer: MegatronOptimizer) -> None:

@@ -56,6 +56,17 @@ class TimestepDensity(Enum):
     uniform = "uniform"
 
 
+class Recompute(Enum):
+    """What the backward pass computes again instead of keeping it.
+
+    ``selective``: the attention of every block, and all of each intermediate latent step. ``full``: whole blocks.
+    """
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 class Trainable(Enum):
     """What fine-tuning trains: the added recurrence or LoRA alone (the base is frozen), some blocks, or everything."""
 
@@ -195,6 +206,7 @@ class TrainingConfig:
     steps: int = MISSING
     micro_batch_size: int = MISSING  # samples per rank and forward pass
     global_batch_size: int = MISSING  # samples per optimizer step over all ranks
+    recompute: Recompute = Recompute.none
     log_every: int = 10
     validate_every: int = 500
     validation_samples: int = 512
@@ -210,8 +222,13 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     sequence_parallel: bool = False
+    context_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1  # model chunks per stage, of the interleaved schedule
     expert_model_parallel_size: int = 1
+    overlap_grad_reduce: bool = False  # reduce gradients while the backward pass goes on
+    overlap_param_gather: bool = False  # gather updated parameters while the next forward pass goes on
+    bucket_size: int | None = None  # parameters per overlapped reduction; null is Megatron-Core's choice
 
 
 @dataclass

@@ -12,6 +12,7 @@ from rmoe_megatron.config.schema import (
     FineTuningConfig,
     ModelConfig,
     Objective,
+    ParallelConfig,
     Prediction,
     RunConfig,
     Trainable,
@@ -108,7 +109,8 @@ def _check_values(config: RunConfig) -> None:
         "diffusion": (diffusion, "logit_std shift"),
         "parallel": (
             config.parallel,
-            "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size",
+            "tensor_model_parallel_size context_parallel_size pipeline_model_parallel_size "
+            "virtual_pipeline_model_parallel_size expert_model_parallel_size",
         ),
         "checkpoint": (config.checkpoint, "every keep_last"),
     }
@@ -298,39 +300,96 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     """
     model, parallel = config.model, config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    expert = parallel.expert_model_parallel_size
+    context, virtual = parallel.context_parallel_size, parallel.virtual_pipeline_model_parallel_size
     _divides(
-        tensor * pipeline,
-        f"tensor_model_parallel_size x pipeline_model_parallel_size = {tensor} x {pipeline}",
+        tensor * context * pipeline,
+        "tensor_model_parallel_size x context_parallel_size x pipeline_model_parallel_size = "
+        f"{tensor} x {context} x {pipeline}",
         world_size,
         "The number of ranks",
     )
-    data = world_size // (tensor * pipeline)
-    _divides(expert, "parallel.expert_model_parallel_size", data, "The number of data-parallel ranks")
+    _require(
+        parallel.sequence_parallel == (tensor > 1),
+        f"parallel.sequence_parallel is {str(parallel.sequence_parallel).lower()} with "
+        f"tensor_model_parallel_size={tensor}; the two go together (tensor parallelism alone would hold every "
+        f"activation on every rank): set sequence_parallel={str(tensor > 1).lower()}.",
+    )
     _divides(
         tensor, "parallel.tensor_model_parallel_size", model.num_attention_heads, "model.num_attention_heads"
     )
-    _divides(pipeline, "parallel.pipeline_model_parallel_size", model.num_layers, "model.num_layers")
+    _divides(
+        tensor * context,
+        f"tensor_model_parallel_size x context_parallel_size = {tensor} x {context}",
+        (model.sample_size // model.patch_size) ** 2,
+        "The number of patches of an image",
+    )
+    _divides(
+        pipeline * virtual,
+        f"pipeline_model_parallel_size x virtual_pipeline_model_parallel_size = {pipeline} x {virtual}",
+        model.num_layers,
+        "model.num_layers",
+    )
+    _require(
+        virtual == 1 or pipeline > 1,
+        f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size greater than 1.",
+    )
+    _check_expert_parallelism(config, world_size // pipeline)
+    _check_overlap(config)
+
+
+def _check_expert_parallelism(config: RunConfig, stage_ranks: int) -> None:
+    """Experts are spread over the ranks of a pipeline stage, tensor-parallel ones first."""
+    expert = config.parallel.expert_model_parallel_size
     if config.recurrence is None:
         _require(
             expert == 1,
             f"parallel.expert_model_parallel_size is {expert} but the model has no experts (recurrence is null).",
         )
-    else:
-        modules = config.recurrence.num_modules
-        _divides(expert, "parallel.expert_model_parallel_size", modules, "recurrence.num_modules")
+        return
+    _divides(
+        expert, "parallel.expert_model_parallel_size", stage_ranks, "The number of ranks of a pipeline stage"
+    )
+    modules = config.recurrence.num_modules
+    _divides(expert, "parallel.expert_model_parallel_size", modules, "recurrence.num_modules")
+
+
+def _check_overlap(config: RunConfig) -> None:
+    parallel = config.parallel
     _require(
-        not parallel.sequence_parallel or tensor > 1,
-        "parallel.sequence_parallel needs parallel.tensor_model_parallel_size greater than 1.",
+        not parallel.overlap_param_gather
+        or (parallel.overlap_grad_reduce and config.optimizer.distributed_optimizer),
+        "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true and "
+        "optimizer.distributed_optimizer=true.",
+    )
+    _require(
+        parallel.bucket_size is None or (parallel.bucket_size > 0 and parallel.overlap_grad_reduce),
+        f"parallel.bucket_size is {parallel.bucket_size}; it must be greater than 0 and needs "
+        "parallel.overlap_grad_reduce=true.",
     )
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
     training, parallel = config.training, config.parallel
-    data = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    data = data_parallel_size(parallel, world_size)
     _divides(
         training.micro_batch_size * data,
         f"micro_batch_size x data-parallel ranks = {training.micro_batch_size} x {data}",
         training.global_batch_size,
         "training.global_batch_size",
+    )
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        _divides(
+            parallel.pipeline_model_parallel_size,
+            "parallel.pipeline_model_parallel_size",
+            training.global_batch_size // (training.micro_batch_size * data),
+            "The number of micro-batches per step, for the interleaved schedule,",
+        )
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Return how many replicas of the model ``world_size`` ranks hold."""
+    return world_size // (
+        parallel.tensor_model_parallel_size
+        * parallel.context_parallel_size
+        * parallel.pipeline_model_parallel_size
     )

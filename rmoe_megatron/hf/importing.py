@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from rmoe_megatron.hf.architecture import ImportedArchitecture, empty_transforme
 from rmoe_megatron.hf.facebook_dit import FacebookDiT
 from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
 from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
-from rmoe_megatron.model.build import build_transformer
+from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.parallel import process_groups, world_size
 
 Progress = Callable[[int, int], None]
@@ -125,13 +125,9 @@ def _import(
     config.model.shared_conditioning = _shares_conditioning(source, config)
     with process_groups(config):
         with torch.device("meta"):
-            model = build_transformer(
-                config,
-                pre_process=parallel_state.is_pipeline_first_stage(),
-                post_process=parallel_state.is_pipeline_last_stage(),
-                initialise=False,
-            )
-        state = {name: entry for name, entry in full_state(model).items() if isinstance(entry, ShardedTensor)}
+            chunks = build_chunks(config, initialise=False)
+        entries = full_state(chunks)
+        state = {name: entry for name, entry in entries.items() if isinstance(entry, ShardedTensor)}
         rules = weight_rules((entry.key for entry in state.values()), config.model)
         is_rank0 = dist.get_rank() == 0
         for done, (name, entry) in enumerate(state.items()):

@@ -1,26 +1,30 @@
 """Attention of the blocks: of vision tokens among themselves (DiT), or joint with text tokens (SD3).
 
 It is handed queries, keys and values and knows nothing of where they come from; the recurrence calls it once per
-latent step.
+latent step. A rank has its own heads and, with context parallelism, the queries of its own tokens [S / CP, B, ...]; keys
+and values are gathered over the context-parallel ranks.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from rmoe_megatron.model.sequence import gather_context, mark_partial
+
 QK_NORM_EPS = 1.0e-6
 
 
 class QueryKeyValue(NamedTuple):
-    """Queries, keys and values of one stream, each [S, B, heads / TP, head_dim]."""
+    """Queries, keys and values of one stream, each [S / CP, B, heads / TP, head_dim]."""
 
     query: Tensor
     key: Tensor
@@ -36,12 +40,13 @@ class QueryKeyValue(NamedTuple):
 
 
 class QueryKeyNorm(nn.Module):
-    """RMSNorm of queries and keys over the head dimension (SD3.5)."""
+    """RMSNorm of queries and keys over the head dimension (SD3.5); every rank holds the weights and has its own heads."""
 
-    def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, head_dim: int, config: TransformerConfig) -> None:
         super().__init__()
-        self.query_weight = nn.Parameter(torch.ones(head_dim, dtype=dtype))
-        self.key_weight = nn.Parameter(torch.ones(head_dim, dtype=dtype))
+        self.query_weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype))
+        self.key_weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype))
+        mark_partial(self, config)
 
     def forward(self, qkv: QueryKeyValue) -> QueryKeyValue:
         """Normalise query and key; the value is returned as it is."""
@@ -68,6 +73,7 @@ class Attention(MegatronModule):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config=config)
         self.head_dim = config.hidden_size // config.num_attention_heads
+        self.recompute = config.recompute_granularity == "selective"
 
     def _linear_qkv(self) -> ColumnParallelLinear:
         return ColumnParallelLinear(
@@ -78,12 +84,14 @@ class Attention(MegatronModule):
         )
 
     def _qk_norm(self, qk_norm: bool) -> QueryKeyNorm | None:
-        return QueryKeyNorm(self.head_dim, self.config.params_dtype) if qk_norm else None
+        return QueryKeyNorm(self.head_dim, self.config) if qk_norm else None
 
     def _core_attention(self, submodules: AttentionSubmodules, layer_number: int) -> MegatronModule:
+        whole_keys = copy.copy(self.config)
+        whole_keys.context_parallel_size = 1  # keys and values are gathered before
         return build_module(
             submodules.core_attention,
-            config=self.config,
+            config=whole_keys,
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.no_mask,
             attention_type="self",
@@ -101,28 +109,39 @@ class Attention(MegatronModule):
         )
 
     def project_vision(self, hidden_states: Tensor) -> QueryKeyValue:
-        """Project vision tokens [S, B, H] with the block's own weights; not normalised yet."""
+        """Project this rank's vision tokens [S / (CP TP), B, H] with the block's own weights; not normalised yet."""
         return self.split_heads(self.linear_qkv(hidden_states)[0])
 
     def split_heads(self, mixed: Tensor) -> QueryKeyValue:
         """Split [S, B, 3 H / TP] whose rows are ordered (head, q|k|v, head_dim), so that TP splits whole heads."""
         return QueryKeyValue(*mixed.view(*mixed.shape[:-1], -1, 3, self.head_dim).unbind(dim=-2))
 
+    def normalise_and_gather(self, qkv: QueryKeyValue, norm: QueryKeyNorm | None) -> QueryKeyValue:
+        """Return normalised queries of this rank's tokens [S / CP, ...] with keys and values of all tokens [S, ...]."""
+        query, key, value = norm(qkv) if norm else qkv
+        return QueryKeyValue(query, gather_context(key, self.config), gather_context(value, self.config))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return ``softmax(q k^T) v`` [S, B, H / TP] from [S, B, heads / TP, head_dim]."""
+        inputs = (query.contiguous(), key.contiguous(), value.contiguous())
+        if self.recompute and self.training:
+            return checkpoint(self.core_attention, False, *inputs, None)
+        return self.core_attention(*inputs, attention_mask=None)
+
     def attend_vision(self, vision: QueryKeyValue, text: QueryKeyValue | None) -> Tensor:
-        """Attend from the vision tokens alone, to themselves and to text where there is any; returns [S, B, H].
+        """Attend from the vision tokens alone, to themselves and to text where there is any.
 
         Args:
             vision: not normalised; the QK norm acts on the sum of base and module projections.
-            text: normalised, from :meth:`JointAttention.project_text`.
+            text: from :meth:`JointAttention.project_text`.
+
+        Returns:
+            [S / (CP TP), B, H], this rank's tokens.
         """
-        vision = self.qk_norm(vision) if self.qk_norm else vision
-        if text is None:
-            key, value = vision.key.contiguous(), vision.value.contiguous()
-        else:
-            key, value = torch.cat((text.key, vision.key)), torch.cat((text.value, vision.value))
-        return self.linear_proj(
-            self.core_attention(vision.query.contiguous(), key, value, attention_mask=None)
-        )[0]
+        query, key, value = self.normalise_and_gather(vision, self.qk_norm)
+        if text is not None:
+            key, value = torch.cat((text.key, key)), torch.cat((text.value, value))
+        return self.linear_proj(self.attend(query, key, value))[0]
 
 
 class SelfAttention(Attention):
@@ -138,7 +157,7 @@ class SelfAttention(Attention):
         self.linear_proj = self._linear_proj()
 
     def forward(self, vision: QueryKeyValue, text: QueryKeyValue | None = None) -> tuple[Tensor, None]:
-        """Return the attention output of vision [S, B, H] and None for the text that there is not."""
+        """Return the attention output of vision [S / (CP TP), B, H] and None for the text that there is not."""
         return self.attend_vision(vision, text), None
 
 
@@ -148,6 +167,7 @@ class JointAttention(Attention):
     Args:
         context_pre_only: the last block of SD3: text gives keys and values but receives no output.
         qk_norm: RMSNorm on queries and keys.
+        text_length: tokens of text without the padding that spreads them evenly over ranks.
     """
 
     def __init__(
@@ -157,8 +177,10 @@ class JointAttention(Attention):
         layer_number: int,
         context_pre_only: bool,
         qk_norm: bool,
+        text_length: int,
     ) -> None:
         super().__init__(config)
+        self.text_length = text_length
         self.linear_qkv = self._linear_qkv()
         self.linear_qkv_context = self._linear_qkv()
         self.qk_norm = self._qk_norm(qk_norm)
@@ -168,22 +190,33 @@ class JointAttention(Attention):
         self.linear_proj_context = None if context_pre_only else self._linear_proj()
 
     def project_text(self, hidden_states: Tensor) -> QueryKeyValue:
-        """Project text tokens [L, B, H] and normalise; independent of the latent step, so called once per block."""
+        """Project text tokens [L_pad / (CP TP), B, H]; independent of the latent step, so called once per block.
+
+        Returns:
+            Normalised queries of this rank's tokens [L_pad / CP, ...], keys and values of all text [L, ...].
+        """
         qkv = self.split_heads(self.linear_qkv_context(hidden_states)[0])
-        return self.qk_norm_context(qkv) if self.qk_norm_context else qkv
+        query, key, value = self.normalise_and_gather(qkv, self.qk_norm_context)
+        if self.linear_proj_context is None and self.qk_norm_context is not None:
+            # Nothing asks with the last block's text queries. A gradient of zero instead of none tells overlapped
+            # reductions that the weight is done.
+            key = key.addcmul(self.qk_norm_context.query_weight, key.new_zeros(()))
+        return QueryKeyValue(query, key[: self.text_length], value[: self.text_length])
 
     def forward(self, vision: QueryKeyValue, text: QueryKeyValue) -> tuple[Tensor, Tensor | None]:
-        """Attend over both streams; returns the attention output of vision [S, B, H] and of text [L, B, H] or None.
+        """Attend over both streams.
 
         Args:
             vision: not normalised; the QK norm acts on the sum of base and module projections.
-            text: normalised, from :meth:`project_text`.
+            text: from :meth:`project_text`.
+
+        Returns:
+            The attention output of this rank's tokens, vision [S / (CP TP), B, H] and text [L_pad / (CP TP), B, H] or
+            None.
         """
         if self.linear_proj_context is None:
             return self.attend_vision(vision, text), None
-        vision = self.qk_norm(vision) if self.qk_norm else vision
+        vision = self.normalise_and_gather(vision, self.qk_norm)
         joint = QueryKeyValue(*(torch.cat(parts) for parts in zip(text, vision, strict=True)))
-        output_text, output_vision = self.core_attention(*joint, attention_mask=None).split(
-            [text.query.shape[0], vision.query.shape[0]]
-        )
+        output_text, output_vision = self.attend(*joint).tensor_split([text.query.shape[0]])
         return self.linear_proj(output_vision)[0], self.linear_proj_context(output_text)[0]

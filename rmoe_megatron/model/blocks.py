@@ -1,7 +1,7 @@
 """The transformer blocks of SD3 and DiT as Megatron-Core layers.
 
 Hidden states are one tensor [L + S, B, H], text first (L = 0 in DiT), so that Megatron-Core's pipeline schedule and
-recomputation work as they are. Of TransformerBlock's arguments, ``context`` carries the conditioning and
+recomputation work as they are; :mod:`rmoe_megatron.model.sequence` says which part of it a rank has. Of TransformerBlock's arguments, ``context`` carries the conditioning and
 ``context_mask`` the samples' random keys.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from rmoe_megatron.config.schema import LoraConfig, RecurrenceConfig
 from rmoe_megatron.model.modulation import Modulation, modulate
+from rmoe_megatron.model.sequence import num_shards, padded_length
 
 
 @dataclass
@@ -40,6 +42,7 @@ class BlockSettings:
         seed: of the initial weights; with the layer's number it determines them whatever the layout.
         text_length: number L of text tokens at the start of the sequence.
         context_pre_only: the last block of SD3, whose text stream ends in the attention.
+        recompute: keep the block's input alone for the backward pass and compute the rest again.
     """
 
     qk_norm: bool
@@ -47,6 +50,7 @@ class BlockSettings:
     seed: int
     text_length: int = 0
     context_pre_only: bool = False
+    recompute: bool = False
     recurrence: RecurrenceConfig | None = None
     lora: LoraConfig | None = None
 
@@ -86,11 +90,26 @@ class Block(MegatronModule, BaseTransformerLayer):
                     pg_collection=groups,
                 )
             if submodules.lora is not None:
-                self.lora = build_module(submodules.lora, config=fresh, lora=settings.lora)
+                self.lora = build_module(
+                    submodules.lora, config=fresh, lora=settings.lora, pg_collection=groups
+                )
 
     def build_base(self, submodules: BlockSubmodules) -> None:
         """Build the block without recurrence and LoRA."""
         raise NotImplementedError
+
+    def transform(self, hidden_states: Tensor, context: Tensor, keys: Tensor) -> Tensor:
+        """Return the hidden states after the block."""
+        raise NotImplementedError
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, context: Tensor, context_mask: Tensor, **_: object
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the block and hand ``context`` on, as TransformerBlock wants it; see :meth:`transform`."""
+        inputs = (hidden_states, context, context_mask)
+        if self.settings.recompute and self.training:
+            return checkpoint(self.transform, False, *inputs), context
+        return self.transform(*inputs), context
 
     def build_mlp(self, submodules: BlockSubmodules) -> MegatronModule:
         """Build the MLP of one stream."""
@@ -131,26 +150,28 @@ class JointBlock(Block):
             "layer_number": self.layer_number,
             "qk_norm": self.settings.qk_norm,
         }
-        self.attention = build_module(submodules.attention, context_pre_only=last, **arguments)
+        self.attention = build_module(
+            submodules.attention,
+            context_pre_only=last,
+            text_length=self.settings.text_length,
+            **arguments,
+        )
         self.mlp = self.build_mlp(submodules)
         self.mlp_context = None if last else self.build_mlp(submodules)
         self.dual_attention = build_module(submodules.dual_attention, **arguments) if has_dual else None
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, context: Tensor, context_mask: Tensor, **_: object
-    ) -> tuple[Tensor, Tensor]:
+    def transform(self, hidden_states: Tensor, context: Tensor, keys: Tensor) -> Tensor:
         """Apply the block.
 
         Args:
-            hidden_states: [L + S, B, H], text first.
+            hidden_states: this rank's tokens [(L_pad + S) / (CP TP), B, H], text first.
             context: conditioning [1, B, H], after SiLU.
-            context_mask: keys of the counter-based random numbers, int64 [B].
-
-        Returns:
-            The new hidden states and ``context`` unchanged.
+            keys: of the counter-based random numbers, int64 [B].
         """
-        length = self.settings.text_length
-        text, vision = hidden_states.split([length, hidden_states.shape[0] - length])
+        shards = num_shards(self.config)
+        text, vision = hidden_states.tensor_split(
+            [padded_length(self.settings.text_length, shards) // shards]
+        )
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = self.modulation(context)
         if self.mlp_context is None:
             text_scale, text_shift = self.modulation_context(context)
@@ -158,7 +179,7 @@ class JointBlock(Block):
             text_shift, text_scale, text_gate, *text_modulation_mlp = self.modulation_context(context)
 
         vision_input, text_input = modulate(vision, shift, scale), modulate(text, text_shift, text_scale)
-        attended, text_attended = self.attend(vision_input, text_input, context, context_mask)
+        attended, text_attended = self.attend(vision_input, text_input, context, keys)
         if self.dual_attention is not None:
             dual_shift, dual_scale, dual_gate = dual
             dual_input = modulate(vision, dual_shift, dual_scale)
@@ -168,9 +189,10 @@ class JointBlock(Block):
             vision = vision.addcmul(dual_gate, dual_attended)
         vision = self.feed_forward(self.mlp, vision, shift_mlp, scale_mlp, gate_mlp)
         if self.mlp_context is not None:
+            assert text_attended is not None
             text = text.addcmul(text_gate, text_attended)
             text = self.feed_forward(self.mlp_context, text, *text_modulation_mlp)
-        return torch.cat((text, vision)), context
+        return torch.cat((text, vision))
 
 
 class DiTBlock(Block):
@@ -187,24 +209,19 @@ class DiTBlock(Block):
         )
         self.mlp = self.build_mlp(submodules)
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, context: Tensor, context_mask: Tensor, **_: object
-    ) -> tuple[Tensor, Tensor]:
+    def transform(self, hidden_states: Tensor, context: Tensor, keys: Tensor) -> Tensor:
         """Apply the block.
 
         Args:
-            hidden_states: [S, B, H].
+            hidden_states: this rank's tokens [S / (CP TP), B, H].
             context: conditioning after SiLU, [1, B, H] for all blocks or [num_layers, B, H], one for each.
-            context_mask: keys of the counter-based random numbers, int64 [B].
-
-        Returns:
-            The new hidden states and ``context`` unchanged.
+            keys: of the counter-based random numbers, int64 [B].
         """
         conditioning = (
             context if context.shape[0] == 1 else context[self.layer_number - 1 : self.layer_number]
         )
         shift, scale, gate, *modulation_mlp = self.modulation(conditioning)
         vision_input = modulate(hidden_states, shift, scale)
-        attended = self.attend(vision_input, None, conditioning, context_mask)[0]
+        attended = self.attend(vision_input, None, conditioning, keys)[0]
         hidden_states = hidden_states.addcmul(gate, attended)
-        return self.feed_forward(self.mlp, hidden_states, *modulation_mlp), context
+        return self.feed_forward(self.mlp, hidden_states, *modulation_mlp)

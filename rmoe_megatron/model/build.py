@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from megatron.core import parallel_state
+from torch import nn
+
 from rmoe_megatron.config.schema import Architecture, RunConfig
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 from rmoe_megatron.model.dit import DiT
@@ -14,5 +17,20 @@ MODEL_CLASSES: dict[Architecture, type[DiffusionTransformer]] = {
 
 
 def build_transformer(config: RunConfig, **arguments: Any) -> DiffusionTransformer:
-    """Return the model of this pipeline stage; arguments are those of :class:`DiffusionTransformer`."""
+    """Return a model or a part of one; arguments are those of :class:`DiffusionTransformer`."""
     return MODEL_CLASSES[config.model.architecture](config, **arguments)
+
+
+def build_chunks(config: RunConfig, initialise: bool = True) -> nn.ModuleList:
+    """Return what this pipeline stage has of the model: one chunk, or with the interleaved schedule several."""
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    return nn.ModuleList(
+        build_transformer(
+            config,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            initialise=initialise,
+            vp_stage=vp_stage,
+        )
+        for vp_stage in (range(virtual) if virtual > 1 else [None])
+    )

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 from diffusers.models.embeddings import PatchEmbed
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
@@ -16,19 +15,22 @@ from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.diffusion.rectified_flow import to_velocity
 from rmoe_megatron.model.layer_specs import stage_spec
 from rmoe_megatron.model.modulation import Modulation, modulate
+from rmoe_megatron.model.sequence import gather, mark_partial
 from rmoe_megatron.model.transformer_config import transformer_config
 
 
 class DiffusionTransformer(MegatronModule):
     """A transformer over image patches. Embeddings are diffusers' own modules.
 
-    Every pipeline stage computes the conditioning itself; the first embeds, the last projects out.
+    Every pipeline stage computes the conditioning itself; the first embeds, the last projects out. Between the two a
+    rank has its part of the tokens, see :mod:`rmoe_megatron.model.sequence`.
 
     Args:
         config: a validated run configuration.
         pre_process: this is the first pipeline stage.
         post_process: this is the last pipeline stage.
         initialise: draw initial weights; False where they are loaded next, which saves time.
+        vp_stage: which of the stage's model chunks it is, with the interleaved pipeline schedule.
     """
 
     conditioning_module: str  # name of the module that every pipeline stage has a copy of
@@ -39,6 +41,7 @@ class DiffusionTransformer(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         initialise: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
         transformer = transformer_config(config, initialise)
         transformer.has_cond_embedder = True  # read by Megatron-Core's finalize_model_grads
@@ -48,19 +51,24 @@ class DiffusionTransformer(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         groups = ProcessGroupCollection.use_mpu_process_groups()
+        # Counts model chunks as the layers run through them.
+        self.stage = groups.pp.rank() + groups.pp.size() * (vp_stage or 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed * 100_003)
             self.build_conditioning()
             for parameter in getattr(self, self.conditioning_module).parameters():
-                parameter.pipeline_parallel = True  # Megatron-Core adds its gradients up over the stages
+                parameter.pipeline_parallel = True  # Megatron-Core adds its gradients up over the stages,
+                parameter.shared_embedding = True  # in buckets of its own, sharded alike on every stage,
+                parameter.shared = self.stage > 0  # and counts it once in the gradient norm
             if pre_process:
                 self.build_embeddings()
             self.transformer = TransformerBlock(
                 transformer,
-                stage_spec(config, transformer, groups.pp.rank()),
+                stage_spec(config, transformer, groups.pp.rank(), vp_stage),
                 pre_process=pre_process,
                 post_process=post_process,
                 pg_collection=groups,
+                vp_stage=vp_stage,
             )
             if post_process:
                 self.build_output()
@@ -80,6 +88,7 @@ class DiffusionTransformer(MegatronModule):
             embed_dim=model.hidden_size,
             pos_embed_max_size=model.pos_embed_max_size or None,
         ).to(self.config.params_dtype)
+        mark_partial(self.pos_embed, self.config)
 
     def build_output(self) -> None:
         """Build the modulated output projection; with adaLN-Zero the untrained model's output is zero."""
@@ -91,6 +100,7 @@ class DiffusionTransformer(MegatronModule):
         )
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
+        mark_partial(self.proj_out, self.config)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Receive the hidden states of the previous pipeline stage (Megatron-Core's schedules call this)."""
@@ -101,20 +111,19 @@ class DiffusionTransformer(MegatronModule):
     ) -> ShardedStateDict:
         """Describe the stage's tensors to dist_checkpointing; the conditioning is the first stage's to write."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        stage = parallel_state.get_pipeline_model_parallel_rank()
         for name, entry in state.items():
             if name.startswith(f"{prefix}{self.conditioning_module}."):
-                state[name] = replace(entry, replica_id=(stage, *entry.replica_id[1:]))
+                state[name] = replace(entry, replica_id=(self.stage, *entry.replica_id[1:]))
         return state
 
     def project_out(
         self, vision: Tensor, shift: Tensor, scale: Tensor, latents: Tensor, timestep: Tensor
     ) -> Tensor:
-        """Return the model's output float32 [B, C or 2 C, height, width] from the last vision tokens [S, B, H].
+        """Return the model's output float32 [B, C or 2 C, height, width] from this rank's last vision tokens.
 
-        A model that predicts the sample returns the velocity that follows from it.
+        The ranks' patches are gathered: all have the whole output. A model that predicts the sample returns the velocity that follows from it.
         """
-        patches = self.proj_out(modulate(vision, shift, scale)).float()
+        patches = gather(self.proj_out(modulate(vision, shift, scale)), self.config).float()
         size, (batch, _, height, width) = self.run_config.model.patch_size, latents.shape
         patches = patches.view(height // size, width // size, batch, size, size, -1)
         output = patches.permute(2, 5, 0, 3, 1, 4).reshape(batch, -1, height, width)

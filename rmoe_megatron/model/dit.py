@@ -6,6 +6,7 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import Tensor, nn
 
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
+from rmoe_megatron.model.sequence import scatter
 
 
 class DiT(DiffusionTransformer):
@@ -39,14 +40,16 @@ class DiT(DiffusionTransformer):
             class_labels: int64 [B]; ``num_classes`` stands for the dropped label.
 
         Returns:
-            float32 [B, C or 2 C, height, width] on the last pipeline stage, hidden states [S, B, H] before it.
+            float32 [B, C or 2 C, height, width] on the last pipeline stage, hidden states of this rank's tokens
+            [S / (CP TP), B, H] before it.
         """
         dtype = self.config.params_dtype
         embedded = [embed(timestep, class_labels, hidden_dtype=dtype) for embed in self.conditioning]
         conditioning = F.silu(torch.stack(embedded))
         hidden_states = None
         if self.pre_process:
-            hidden_states = self.pos_embed(latents.to(dtype)).to(dtype).transpose(0, 1).contiguous()
+            vision = self.pos_embed(latents.to(dtype)).to(dtype)
+            hidden_states = scatter(vision.transpose(0, 1), self.config).contiguous()
         hidden_states = self.transformer(
             hidden_states, attention_mask=None, context=conditioning, context_mask=sample_keys
         )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -77,6 +78,8 @@ class Experts(MegatronModule):
         parameter = nn.Parameter(mine.to(self.config.params_dtype).contiguous())
         # Reduced over expert-data-parallel ranks; with EP=1 too, so that checkpoints have one form for every EP.
         parameter.allreduce = False  # type: ignore[attr-defined]
+        # No two ranks of a stage's tensor-parallel group hold a replica: the gradient norm counts each of them.
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         return parameter
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from rmoe_megatron.config.schema import RecurrenceConfig
 from rmoe_megatron.counter_rng import Purpose, derive, gumbel
+from rmoe_megatron.model.sequence import mark_partial, shard_index
 
 
 class Gate(TopKRouter):
@@ -23,7 +25,10 @@ class Gate(TopKRouter):
     and give no gradient. In evaluation the module is ``argmax logits`` and its weight is 1.
 
     The load-balancing loss uses softmax(logits), which is the probability of a module being picked: argmax of
-    Gumbel-perturbed logits samples from it whatever tau is.
+    Gumbel-perturbed logits samples from it whatever tau is. It is that of a micro-batch (Megatron-Core sums over the
+    ranks that share one), so its value depends on how a global batch is cut into micro-batches, not on the ranks.
+
+    Every rank holds all weights and gates its own part of the sequence.
     """
 
     def __init__(
@@ -46,13 +51,16 @@ class Gate(TopKRouter):
                 torch.empty(config.num_moe_experts, config.hidden_size, dtype=config.params_dtype)
             )
             config.init_method(self.conditioning_weight)
+        mark_partial(self, config)
 
     def gating(self, input: Tensor, conditioning: Tensor) -> Tensor:
-        """Return float32 logits [S, B, M] from token states [S, B, H] and conditioning [1, B, H]."""
+        """Return float32 logits [S, B, M] from this rank's token states [S, B, H] and conditioning [1, B, H]."""
         logits = torch.zeros((*input.shape[:-1], self.num_experts), dtype=torch.float32, device=input.device)
         if self.weight is not None:
             logits = logits + router_gating_linear(input, self.weight, None, torch.float32)
         if self.conditioning_weight is not None:
+            # Each rank's tokens give a part of the conditioning's gradient; its embedding wants the sum.
+            conditioning = copy_to_tensor_model_parallel_region(conditioning, self.tp_group)
             logits = logits + F.linear(conditioning.float(), self.conditioning_weight.float())
         return logits
 
@@ -62,7 +70,7 @@ class Gate(TopKRouter):
         """Pick a module for every token.
 
         Args:
-            input: token states [S, B, H].
+            input: this rank's token states [S, B, H].
             conditioning: [1, B, H], after SiLU.
             keys: int64 [B], the samples' keys of the counter-based random numbers.
             step: latent step, from 0.
@@ -88,4 +96,6 @@ class Gate(TopKRouter):
     def _gumbel(self, logits: Tensor, keys: Tensor, step: int) -> Tensor:
         sequence, batch, modules = logits.shape
         keys = derive(keys, Purpose.gumbel, self.layer_number, step)
-        return gumbel(keys, sequence * modules).view(batch, sequence, modules).transpose(0, 1)
+        count = sequence * modules
+        noise = gumbel(keys, count, first=shard_index(self.config) * count)
+        return noise.view(batch, sequence, modules).transpose(0, 1)

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from rmoe_megatron.config.schema import Architecture, RunConfig
+from rmoe_megatron.config.schema import Architecture, Recompute, RunConfig
 from rmoe_megatron.model.attention import AttentionSubmodules, JointAttention, SelfAttention
 from rmoe_megatron.model.blocks import BlockSettings, BlockSubmodules, DiTBlock, JointBlock
 from rmoe_megatron.model.experts import Experts
@@ -17,11 +17,15 @@ from rmoe_megatron.model.recurrence import Recurrence, RecurrenceSubmodules
 
 
 def stage_spec(
-    config: RunConfig, transformer: TransformerConfig, pipeline_rank: int
+    config: RunConfig, transformer: TransformerConfig, pipeline_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """Return the specs of the layers of this pipeline stage; the final norm belongs to the model, not to the block."""
-    layers_per_stage = transformer.num_layers // transformer.pipeline_model_parallel_size
-    offset = get_transformer_layer_offset(transformer, None, pipeline_rank)
+    """Return the specs of the layers of this pipeline stage; the final norm belongs to the model, not to the block.
+
+    With the interleaved schedule they are those of model chunk ``vp_stage`` of the stage.
+    """
+    chunks = transformer.virtual_pipeline_model_parallel_size or 1
+    layers_per_stage = transformer.num_layers // (transformer.pipeline_model_parallel_size * chunks)
+    offset = get_transformer_layer_offset(transformer, vp_stage, pipeline_rank)
     layers = range(offset, offset + layers_per_stage)
     return TransformerBlockSubmodules(layer_specs=[block_spec(config, layer) for layer in layers])
 
@@ -37,6 +41,7 @@ def block_spec(config: RunConfig, layer: int) -> ModuleSpec:
         seed=config.seed,
         text_length=model.text_length,
         context_pre_only=is_joint and layer == model.num_layers - 1,
+        recompute=config.training.recompute is Recompute.full,
         recurrence=recurrence,
         lora=lora,
     )

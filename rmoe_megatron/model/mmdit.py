@@ -6,6 +6,7 @@ from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from torch import Tensor, nn
 
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
+from rmoe_megatron.model.sequence import mark_partial, num_shards, padded_length, scatter
 
 
 class MMDiT(DiffusionTransformer):
@@ -27,6 +28,7 @@ class MMDiT(DiffusionTransformer):
         self.context_embedder = nn.Linear(
             model.text_hidden_size, model.hidden_size, dtype=self.config.params_dtype
         )
+        mark_partial(self.context_embedder, self.config)
 
     def forward(
         self,
@@ -46,7 +48,8 @@ class MMDiT(DiffusionTransformer):
             text_pooled: [B, pooled_size].
 
         Returns:
-            Velocity float32 [B, C, height, width] on the last pipeline stage, hidden states [L + S, B, H] before it.
+            Velocity float32 [B, C, height, width] on the last pipeline stage, hidden states of this rank's tokens
+            [(L_pad + S) / (CP TP), B, H] before it.
         """
         dtype = self.config.params_dtype
         conditioning = F.silu(self.time_text_embed(timestep, text_pooled.to(dtype))).unsqueeze(0)
@@ -54,12 +57,14 @@ class MMDiT(DiffusionTransformer):
         if self.pre_process:
             vision = self.pos_embed(latents.to(dtype)).to(dtype)
             text = self.context_embedder(text_hidden_states.to(dtype))
-            hidden_states = torch.cat((text, vision), dim=1).transpose(0, 1).contiguous()
+            streams = [scatter(tokens.transpose(0, 1), self.config) for tokens in (text, vision)]
+            hidden_states = torch.cat(streams)
         hidden_states = self.transformer(
             hidden_states, attention_mask=None, context=conditioning, context_mask=sample_keys
         )
         if not self.post_process:
             return hidden_states
-        vision = hidden_states[text_hidden_states.shape[1] :]
+        shards = num_shards(self.config)
+        vision = hidden_states[padded_length(text_hidden_states.shape[1], shards) // shards :]
         scale, shift = self.modulation_out(conditioning)
         return self.project_out(vision, shift, scale, latents, timestep)

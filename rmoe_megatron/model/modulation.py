@@ -4,6 +4,10 @@ import copy
 
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -15,7 +19,8 @@ from rmoe_megatron.model.transformer_config import LAYER_NORM_EPS
 class Modulation(MegatronModule):
     """A zero-initialised linear map of the conditioning vector to ``num_vectors`` vectors of the hidden size.
 
-    Sharded over tensor-parallel ranks and gathered: in SD3 these layers are a third of all parameters.
+    Sharded over tensor-parallel ranks and gathered: in SD3 these layers are a third of all parameters. With sequence
+    parallelism a rank modulates its own tokens, so that gradients of the gathered vectors are summed over the ranks.
     """
 
     def __init__(self, config: TransformerConfig, num_vectors: int) -> None:
@@ -28,12 +33,17 @@ class Modulation(MegatronModule):
             num_vectors * config.hidden_size,
             config=whole_sequence,
             init_method=zeros_,
-            gather_output=True,
+            gather_output=False,
+        )
+        self.gather = (
+            all_gather_last_dim_from_tensor_parallel_region
+            if config.sequence_parallel
+            else gather_from_tensor_model_parallel_region
         )
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
         """Map conditioning [1, B, H] (after SiLU) to ``num_vectors`` tensors [1, B, H]."""
-        return self.linear(conditioning)[0].chunk(self.num_vectors, dim=-1)
+        return self.gather(self.linear(conditioning)[0]).chunk(self.num_vectors, dim=-1)
 
 
 def layer_norm(hidden_states: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:

@@ -6,8 +6,10 @@ tokens joins in the last step only.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +20,7 @@ from rmoe_megatron.model.attention import Attention, QueryKeyValue
 from rmoe_megatron.model.dispatch import QueryKeyValueDispatcher
 from rmoe_megatron.model.gate import Gate
 from rmoe_megatron.model.modulation import Modulation, layer_norm, modulate
+from rmoe_megatron.model.sequence import sequence_to_heads
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Recurrence(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.steps = recurrence.steps
+        self.recompute = config.recompute_granularity == "selective"
         self.gate = Gate(config, recurrence, layer_number, pg_collection)
         self.modulation = Modulation(config, num_vectors=2) if recurrence.modulation else None
         self.experts = build_module(
@@ -58,23 +62,36 @@ class Recurrence(MegatronModule):
 
         Args:
             attention: the block's attention.
-            vision: modulated vision tokens, [S, B, H].
-            text: modulated text tokens, [L, B, H]; None in DiT.
+            vision: this rank's modulated vision tokens, [S / (CP TP), B, H].
+            text: likewise text tokens, [L_pad / (CP TP), B, H]; None in DiT.
             conditioning: [1, B, H], after SiLU.
             keys: int64 [B], the samples' keys of the counter-based random numbers.
         """
         text_qkv = None if text is None else attention.project_text(text)
+
+        def latent_step(step: int, state: Tensor, conditioning: Tensor, *text: Tensor) -> Tensor:
+            module_qkv = self.apply_modules(attention, state, conditioning, keys, step)
+            return attention.attend_vision(module_qkv, QueryKeyValue(*text) if text else None)
+
         state = vision
         for step in range(self.steps - 1):
-            module_qkv = self.apply_modules(attention, state, conditioning, keys, step)
-            state = vision + attention.attend_vision(module_qkv, text_qkv)
+            inputs = (state, conditioning, *(text_qkv or ()))
+            if self.recompute and self.training:
+                attended = checkpoint(partial(latent_step, step), False, *inputs)
+            else:
+                attended = latent_step(step, *inputs)
+            state = vision + attended
         module_qkv = self.apply_modules(attention, state, conditioning, keys, self.steps - 1)
         return attention(module_qkv + attention.project_vision(vision), text_qkv)
 
     def apply_modules(
         self, attention: Attention, state: Tensor, conditioning: Tensor, keys: Tensor, step: int
     ) -> QueryKeyValue:
-        """Project token states [S, B, H] with the module that the gate picks for each."""
+        """Project token states [S, B, H] with the module that the gate picks for each.
+
+        With sequence parallelism a rank gates and dispatches its own tokens [S / TP, B, H]; an all-to-all then turns
+        all heads of these tokens into this rank's heads of all tokens.
+        """
         weights, routing_map = self.gate(state, conditioning, keys, step)
         if self.modulation is None:
             tokens = layer_norm(state)
@@ -86,4 +103,4 @@ class Recurrence(MegatronModule):
         tokens, tokens_per_expert, weights = self.dispatcher.dispatch_postprocess(tokens, weights)
         projected = self.dispatcher.combine_preprocess(self.experts(tokens, tokens_per_expert, weights))
         projected = self.dispatcher.combine_postprocess(self.dispatcher.token_combine(projected))
-        return QueryKeyValue.from_parts(projected, attention.head_dim)
+        return QueryKeyValue.from_parts(sequence_to_heads(projected), attention.head_dim)

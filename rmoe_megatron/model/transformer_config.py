@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from rmoe_megatron.config.schema import Precision, RunConfig
+from rmoe_megatron.config.schema import Precision, Recompute, RunConfig
 from rmoe_megatron.platform import PARAMS_DTYPE
 
 LAYER_NORM_EPS = 1.0e-6
@@ -18,6 +18,7 @@ def transformer_config(config: RunConfig, initialise: bool = True) -> Transforme
     The modules of the recurrence are Megatron-Core experts: M experts, top-1, all-to-all dispatch, dropless.
     """
     model, recurrence, parallel = config.model, config.recurrence, config.parallel
+    virtual, recompute = parallel.virtual_pipeline_model_parallel_size, config.training.recompute
     experts = {}
     if recurrence is not None:
         experts = {
@@ -54,8 +55,16 @@ def transformer_config(config: RunConfig, initialise: bool = True) -> Transforme
         bf16=config.precision is Precision.bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        # Two stages that are neighbours both ways deadlock in batched sends of the interleaved schedule.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # a module lives whole on its rank
+        # Whole blocks are recomputed by the blocks: Megatron-Core does it for its own TransformerLayer only.
+        recompute_granularity="selective" if recompute is Recompute.selective else None,
         hetereogenous_dist_checkpoint=True,
         **experts,
     )

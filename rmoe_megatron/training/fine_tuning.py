@@ -4,16 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import nn
 
 from rmoe_megatron.checkpoint.state import load_weights
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.schema import FineTuningConfig, ModelConfig, RunConfig, Trainable
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.blocks import Block
-from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 
 
-def start_from_base(model: DiffusionTransformer, config: RunConfig) -> str | None:
+def start_from_base(chunks: nn.ModuleList, config: RunConfig) -> str | None:
     """Load the base's weights and freeze what is not trained; recurrence and LoRA that the base lacks stay fresh.
 
     Returns:
@@ -29,9 +29,9 @@ def start_from_base(model: DiffusionTransformer, config: RunConfig) -> str | Non
             f"fine_tuning.base {config.fine_tuning.base} has another architecture than the model section; "
             "give the same model section or another base."
         )
-    load_weights(model, base, fresh=is_addition)
-    freeze(model, config.fine_tuning)
-    if all(parameter.requires_grad for parameter in model.parameters()):
+    load_weights(chunks, base, fresh=is_addition)
+    freeze(chunks, config.fine_tuning)
+    if all(parameter.requires_grad for parameter in chunks.parameters()):
         return None
     fingerprint = [base.fingerprint() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(fingerprint, src=0)
@@ -51,17 +51,16 @@ def is_addition(name: str) -> bool:
     return ".recurrence." in name or ".lora." in name
 
 
-def freeze(model: DiffusionTransformer, fine_tuning: FineTuningConfig) -> None:
+def freeze(chunks: nn.ModuleList, fine_tuning: FineTuningConfig) -> None:
     """Let only the configured part of the model take gradients."""
     if fine_tuning.trainable is Trainable.all:
         return
-    blocks: list[Block] = list(model.transformer.layers)
     trained = {
         id(parameter)
-        for block in blocks
-        if block.layer_number - 1 in fine_tuning.blocks
+        for block in chunks.modules()
+        if isinstance(block, Block) and block.layer_number - 1 in fine_tuning.blocks
         for parameter in block.parameters()
     }
-    for name, parameter in model.named_parameters():
+    for name, parameter in chunks.named_parameters():
         added = fine_tuning.trainable is Trainable.added and is_addition(name)
         parameter.requires_grad_(added or id(parameter) in trained)

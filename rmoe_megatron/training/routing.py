@@ -22,7 +22,8 @@ def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch
     if "load_balancing_loss" in tracker.metrics:
         total += tracker.metrics["load_balancing_loss"].values.sum()
     tracker.clear()
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    # Tensor- and context-parallel ranks have seen parts of the sequence, pipeline stages other gates.
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     gates = len(recurrence.layers) * recurrence.steps * num_micro_batches
     return {"load_balancing_loss": total.item() / (gates * parallel_state.get_data_parallel_world_size())}

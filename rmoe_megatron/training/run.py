@@ -74,6 +74,12 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
                 f"The checkpoint {checkpoint.path} has another architecture ({section} differs from what is asked "
                 f"for); resume without overriding {section}, or train a new run."
             )
+    if config.optimizer.distributed_optimizer != saved.optimizer.distributed_optimizer:
+        raise UserError(
+            f"{checkpoint.path} was saved with optimizer.distributed_optimizer="
+            f"{str(saved.optimizer.distributed_optimizer).lower()}, whose state the other optimizer cannot read; "
+            "resume without overriding it."
+        )
     validate(config, world_size())
     if checkpoint.step >= config.training.steps:
         logger.warning("%s is finished: step %d of %d.", run_dir, checkpoint.step, config.training.steps)
@@ -86,12 +92,16 @@ def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
         source = TrainingSource(config, device)
         model, base_fingerprint = build_model(config, device)
         optimizer, scheduler = build_optimizer(config, model)
-        ema = ExponentialMovingAverage(model.module, config.optimizer.ema_decay, config.optimizer.ema_power)
-        state = TrainingState(model, optimizer, scheduler, ema, Progress(), base_fingerprint)
+        ema = ExponentialMovingAverage(model.modules, config.optimizer.ema_decay, config.optimizer.ema_power)
+        state = TrainingState(model.modules, optimizer, scheduler, ema, Progress(), base_fingerprint)
         if checkpoint is not None:
             load_checkpoint(state, checkpoint)
         step = TrainingStep(config, model, optimizer, scheduler, source.null_conditions)
-        TrainingLoop(config, state, step, source, device).run()
+        try:
+            TrainingLoop(config, state, step, source, device).run()
+        except Exception as error:
+            error.add_note(f"Rank {rank()} was at step {state.progress.step + 1}.")
+            raise
 
 
 @dataclass
@@ -103,6 +113,7 @@ class TrainingLoop:
     step: TrainingStep
     source: TrainingSource
     device: torch.device
+    averages_due: int | None = None  # the update whose parameters the averages have not seen yet
 
     def run(self) -> None:
         """Train from ``state.progress`` to the last step."""
@@ -117,11 +128,11 @@ class TrainingLoop:
             grid = SampleGrid(self.config, prompts, self.source.autoencoder)
         batches = self.source.training_batches(progress.samples)
         throughput = Throughput(self.config, self.device)
-        self.state.model.train()
+        self.step.model.train()
         while progress.step < training.steps:
-            result = self.step(batches)
+            result = self.step(batches, before_update=self.update_averages)
             if not result.skipped:
-                self.state.ema.update(progress.step)
+                self.averages_due = progress.step
             progress.step += 1
             progress.samples += training.global_batch_size
             throughput.count(training.global_batch_size)
@@ -138,6 +149,9 @@ class TrainingLoop:
                 }
                 log.log_metrics(progress.step, metrics)
             with throughput.paused():
+                if self.uses_weights(progress.step):
+                    self.step.model.gather_parameters()
+                    self.update_averages()
                 if self.source.has_validation and (progress.step % training.validate_every == 0 or is_last):
                     log.log_metrics(progress.step, {"validation_loss": self.validate()})
                 if grid is not None and (progress.step % training.sample_every == 0 or is_last):
@@ -148,6 +162,18 @@ class TrainingLoop:
                     log.draw_curves()
         log.close()
 
+    def uses_weights(self, step: int) -> bool:
+        """Whether the weights are validated, sampled from or saved after ``step``."""
+        training = self.config.training
+        everies = (training.validate_every, training.sample_every, self.config.checkpoint.every)
+        return step == training.steps or any(step % every == 0 for every in everies)
+
+    def update_averages(self) -> None:
+        """Let the averages see the parameters of the last update, once these are here."""
+        if self.averages_due is not None:
+            self.state.ema.update(self.averages_due)
+            self.averages_due = None
+
     def validate(self) -> float:
         """Return the loss of the averaged weights on the validation samples, with noise that is the same each time."""
         batches, count = self.source.validation_batches()
@@ -156,11 +182,10 @@ class TrainingLoop:
 
     def sample(self, grid: SampleGrid, run_dir: Path) -> Path:
         """Draw the sample grid with the averaged weights; every rank computes, rank 0 writes."""
-        model = self.state.model
-        model.eval()
+        self.step.model.train(False)
         with self.state.ema.applied():
-            image = grid.draw(model)
-        model.train()
+            image = grid.draw(self.step.denoise)
+        self.step.model.train()
         path = run_dir / "samples" / f"step-{self.state.progress.step:08d}.png"
         if dist.get_rank() == 0:
             path.parent.mkdir(exist_ok=True)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -15,6 +16,9 @@ from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.guidance import Conditions, drop_conditions
+from rmoe_megatron.model.flops import vision_tokens
+from rmoe_megatron.model.sequence import num_shards, padded_length
+from rmoe_megatron.training.setup import ModelChunks
 
 Batch = dict[str, Tensor]  # latents, sample_index, and the model's conditions
 
@@ -39,7 +43,7 @@ class TrainingStep:
     def __init__(
         self,
         config: RunConfig,
-        model: DistributedDataParallel,
+        model: ModelChunks,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         null_conditions: Conditions,
@@ -58,12 +62,20 @@ class TrainingStep:
         model.config.grad_scale_func = optimizer.scale_loss
         self.forward_backward = get_forward_backward_func()
 
-    def __call__(self, micro_batches: Iterator[Batch]) -> StepResult:
-        """Consume the micro-batches of one step and update the weights."""
+    def __call__(
+        self, micro_batches: Iterator[Batch], before_update: Callable[[], None] = lambda: None
+    ) -> StepResult:
+        """Consume the micro-batches of one step and update the weights.
+
+        Args:
+            before_update: called when the gradients are there. Only then are the parameters of the previous update
+                surely here: with ``overlap_param_gather`` they arrive during the forward pass.
+        """
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._schedule(micro_batches, self.num_micro_batches, forward_only=False)
+        before_update()
         updated, grad_norm, _ = self.optimizer.step()
         if updated:
             self.scheduler.step(increment=1)
@@ -77,23 +89,66 @@ class TrainingStep:
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Return the mean loss over ``num_micro_batches`` micro-batches per rank without updating anything."""
-        self.model.eval()
+        self.model.train(False)
         losses = self._schedule(micro_batches, num_micro_batches, forward_only=True)
         self.model.train()
         return mean_over_data_parallel(losses)
 
-    def _schedule(self, micro_batches: Iterator[Batch], count: int, forward_only: bool) -> list[Tensor]:
-        model = self.config.model
-        stored = self.forward_backward(
-            forward_step_func=self.forward_step,
-            data_iterator=micro_batches,
-            model=[self.model],
-            num_microbatches=count,
-            seq_length=model.text_length + (model.sample_size // model.patch_size) ** 2,
-            micro_batch_size=self.config.training.micro_batch_size,
-            forward_only=forward_only,
+    @torch.no_grad()
+    def denoise(self, latents: Tensor, timestep: Tensor, sample_keys: Tensor, **conditions: Tensor) -> Tensor:
+        """Return the model's output float32 [B, C or 2 C, height, width] on every rank, through all pipeline stages.
+
+        Arguments are the model's; every rank gives the same ones.
+        """
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        size = -(-len(latents) // stages)  # one micro-batch per stage, as the interleaved schedule needs
+        padded = torch.arange(stages * size, device=latents.device).clamp(max=len(latents) - 1)
+        inputs = {"latents": latents, "timestep": timestep, "sample_keys": sample_keys, **conditions}
+        parts = {name: values[padded].split(size) for name, values in inputs.items()}
+        batches = [{name: values[number] for name, values in parts.items()} for number in range(stages)]
+
+        def forward_step(batches: Iterator[Batch], model: Callable[..., Tensor]) -> tuple[Tensor, Any]:
+            return model(**next(batches)), lambda output, non_loss_data: output
+
+        outputs = self._run_schedule(
+            forward_step, batches, size, forward_only=True, collect_non_loss_data=True
         )
+        if stages == 1:
+            return outputs[0]
+        channels = latents.shape[1] * (2 if self.config.model.learned_sigma else 1)
+        output = latents.new_empty(len(padded), channels, *latents.shape[2:], dtype=torch.float32)
+        if outputs:
+            output = torch.cat(outputs)
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(output, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return output[: len(latents)]
+
+    def _schedule(self, micro_batches: Iterator[Batch], count: int, forward_only: bool) -> list[Tensor]:
+        batches = [next(micro_batches) for _ in range(count)]
+        size = self.config.training.micro_batch_size
+        stored = self._run_schedule(self.forward_step, batches, size, forward_only)
         return [entry["loss"] for entry in stored]
+
+    def _run_schedule(
+        self,
+        forward_step: Callable[..., Any],
+        batches: list[Batch],
+        micro_batch_size: int,
+        forward_only: bool,
+        collect_non_loss_data: bool = False,
+    ) -> list[Any]:
+        model = self.config.model
+        text_length = padded_length(model.text_length, num_shards(self.model.config))
+        return self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in self.model.wrapped],  # every chunk takes them in turn
+            model=self.model.wrapped,
+            num_microbatches=len(batches),
+            seq_length=text_length + vision_tokens(model),
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+        )
 
     def forward_step(
         self, micro_batches: Iterator[Batch], model: Callable[..., Tensor]
