@@ -136,6 +136,16 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         (
             [
                 "model.num_layers=4",
+                "fine_tuning.base=/tmp",
+                "recurrence.layers=[0,1]",
+                "parallel.pipeline_model_parallel_size=2",
+            ],
+            2,
+            ["Blocks 2 to 3", "none of them is trained"],
+        ),
+        (
+            [
+                "model.num_layers=4",
                 "parallel.pipeline_model_parallel_size=2",
                 "parallel.virtual_pipeline_model_parallel_size=2",
                 "training.micro_batch_size=8",

@@ -333,8 +333,28 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         virtual == 1 or pipeline > 1,
         f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size greater than 1.",
     )
+    _check_trained_stages(config)
     _check_expert_parallelism(config, world_size // pipeline)
     _check_overlap(config)
+
+
+def _check_trained_stages(config: RunConfig) -> None:
+    """Megatron-Core's optimizer and schedules need a trained parameter on every stage."""
+    if config.fine_tuning is None or config.fine_tuning.trainable is Trainable.all:
+        return
+    parallel, addition = config.parallel, config.recurrence or config.lora
+    if config.fine_tuning.trainable is Trainable.blocks:
+        trained = config.fine_tuning.blocks
+    else:
+        trained = addition.layers if addition is not None else []
+    chunks = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    size = config.model.num_layers // chunks
+    for first in range(0, config.model.num_layers, size):
+        _require(
+            chunks == 1 or any(first <= layer < first + size for layer in trained),
+            f"Blocks {first} to {first + size - 1} make a pipeline stage and none of them is trained (trained are "
+            f"{trained}); every stage needs one: choose other blocks or a smaller pipeline.",
+        )
 
 
 def _check_expert_parallelism(config: RunConfig, stage_ranks: int) -> None:

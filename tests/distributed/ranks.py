@@ -3,7 +3,7 @@
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,19 @@ def layout(**sizes: Any) -> ParallelConfig:
     return ParallelConfig(sequence_parallel=sizes.get("tp", 1) > 1, **settings)
 
 
-def run_on_ranks(ranks: int, cases: dict[str, RunConfig], folder: Path) -> dict[str, Result]:
-    """Train every configuration on ``ranks`` ranks, one after the other; a time-out kills the ranks."""
+def run_on_ranks(
+    ranks: int, cases: dict[str, RunConfig], folder: Path, job: Callable[[RunConfig], Any] | None = None
+) -> dict[str, Any]:
+    """Do a job with every configuration on ``ranks`` ranks, one after the other; a time-out kills the ranks.
+
+    Args:
+        job: returns what rank 0 reports; :func:`train` if not given.
+    """
     for config in cases.values():
         check_layout(config, ranks)
     # As torchrun's agent does, this process holds the stores: each case a new one, no port taken twice.
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
-    arguments = (ranks, list(cases.values()), [store.port for store in stores], folder)
+    arguments = (ranks, job or train, list(cases.values()), [store.port for store in stores], folder)
     started = multiprocessing.start_processes(
         _rank_main, arguments, nprocs=ranks, join=False, start_method="fork"
     )
@@ -82,14 +88,21 @@ def run_on_ranks(ranks: int, cases: dict[str, RunConfig], folder: Path) -> dict[
     return dict(zip(cases, torch.load(folder / "results.pt", weights_only=False), strict=True))
 
 
-def _rank_main(rank: int, ranks: int, configs: list[RunConfig], ports: list[int], folder: Path) -> None:
+def _rank_main(
+    rank: int,
+    ranks: int,
+    job: Callable[[RunConfig], Any],
+    configs: list[RunConfig],
+    ports: list[int],
+    folder: Path,
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     results = []
     for port, config in zip(ports, configs, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        results.append(train(config))
+        results.append(job(config))
     if rank == 0:
         torch.save(results, folder / "results.pt")
 
