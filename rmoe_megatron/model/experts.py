@@ -78,7 +78,8 @@ class Experts(MegatronModule):
         parameter = nn.Parameter(mine.to(self.config.params_dtype).contiguous())
         # Reduced over expert-data-parallel ranks; with EP=1 too, so that checkpoints have one form for every EP.
         parameter.allreduce = False  # type: ignore[attr-defined]
-        # No two ranks of a stage's tensor-parallel group hold a replica: the gradient norm counts each of them.
+        # Otherwise Megatron-Core takes it for a replica on all tensor-parallel ranks but the first, and leaves it out
+        # of the gradient norm there.
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         return parameter
 
