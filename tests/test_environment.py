@@ -62,3 +62,17 @@ def test_a_failing_shim_is_passed_over_for_an_inactive_version(
     write_python(inactive, works=True)
     result = source(bare_machine)
     assert f"with {inactive} (Python 3.12.9)" in result.stdout
+
+
+def test_an_environment_of_another_version_is_made_anew(bare_machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "rm").symlink_to(shutil.which("rm"))  # type: ignore[arg-type]
+    write_python(tmp_path / "bin" / "python3.12", works=True)
+    venv = tmp_path / "venv"
+    write_python(venv / "bin" / "python", works=False)
+    (venv / "pyvenv.cfg").write_text("")
+    source(bare_machine)
+    assert not venv.exists()
+    write_python(venv / "bin" / "python", works=True)
+    (venv / "pyvenv.cfg").write_text("")
+    source(bare_machine)
+    assert venv.exists()
