@@ -146,3 +146,9 @@ def test_lora_is_merged_at_export(folder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(adapted.pop(key), base.pop(key) + up[index] @ down[index])
         assert up[index].abs().sum() > 0
     assert all(torch.equal(adapted[key], value) for key, value in base.items())
+
+
+def test_a_base_with_another_prediction_is_refused(folder: Path) -> None:
+    code, errors = rmoe(*fine_tune(folder, "sample", RECURRENCE, "diffusion.prediction=sample"))
+    assert code == 2
+    assert "has learned diffusion.prediction=velocity" in errors and "Traceback" not in errors

@@ -1,5 +1,6 @@
 """A killed run goes on as if nothing had happened, and damaged checkpoints are passed over."""
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -78,3 +79,38 @@ def test_resume_on_two_ranks_keeps_the_losses(finished_run: Path) -> None:
     code, errors = rmoe("train", "--resume", str(run_dir), *overrides, ranks=2)
     assert code == 0, errors
     assert losses(run_dir) == pytest.approx(losses(finished_run / "whole"), abs=1e-4)
+
+
+def test_overrides_of_the_schedule_are_followed(finished_run: Path) -> None:
+    run_dir = finished_run / "longer"
+    shutil.copytree(finished_run / "whole", run_dir)
+    for checkpoint in list_checkpoints(run_dir):
+        if checkpoint.step > 10:
+            shutil.rmtree(checkpoint.path)
+    overrides = ["optimizer.learning_rate=4e-4", "optimizer.min_learning_rate=1e-4", "training.steps=24"]
+    code, errors = rmoe("train", "--resume", str(run_dir), *overrides, "optimizer.weight_decay=0.5")
+    assert code == 0, errors
+    rates = losses(run_dir, "learning_rate")
+    for step in range(11, 25):
+        done, warmup = step - 1, 2
+        cosine = 0.5 * (1 + math.cos(math.pi * (done - warmup) / (24 - warmup)))
+        assert rates[step] == pytest.approx(1e-4 + 3e-4 * cosine, rel=1e-6)
+    assert "learning_rate: 0.0004" in (run_dir / "config.yaml").read_text()
+    assert losses(run_dir)[10] == losses(finished_run / "whole")[10]
+    assert losses(run_dir)[20] != losses(finished_run / "whole")[20]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("diffusion.prediction=sample", "diffusion.prediction=velocity"),
+        ("precision=bf16", "precision=fp32"),
+        ("optimizer.distributed_optimizer=false", "distributed_optimizer=true"),
+    ],
+)
+def test_what_the_weights_depend_on_cannot_be_overridden(
+    finished_run: Path, override: str, words: str
+) -> None:
+    code, errors = rmoe("train", "--resume", str(finished_run / "whole"), override, "training.steps=30")
+    assert code == 2
+    assert words in errors and "Traceback" not in errors

@@ -154,10 +154,7 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     sharded["rng"] = {name: tensor for name, tensor in sharded["rng"].items() if tensor.key in saved_keys}
     loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
     state.chunks.load_state_dict(loaded["model"], strict=state.base_fingerprint is None)
-    for group in state.optimizer.param_groups:
-        # Megatron-Core finds a group's saved counterpart by these; the checkpoint's win, as they do in the scheduler.
-        group.update({name: loaded["scheduler"][name] for name in ("max_lr", "min_lr")})
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(state.optimizer, loaded["optimizer"], loaded["scheduler"])
     for adam in _adam_optimizers(state.optimizer):
         for values in adam.state.values():
             # Megatron-Core gives all parameters the same counter, which each of them would then advance.
@@ -167,6 +164,20 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
         state.ema.averages[name].copy_(average)
     _load_rng(loaded.get("rng", {}))
     state.progress.step, state.progress.samples = progress["step"], progress["samples"]
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Load moments and counters; learning rates, betas and eps stay those of the configuration."""
+    configured = [
+        {name: group[name] for name in ("max_lr", "min_lr", "betas", "eps") if name in group}
+        for group in optimizer.param_groups
+    ]
+    for group in optimizer.param_groups:
+        # Megatron-Core finds a group's saved counterpart by these.
+        group.update({name: scheduler[name] for name in ("max_lr", "min_lr")})
+    optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, configured, strict=True):
+        group.update(values)
 
 
 def load_weights(chunks: nn.ModuleList, weights: RunWeights, fresh: Callable[[str], bool]) -> None:

@@ -29,6 +29,13 @@ def start_from_base(chunks: nn.ModuleList, config: RunConfig) -> str | None:
             f"fine_tuning.base {config.fine_tuning.base} has another architecture than the model section; "
             "give the same model section or another base."
         )
+    for key in ("objective", "prediction"):
+        learned, asked = getattr(base.config.diffusion, key), getattr(config.diffusion, key)
+        if learned != asked:
+            raise UserError(
+                f"fine_tuning.base {config.fine_tuning.base} has learned diffusion.{key}={learned.value}, this run asks "
+                f"for {asked.value}; set diffusion.{key}={learned.value} or take another base."
+            )
     load_weights(chunks, base, fresh=is_addition)
     freeze(chunks, config.fine_tuning)
     if all(parameter.requires_grad for parameter in chunks.parameters()):

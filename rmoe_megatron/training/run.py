@@ -74,6 +74,16 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
                 f"The checkpoint {checkpoint.path} has another architecture ({section} differs from what is asked "
                 f"for); resume without overriding {section}, or train a new run."
             )
+    for key, asked, kept in (
+        ("precision", config.precision, saved.precision),
+        ("diffusion.objective", config.diffusion.objective, saved.diffusion.objective),
+        ("diffusion.prediction", config.diffusion.prediction, saved.diffusion.prediction),
+    ):
+        if asked != kept:
+            raise UserError(
+                f"{checkpoint.path} was trained with {key}={kept.value}, which its weights depend on; resume without "
+                "overriding it, or train a new run."
+            )
     if config.optimizer.distributed_optimizer != saved.optimizer.distributed_optimizer:
         raise UserError(
             f"{checkpoint.path} was saved with optimizer.distributed_optimizer="
@@ -84,6 +94,8 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
     if checkpoint.step >= config.training.steps:
         logger.warning("%s is finished: step %d of %d.", run_dir, checkpoint.step, config.training.steps)
         return
+    if rank() == 0:
+        save_config(config, run_dir / "config.yaml")
     _run(config, checkpoint)
 
 

@@ -137,5 +137,8 @@ def build_optimizer(
         end_wd=optimizer.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A resumed run follows its configuration, from the step of the checkpoint on.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return megatron_optimizer, schedule
