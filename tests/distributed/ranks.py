@@ -17,6 +17,10 @@ from rmoe_megatron.config.validation import check_layout
 from rmoe_megatron.counter_rng import normal, sample_keys, uniform
 from tests.configurations import MODEL, RECURRENCE, tiny_config
 
+# Ranks are forked from a server that has imported everything and run nothing: a fork of this process, whose threads and
+# communication state may be anything by now, can hang.
+multiprocessing.set_forkserver_preload(["rmoe_megatron.training.run", "rmoe_megatron.hf.importing"])
+
 STEPS = 10
 TIMEOUT = 300
 
@@ -76,7 +80,7 @@ def run_on_ranks(
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
     arguments = (ranks, job or train, list(cases.values()), [store.port for store in stores], folder)
     started = multiprocessing.start_processes(
-        _rank_main, arguments, nprocs=ranks, join=False, start_method="fork"
+        _rank_main, arguments, nprocs=ranks, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + TIMEOUT
     try:
