@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from rmoe_megatron import durable
+from rmoe_megatron.checkpoint.unpickling import METADATA, find_untrusted
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+REQUIRED = {METADATA, "config.yaml", "run_state.json", "metadata.json"}
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -74,18 +76,26 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> CheckpointFolder:
 
 
 def verify(path: Path) -> str | None:
-    """Return None if every file of the manifest is there with its size and checksum, else one clause saying which is not."""
+    """Return None if the checkpoint is whole and nothing in it can execute, else one clause saying what is wrong.
+
+    Whole: the manifest lists every file of the folder, and each is there with its size and checksum.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return f"{path} is half-written (no readable {MANIFEST})"
-    for name, expected in manifest.items():
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
+    unlisted = sorted((found | REQUIRED) - expected.keys())
+    if unlisted:
+        return f"{path} is damaged ({unlisted[0]} is not in {MANIFEST})"
+    for name, (size, sha256) in expected.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
+        if name not in found or not file.is_file() or file.stat().st_size != size:
             return f"{path} is half-written ({name} is missing or has the wrong size)"
-        if _sha256(file) != expected["sha256"]:
+        if _sha256(file) != sha256:
             return f"{path} is damaged ({name} fails its checksum)"
-    return None
+    return find_untrusted(path)
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, read_state
+from rmoe_megatron.checkpoint.unpickling import read_metadata
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.errors import UserError
@@ -44,7 +45,12 @@ class _Reader(FileSystemReader):
 
     @cached_property
     def _cached(self) -> Metadata:
-        return super().read_metadata()
+        # The folder was checked when it was found; it may have changed since.
+        metadata = read_metadata(self.path)
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         return self._cached
