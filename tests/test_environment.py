@@ -70,9 +70,9 @@ def test_an_environment_of_another_version_is_made_anew(bare_machine: dict[str, 
     venv = tmp_path / "venv"
     write_python(venv / "bin" / "python", works=False)
     (venv / "pyvenv.cfg").write_text("")
-    source(bare_machine)
-    assert not venv.exists()
+    result = source(bare_machine)
+    assert "Setting up" in result.stdout and not venv.exists()
     write_python(venv / "bin" / "python", works=True)
     (venv / "pyvenv.cfg").write_text("")
-    source(bare_machine)
-    assert venv.exists()
+    result = source(bare_machine)
+    assert f"Updating {venv} (Python 3.12.9)" in result.stdout and venv.exists()

@@ -45,13 +45,17 @@ END
 }
 
 if ! sha256sum --check --status "$stamp" 2>/dev/null; then
-    python=$(find_python) || exit 2
-    echo "Setting up $venv with $python ($("$python" --version))"
-    # An environment of another Python version cannot be brought up to date.
-    if [[ -f $venv/pyvenv.cfg ]] && ! is_supported "$venv/bin/python"; then
-        rm -rf "$venv"
+    # An environment of a supported Python is brought up to date with that Python, any other is made anew.
+    if [[ -z ${RMOE_PYTHON:-} ]] && is_supported "$venv/bin/python"; then
+        echo "Updating $venv ($("$venv/bin/python" --version))"
+    else
+        python=$(find_python) || exit 2
+        echo "Setting up $venv with $python ($("$python" --version))"
+        if [[ -f $venv/pyvenv.cfg ]]; then
+            rm -rf "$venv"
+        fi
+        "$python" -m venv "$venv"
     fi
-    "$python" -m venv "$venv"
     # torch first: a later, unpinned request could replace a CPU build by gigabytes of CUDA libraries.
     "$venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0
     "$venv/bin/pip" install --quiet --disable-pip-version-check --editable "${root}[dev]"

@@ -46,7 +46,7 @@ class _Reader(FileSystemReader):
     @cached_property
     def _cached(self) -> Metadata:
         # The folder was checked when it was found; it may have changed since.
-        metadata = read_metadata(self.path)
+        metadata = read_metadata(Path(self.path))
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
