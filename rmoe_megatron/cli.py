@@ -28,7 +28,9 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module="megatron")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    warnings.filterwarnings(
+        "ignore", module=r"torch\.distributed"
+    )  # calls of Megatron-Core's that it will rename
     # Megatron-Core warns of its asynchronous saving when it saves synchronously; PyTorch of a missing GPU.
     for name in ("megatron.core.dist_checkpointing.strategies", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

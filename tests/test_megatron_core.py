@@ -35,8 +35,12 @@ def test_megatron_core_is_imported_without_triton() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=240)
 
 
-def test_a_run_says_nothing_but_its_progress(tmp_path: Path) -> None:
-    code, errors = rmoe("train", str(make_run(tmp_path)), "training.steps=3", "optimizer.warmup_steps=1")
+@pytest.mark.parametrize(
+    "overrides", [[], ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]]
+)
+def test_a_run_says_nothing_but_its_progress(tmp_path: Path, overrides: list[str]) -> None:
+    short = ["training.steps=3", "optimizer.warmup_steps=1"]
+    code, errors = rmoe("train", str(make_run(tmp_path)), *short, *overrides, ranks=2 if overrides else 1)
     assert code == 0, errors
     lines = [line for line in errors.splitlines() if line.strip() and not line.startswith("step ")]
     assert lines == []
