@@ -114,3 +114,19 @@ def test_what_the_weights_depend_on_cannot_be_overridden(
     code, errors = rmoe("train", "--resume", str(finished_run / "whole"), override, "training.steps=30")
     assert code == 2
     assert words in errors and "Traceback" not in errors
+
+
+def test_a_folder_in_use_is_refused_until_its_process_is_gone(finished_run: Path) -> None:
+    run_dir = finished_run / "held"
+    config = str(finished_run / "config.yaml")
+    process = start(["train", config, f"run_dir={run_dir}", "training.steps=100000"])
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(run_dir):
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.05)
+    code, errors = rmoe("train", "--resume", str(run_dir))
+    assert code == 2
+    assert f"{run_dir} is in use by process {process.pid} on " in errors and "Traceback" not in errors
+    kill(process)
+    code, errors = rmoe("train", "--resume", str(run_dir), f"training.steps={max(losses(run_dir)) + 6}")
+    assert code == 0, errors

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from rmoe_megatron.platform import peak_flops, synchronize
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.logging import RunLogger
 from rmoe_megatron.training.routing import load_balancing_loss
+from rmoe_megatron.training.run_lock import exclusive
 from rmoe_megatron.training.samples import SampleGrid
 from rmoe_megatron.training.setup import build_model, build_optimizer
 from rmoe_megatron.training.source import TrainingSource
@@ -45,9 +46,6 @@ def train(config: RunConfig) -> None:
             f"{run_dir} already holds checkpoints; continue it with `rmoe train --resume {run_dir}` "
             "or choose another run_dir."
         )
-    if rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
     _run(config, checkpoint=None)
 
 
@@ -94,13 +92,14 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
     if checkpoint.step >= config.training.steps:
         logger.warning("%s is finished: step %d of %d.", run_dir, checkpoint.step, config.training.steps)
         return
-    if rank() == 0:
-        save_config(config, run_dir / "config.yaml")
     _run(config, checkpoint)
 
 
 def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
-    with process_groups(config) as device:
+    run_dir, is_rank0 = Path(config.run_dir), rank() == 0
+    with exclusive(run_dir) if is_rank0 else nullcontext(), process_groups(config) as device:
+        if is_rank0:
+            save_config(config, run_dir / "config.yaml")
         source = TrainingSource(config, device)
         model, base_fingerprint = build_model(config, device)
         optimizer, scheduler = build_optimizer(config, model)
