@@ -263,6 +263,15 @@ def test_import_on_two_ranks_gives_the_same_checkpoint(
     assert RunWeights(tmp_path / "two").fingerprint() == one.fingerprint()
 
 
+def test_import_into_an_interleaved_layout_is_refused(tmp_path: Path) -> None:
+    make_own_model("sd3.5-large", None).save_pretrained(tmp_path / "model")
+    layout = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+    arguments = ["convert", "from-hf", str(tmp_path / "model"), str(tmp_path / "run")]
+    code, errors = rmoe(*arguments, "--text-length", str(TEXT_LENGTH), *layout, ranks=2)
+    assert code != 0
+    assert "is for training" in errors and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_start_a_run_of_any_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model("sd3-medium").to(dtype)

@@ -121,6 +121,10 @@ def _import(
     )
     check_model(config)
     check_layout(config, world_size())
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        raise UserError(
+            "parallel.virtual_pipeline_model_parallel_size is for training; import with 1, the result loads under any layout."
+        )
     check_tensors(source, empty_transformer(config), where)
     config.model.shared_conditioning = _shares_conditioning(source, config)
     with process_groups(config):
