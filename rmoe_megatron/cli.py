@@ -11,7 +11,7 @@ import typer
 from tqdm import tqdm
 
 from rmoe_megatron import durable
-from rmoe_megatron.errors import UserError
+from rmoe_megatron.errors import RunFailure, UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Build and prepare data.")
@@ -25,7 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings 
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    """Run the command line; a user's mistake is one line on standard error and exit code 2, a failed run 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings(
@@ -41,6 +41,10 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunFailure as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 class _Bar:

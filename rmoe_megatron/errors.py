@@ -1,4 +1,4 @@
-"""The one exception type for mistakes a user can correct."""
+"""What can end a command early: a mistake that its user can correct, or a run that cannot go on."""
 
 
 class UserError(Exception):
@@ -6,4 +6,12 @@ class UserError(Exception):
 
     The message is one sentence that says what is wrong, where, and what to do. The command line prints it
     without a traceback and exits with code 2.
+    """
+
+
+class RunFailure(Exception):
+    """A run that cannot go on though nothing it was asked for is wrong: its weights or losses are no longer finite.
+
+    The message is one sentence that says what happened, at which step, and where more is written. The command line
+    prints it without a traceback and exits with code 1.
     """

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from rmoe_megatron.errors import UserError
+from rmoe_megatron.errors import RunFailure, UserError
 
 INTERVAL = 2.0  # seconds between heartbeats
 SILENCE = 40.0  # seconds without a heartbeat after which a rank is given up
@@ -90,7 +90,11 @@ class _Watch(threading.Thread):
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks why this one ends; the first to do so is the one they hear."""
-        reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        reason = (
+            str(error)
+            if isinstance(error, (UserError, RunFailure))
+            else "".join(traceback.format_exception(error))
+        )
         message = f"{_exit_code(error)} Rank {self.rank} on {socket.gethostname()} failed: {reason}"
         try:
             self.store.compare_set(_FAILURE, "", message)

@@ -19,7 +19,7 @@ def records(folder: Path) -> list[dict[str, float]]:
 def log_steps(folder: Path, config: LoggingConfig, first: int, last: int, offset: float = 0.0) -> None:
     log = RunLogger(folder, config, total_steps=10, start_step=first, is_rank0=True)
     for step in range(first + 1, last + 1):
-        log.log_metrics(step, {"loss": step + offset})
+        log.log_metrics(step, {"loss": step + offset}, remaining=60.0 * (10 - step))
     log.close()
 
 
@@ -41,6 +41,15 @@ def test_a_resumed_run_replaces_the_records_it_repeats(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == list(enumerate(expected, 1))
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    log = RunLogger(tmp_path, LoggingConfig(tensorboard=False), 10, 0, is_rank0=True)
+    log.log_metrics(1, {"loss": float("nan"), "grad_norm": float("inf")})
+    log.log_metrics(2, {"loss": 1.0, "grad_norm": 2.0})
+    log.draw_curves()
+    log.close()
+    assert (tmp_path / METRICS).read_text().splitlines()[0] == '{"step": 1, "loss": null, "grad_norm": null}'
 
 
 def test_curves_are_drawn_in_every_panel(tmp_path: Path) -> None:
@@ -75,7 +84,7 @@ def test_without_a_terminal_every_record_is_a_line(
     log_steps(tmp_path, LoggingConfig(tensorboard=False), 0, 2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("step 1/10  loss 1  ETA") and lines[1].startswith("step 2/10  loss 2  ETA")
+    assert lines == ["step 1/10  loss 1  ETA 09:00", "step 2/10  loss 2  ETA 08:00"]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rmoe_megatron.checkpoint.folders import (
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.schema import RunConfig
-from rmoe_megatron.errors import UserError
+from rmoe_megatron.errors import RunFailure, UserError
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 
 # Megatron-Core's format that can be loaded under any other parallel layout.
@@ -36,10 +36,14 @@ OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained
 
 @dataclass
 class Progress:
-    """Where a run is: optimizer steps done and samples drawn; the data order is a function of the latter."""
+    """Where a run is: optimizer steps done and samples drawn; the data order is a function of the latter.
+
+    ``skipped_steps`` counts the steps that left the weights alone because a loss or gradient was not finite.
+    """
 
     step: int = 0
     samples: int = 0
+    skipped_steps: int = 0
 
 
 @dataclass
@@ -115,7 +119,13 @@ def rng_state() -> dict[str, Any]:
 
 
 def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> Path:
-    """Save the state under ``run_dir`` and return the published folder; every rank takes part."""
+    """Save the state under ``run_dir`` and return the published folder; every rank takes part.
+
+    Raises:
+        RunFailure: weights or averages are not finite; nothing is published and nothing removed.
+    """
+    check_finite([*state.chunks.named_parameters(), *state.ema.averages.items()], state.progress.step)
+    _create_adam_state(state.optimizer)  # all steps may have been left out
     final = checkpoint_path(run_dir, state.progress.step)
     partial = final.with_name(final.name + ".partial")
     is_rank0 = dist.get_rank() == 0
@@ -126,7 +136,7 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
     dist_checkpointing.save(state.sharded_state_dict(is_loading=False), str(partial))
     if is_rank0:
         save_config(config, partial / "config.yaml")
-        run_state: dict[str, int | str] = {"step": state.progress.step, "samples": state.progress.samples}
+        run_state: dict[str, int | str] = asdict(state.progress)
         if state.base_fingerprint is not None:
             run_state["base_fingerprint"] = state.base_fingerprint
         (partial / "run_state.json").write_text(json.dumps(run_state))
@@ -134,6 +144,23 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
         remove_old(run_dir, config.checkpoint.keep_last)
     dist.barrier()
     return final
+
+
+def check_finite(named: Iterable[tuple[str, Tensor]], step: int) -> None:
+    """Check weights before they are saved; every rank takes part.
+
+    Raises:
+        RunFailure: a value is not finite on some rank; names the tensor.
+    """
+    mine = next((name for name, tensor in named if not tensor.isfinite().all()), None)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found = [(rank, name) for rank, name in enumerate(everyone) if name is not None]
+    if found:
+        raise RunFailure(
+            f"{found[0][1]} on rank {found[0][0]} is not finite after step {step}; nothing is saved, so resume from the "
+            "last checkpoint with a smaller optimizer.learning_rate."
+        )
 
 
 def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
@@ -164,6 +191,7 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
         state.ema.averages[name].copy_(average)
     _load_rng(loaded.get("rng", {}))
     state.progress.step, state.progress.samples = progress["step"], progress["samples"]
+    state.progress.skipped_steps = progress.get("skipped_steps", 0)  # checkpoints that don't say had none
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], scheduler: dict[str, Any]) -> None:
@@ -206,15 +234,16 @@ def load_weights(chunks: nn.ModuleList, weights: RunWeights, fresh: Callable[[st
 
 
 def _create_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give PyTorch's Adam the state it makes at its first step: Megatron-Core loads into what is there."""
+    """Give PyTorch's Adam the state it makes at its first update: Megatron-Core saves and loads what is there."""
     for adam in _adam_optimizers(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
-                adam.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                if parameter not in adam.state:
+                    adam.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
 def _adam_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:

@@ -207,6 +207,7 @@ class TrainingConfig:
     micro_batch_size: int = MISSING  # samples per rank and forward pass
     global_batch_size: int = MISSING  # samples per optimizer step over all ranks
     recompute: Recompute = Recompute.none
+    max_skipped_steps: int = 8  # in a row, whose loss or gradient is not finite; then the run ends
     log_every: int = 10
     validate_every: int = 500
     validation_samples: int = 512

@@ -103,7 +103,7 @@ def _check_values(config: RunConfig) -> None:
         "optimizer": (optimizer, "learning_rate eps"),
         "training": (
             training,
-            "steps micro_batch_size global_batch_size log_every validate_every sample_every",
+            "steps micro_batch_size global_batch_size max_skipped_steps log_every validate_every sample_every",
         ),
         "training ": (training, "validation_samples sample_steps"),
         "diffusion": (diffusion, "logit_std shift"),

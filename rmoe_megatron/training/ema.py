@@ -10,9 +10,9 @@ from torch import Tensor, nn
 class ExponentialMovingAverage:
     """Float32 average of a model's parameters, on this rank's shard of the model.
 
-    The decay of update n is ``min(decay, (1 + n) / (10 + n))``, so that the average of a short run forgets the
-    initial weights; with a power it is ``min(decay, 1 - (1 + n) ** -power)``. These are the two ramps of diffusers'
-    EMAModel.
+    The decay of update n is ``min(decay, (1 + n) / (10 + n))`` and 0 for the first (n = 0), so that the average forgets
+    the initial weights; with a power it is ``min(decay, 1 - (1 + n) ** -power)``. These are the two ramps of
+    diffusers' EMAModel.
 
     Args:
         model: its trainable parameters are averaged.
@@ -32,7 +32,7 @@ class ExponentialMovingAverage:
     def update(self, step: int) -> None:
         """Move the averages towards the current parameters; ``step`` counts updates from 0."""
         ramp = (1 + step) / (10 + step) if self.power is None else 1 - (1 + step) ** -self.power
-        decay = min(self.decay, ramp)
+        decay = min(self.decay, ramp) if step > 0 else 0.0
         averages = list(self.averages.values())
         current = [parameter.detach().float() for parameter in self.parameters.values()]
         torch._foreach_lerp_(averages, current, 1 - decay)

@@ -1,10 +1,11 @@
 """Metrics of a run: JSONL and a picture always, TensorBoard and wandb if configured, progress bar or plain lines."""
 
 import json
+import math
 import secrets
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -31,7 +32,6 @@ class RunLogger:
         if not is_rank0:
             return
         self.run_dir, self.total_steps, self.start_step = run_dir, total_steps, start_step
-        self.started = time.monotonic()
         _drop_records_after(run_dir / METRICS, start_step)
         self.jsonl = (run_dir / METRICS).open("a", buffering=1)
         self.tensorboard = self.wandb = None
@@ -52,19 +52,25 @@ class RunLogger:
             unit="step",
             disable=not self.is_terminal,
             dynamic_ncols=True,
+            # Not tqdm's ETA, which takes the pause of a checkpoint for the pace of the steps.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
 
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Record ``metrics`` for ``step``, the number of optimizer steps done."""
+    def log_metrics(self, step: int, metrics: dict[str, float], remaining: float | None = None) -> None:
+        """Record ``metrics`` for ``step``, the number of optimizer steps done.
+
+        Args:
+            remaining: seconds to the end of the run, if that is known.
+        """
         if not self.is_active:
             return
-        self.jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.jsonl.write(json_text({"step": step, **metrics}) + "\n")
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
-        self._show(step, metrics)
+        self._show(step, metrics, remaining)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Show a PNG that was written beside the metrics."""
@@ -98,22 +104,35 @@ class RunLogger:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def _show(self, step: int, metrics: dict[str, float]) -> None:
+    def _show(self, step: int, metrics: dict[str, float], remaining: float | None) -> None:
         shown = {name: f"{value:.4g}" for name, value in metrics.items() if name in SHOWN}
+        if remaining is not None:
+            shown["ETA"] = tqdm.format_interval(remaining)
         if self.is_terminal and "loss" in metrics:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
             return
-        done = max(step - self.start_step, 1)
-        remaining = (time.monotonic() - self.started) / done * (self.total_steps - step)
         values = "  ".join(f"{name} {value}" for name, value in shown.items())
-        self._write(f"step {step}/{self.total_steps}  {values}  ETA {tqdm.format_interval(remaining)}")
+        self._write(f"step {step}/{self.total_steps}  {values}")
 
     def _write(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
 SHOWN = ("loss", "validation_loss", "samples_per_second", "tokens_per_second", "model_flops_utilisation")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return JSON; numbers that are not finite, for which JSON has no word, become null."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _wandb_id(run_dir: Path) -> str:

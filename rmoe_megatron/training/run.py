@@ -1,9 +1,7 @@
 """A training run from configuration to last checkpoint: ``rmoe train`` and ``rmoe train --resume``."""
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +14,19 @@ from rmoe_megatron.checkpoint.state import Progress, TrainingState, load_checkpo
 from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.config.validation import validate
-from rmoe_megatron.errors import UserError
-from rmoe_megatron.model.flops import training_flops_per_sample, vision_tokens
+from rmoe_megatron.errors import RunFailure, UserError
 from rmoe_megatron.parallel import process_groups, rank, world_size
 from rmoe_megatron.pictures import png
-from rmoe_megatron.platform import peak_flops, synchronize
 from rmoe_megatron.training.ema import ExponentialMovingAverage
+from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.logging import RunLogger
 from rmoe_megatron.training.routing import load_balancing_loss
 from rmoe_megatron.training.run_lock import exclusive
 from rmoe_megatron.training.samples import SampleGrid
 from rmoe_megatron.training.setup import build_model, build_optimizer
 from rmoe_megatron.training.source import TrainingSource
-from rmoe_megatron.training.step import TrainingStep
+from rmoe_megatron.training.step import StepResult, TrainingStep
+from rmoe_megatron.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +50,17 @@ def train(config: RunConfig) -> None:
 def resume(run_dir: Path, overrides: list[str]) -> None:
     """Continue a run from its newest complete checkpoint, with the configuration saved there.
 
+    A run that was killed before its first save is started anew, with a warning that says so.
+
     Raises:
         UserError: there is no complete checkpoint, an override is wrong, or it changes the architecture.
     """
     if not run_dir.is_dir():
         raise UserError(f"There is no run at {run_dir}; give the run_dir of an earlier `rmoe train`.")
+    if (run_dir / "config.yaml").is_file() and not list_checkpoints(run_dir):
+        logger.warning("%s has no checkpoint yet; it starts anew with the configuration there.", run_dir)
+        train(load_config(run_dir / "config.yaml", [*overrides, f"run_dir={run_dir}"]))
+        return
     checkpoint = find_checkpoint(run_dir)
     if read_state(checkpoint.path).get("imported"):
         raise UserError(
@@ -110,6 +114,8 @@ def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
         step = TrainingStep(config, model, optimizer, scheduler, source.null_conditions)
         try:
             TrainingLoop(config, state, step, source, device).run()
+        except RunFailure:
+            raise
         except Exception as error:
             error.add_note(f"Rank {rank()} was at step {state.progress.step + 1}.")
             raise
@@ -117,7 +123,7 @@ def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
 
 @dataclass
 class TrainingLoop:
-    """Steps, looks at the model, saves; until the configured number of steps is done."""
+    """Steps, validates, saves, draws; until the configured number of steps is done."""
 
     config: RunConfig
     state: TrainingState
@@ -138,46 +144,57 @@ class TrainingLoop:
             prompts = self.source.encode_prompts(training.sample_prompts)
             grid = SampleGrid(self.config, prompts, self.source.autoencoder)
         batches = self.source.training_batches(progress.samples)
+        health = Health(run_dir, self.step.model.modules, self.source.locate, training.max_skipped_steps)
         throughput = Throughput(self.config, self.device)
         self.step.model.train()
         while progress.step < training.steps:
             result = self.step(batches, before_update=self.update_averages)
-            if not result.skipped:
+            if result.suspects is None:
                 self.averages_due = progress.step
             progress.step += 1
             progress.samples += training.global_batch_size
+            progress.skipped_steps += result.suspects is not None
             throughput.count(training.global_batch_size)
-            is_last = progress.step == training.steps
             balance = load_balancing_loss(self.config, self.step.num_micro_batches, self.device)
-            if progress.step % training.log_every == 0 or is_last:
-                metrics = {
-                    "loss": result.loss,
-                    "grad_norm": result.grad_norm,
-                    "learning_rate": result.learning_rate,
-                    "samples": progress.samples,
-                    **balance,
-                    **throughput.rates(),
-                }
-                log.log_metrics(progress.step, metrics)
-            with throughput.paused():
-                if self.uses_weights(progress.step):
-                    self.step.model.gather_parameters()
-                    self.update_averages()
-                if self.source.has_validation and (progress.step % training.validate_every == 0 or is_last):
-                    log.log_metrics(progress.step, {"validation_loss": self.validate()})
-                if grid is not None and (progress.step % training.sample_every == 0 or is_last):
-                    path = self.sample(grid, run_dir)
-                    log.log_image("samples", path, progress.step)
-                if progress.step % self.config.checkpoint.every == 0 or is_last:
-                    save_checkpoint(self.state, self.config, run_dir)
-                    log.draw_curves()
+            if self.is_due(training.log_every):
+                metrics = self.metrics(result) | balance | throughput.rates()
+                log.log_metrics(progress.step, metrics, throughput.remaining(training.steps - progress.step))
+            health.check(progress.step, result.loss, result.grad_norm, result.suspects)
+            self.look_and_save(log, grid, throughput)
         log.close()
 
-    def uses_weights(self, step: int) -> bool:
-        """Whether the weights are validated, sampled from or saved after ``step``."""
-        training = self.config.training
+    def look_and_save(self, log: RunLogger, grid: SampleGrid | None, throughput: Throughput) -> None:
+        """Validate, save and sample where it is time to; what fails in sampling has been saved before."""
+        training, run_dir, step = self.config.training, Path(self.config.run_dir), self.state.progress.step
         everies = (training.validate_every, training.sample_every, self.config.checkpoint.every)
-        return step == training.steps or any(step % every == 0 for every in everies)
+        if any(self.is_due(every) for every in everies):
+            self.step.model.gather_parameters()
+            self.update_averages()
+        if self.source.has_validation and self.is_due(training.validate_every):
+            with throughput.paused("validation", training.validate_every):
+                log.log_metrics(step, {"validation_loss": self.validate()})
+        if self.is_due(self.config.checkpoint.every):
+            with throughput.paused("saving", self.config.checkpoint.every):
+                save_checkpoint(self.state, self.config, run_dir)
+                log.draw_curves()
+        if grid is not None and self.is_due(training.sample_every):
+            with throughput.paused("sampling", training.sample_every):
+                log.log_image("samples", self.sample(grid, run_dir), step)
+
+    def is_due(self, every: int) -> bool:
+        """Whether it is time for what happens every so many steps and after the last."""
+        step = self.state.progress.step
+        return step % every == 0 or step == self.config.training.steps
+
+    def metrics(self, result: StepResult) -> dict[str, float]:
+        """Return what is logged of a step."""
+        return {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "samples": self.state.progress.samples,
+            "skipped_steps": self.state.progress.skipped_steps,
+        }
 
     def update_averages(self) -> None:
         """Let the averages see the parameters of the last update, once these are here."""
@@ -202,42 +219,3 @@ class TrainingLoop:
             path.parent.mkdir(exist_ok=True)
             durable.write(path, png(image))
         return path
-
-
-class Throughput:
-    """Samples and tokens per second and model FLOPs utilisation since the last report, pauses left out."""
-
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.device = device
-        self.tokens_per_sample = config.model.text_length + vision_tokens(config.model)
-        self.flops_per_sample = training_flops_per_sample(config)
-        peak = peak_flops(device)
-        self.peak = peak * dist.get_world_size() if peak else None
-        self.samples = 0
-        self.started = time.perf_counter()
-
-    def count(self, samples: int) -> None:
-        """Add the samples of one step."""
-        self.samples += samples
-
-    def rates(self) -> dict[str, float]:
-        """Return the rates since the last call and start anew."""
-        synchronize(self.device)
-        seconds = time.perf_counter() - self.started
-        samples_per_second = self.samples / seconds
-        self.samples, self.started = 0, time.perf_counter()
-        rates = {
-            "samples_per_second": samples_per_second,
-            "tokens_per_second": samples_per_second * self.tokens_per_sample,
-            "model_tflops": samples_per_second * self.flops_per_sample / 1e12,
-        }
-        if self.peak:
-            rates["model_flops_utilisation"] = samples_per_second * self.flops_per_sample / self.peak
-        return rates
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time spent in the context out of the rates."""
-        paused_at = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - paused_at

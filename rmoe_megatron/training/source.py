@@ -56,6 +56,12 @@ class TrainingSource:
         )
         return map(self._embed, loader)
 
+    def locate(self, draw: int) -> dict[str, str]:
+        """Return the ``shard`` and ``key`` of a training draw's sample."""
+        order = GlobalOrder(len(self.train), self.config.data.shuffle, self.config.seed)
+        location = self.train.samples.locations[order[draw]]
+        return {"shard": str(location.shard), "key": location.key}
+
     def validation_batches(self) -> tuple[Iterator[Batch], int]:
         """Return the validation micro-batches of this rank and their number; they are the same every time."""
         assert self.validation is not None

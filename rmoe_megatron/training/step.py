@@ -1,5 +1,6 @@
 """One optimizer step: Megatron-Core's forward-backward schedule, gradient finalisation and optimizer."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.guidance import Conditions, drop_conditions
 from rmoe_megatron.model.flops import vision_tokens
 from rmoe_megatron.model.sequence import num_shards, padded_length
+from rmoe_megatron.training.health import Suspect, find_suspects
 from rmoe_megatron.training.setup import ModelChunks
 
 Batch = dict[str, Tensor]  # latents, sample_index, and the model's conditions
@@ -25,12 +27,16 @@ Batch = dict[str, Tensor]  # latents, sample_index, and the model's conditions
 
 @dataclass
 class StepResult:
-    """What one optimizer step did; the loss is the mean over the global batch."""
+    """What one optimizer step did; the loss is the mean over the global batch.
+
+    If loss or gradient norm is not finite, the weights are left alone and ``suspects`` are the samples that may have
+    spoilt the step; else it is None.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
-    skipped: bool
+    suspects: list[Suspect] | None = None
 
 
 class TrainingStep:
@@ -74,23 +80,23 @@ class TrainingStep:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._schedule(micro_batches, self.num_micro_batches, forward_only=False)
+        batches = [next(micro_batches) for _ in range(self.num_micro_batches)]
+        losses = self._losses(batches, forward_only=False)
         before_update()
-        updated, grad_norm, _ = self.optimizer.step()
-        if updated:
-            self.scheduler.step(increment=1)
-        return StepResult(
-            loss=mean_over_data_parallel(losses),
-            grad_norm=float(grad_norm or 0.0),
-            learning_rate=learning_rate,
-            skipped=not updated,
-        )
+        # Megatron-Core's optimizer looks for NaN under float16's loss scaling only: with NaN gradients it would update.
+        self.optimizer.prepare_grads()
+        loss, grad_norm = mean_over_data_parallel(losses), float(self.optimizer.get_grad_norm() or 0.0)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return StepResult(loss, grad_norm, learning_rate, find_suspects(batches, losses))
+        self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return StepResult(loss, grad_norm, learning_rate)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Return the mean loss over ``num_micro_batches`` micro-batches per rank without updating anything."""
         self.model.train(False)
-        losses = self._schedule(micro_batches, num_micro_batches, forward_only=True)
+        losses = self._losses([next(micro_batches) for _ in range(num_micro_batches)], forward_only=True)
         self.model.train()
         return mean_over_data_parallel(losses)
 
@@ -123,8 +129,8 @@ class TrainingStep:
         torch.distributed.broadcast(output, last, group=parallel_state.get_pipeline_model_parallel_group())
         return output[: len(latents)]
 
-    def _schedule(self, micro_batches: Iterator[Batch], count: int, forward_only: bool) -> list[Tensor]:
-        batches = [next(micro_batches) for _ in range(count)]
+    def _losses(self, batches: list[Batch], forward_only: bool) -> list[Tensor]:
+        """Return the losses of micro-batches on the last pipeline stage, nothing before it."""
         size = self.config.training.micro_batch_size
         stored = self._run_schedule(self.forward_step, batches, size, forward_only)
         return [entry["loss"] for entry in stored]

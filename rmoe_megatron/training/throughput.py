@@ -1,0 +1,68 @@
+"""How fast a run is, and how long it will still take."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.model.flops import training_flops_per_sample, vision_tokens
+from rmoe_megatron.platform import peak_flops, synchronize
+
+
+class Throughput:
+    """Samples and tokens per second, model FLOPs utilisation and remaining time; pauses are counted apart.
+
+    A pause is what happens between steps, every so many of them: validation, sampling, saving.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.device = device
+        self.tokens_per_sample = config.model.text_length + vision_tokens(config.model)
+        self.flops_per_sample = training_flops_per_sample(config)
+        peak = peak_flops(device)
+        self.peak = peak * dist.get_world_size() if peak else None
+        self.steps = self.samples = 0  # since the last report
+        self.started = time.perf_counter()
+        self.seconds_per_step: float | None = None  # at the last report
+        self.pauses: dict[str, float] = {}  # seconds per step that each kind of pause adds
+
+    def count(self, samples: int) -> None:
+        """Add the samples of one step."""
+        self.steps += 1
+        self.samples += samples
+
+    def rates(self) -> dict[str, float]:
+        """Return the rates since the last call and start anew."""
+        synchronize(self.device)
+        seconds = time.perf_counter() - self.started
+        samples_per_second = self.samples / seconds
+        self.seconds_per_step = seconds / self.steps
+        self.steps, self.samples, self.started = 0, 0, time.perf_counter()
+        rates = {
+            "samples_per_second": samples_per_second,
+            "tokens_per_second": samples_per_second * self.tokens_per_sample,
+            "model_tflops": samples_per_second * self.flops_per_sample / 1e12,
+        }
+        if self.peak:
+            rates["model_flops_utilisation"] = samples_per_second * self.flops_per_sample / self.peak
+        return rates
+
+    def remaining(self, steps: int) -> float | None:
+        """Return the seconds that ``steps`` more steps will take with their pauses, None before the first report."""
+        if self.seconds_per_step is None:
+            return None
+        return steps * (self.seconds_per_step + sum(self.pauses.values()))
+
+    @contextmanager
+    def paused(self, kind: str, every: int) -> Iterator[None]:
+        """Leave the time spent in the context out of the rates and spread it over the ``every`` steps it is for."""
+        synchronize(self.device)
+        paused_at = time.perf_counter()
+        yield
+        synchronize(self.device)
+        seconds = time.perf_counter() - paused_at
+        self.started += seconds
+        self.pauses[kind] = seconds / every
