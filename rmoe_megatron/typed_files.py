@@ -1,0 +1,151 @@
+"""Text and JSON that come from others, read into typed values: a file is what it should be, or a UserError says why not.
+
+Nothing here hangs on a pipe, reads without bound or recurses without bound.
+"""
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from rmoe_megatron.errors import UserError
+
+MAX_BYTES = 64 << 20  # tokenizers are the largest, with some 30 MB
+MAX_SHOWN = 60  # characters of a wrong value
+
+# Of the models of JSON objects: values are not converted, and keys that are not described stay.
+OPEN = ConfigDict(strict=True, extra="allow")
+CLOSED = ConfigDict(strict=True, extra="forbid")
+
+
+def check_regular(path: Path) -> None:
+    """Check that ``path`` is a file that can be opened and read to an end.
+
+    Raises:
+        UserError: there is none, it is a folder, a pipe or a device, or it may not be read.
+    """
+    try:
+        # Without O_NONBLOCK opening a pipe would wait for its other end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{_shown_path(path)} cannot be read ({reason}); check the path.") from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path} is no regular file; put the file there that belongs there.")
+    finally:
+        os.close(descriptor)
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """Return a file's text.
+
+    Raises:
+        UserError: it is no regular file, is larger than ``max_bytes``, or is not UTF-8.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    if len(content) > max_bytes:
+        raise UserError(f"{path} has more than {max_bytes} bytes, too many for what it should be.")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text (byte {error.start} is not UTF-8).") from error
+
+
+def read_json[T](path: Path, model: TypeAdapter[T], allow_infinite: bool = False) -> T:
+    """Return the content of a JSON file as a value of ``model``.
+
+    Args:
+        allow_infinite: let NaN and Infinity through to ``model``; JSON has none, but Python writes them.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, has a key twice, or its value is not one of ``model``; names the
+            key, what it holds and what is allowed.
+    """
+    return parse_json(read_text(path), model, str(path), allow_infinite)
+
+
+def parse_json[T](text: str, model: TypeAdapter[T], where: str, allow_infinite: bool = False) -> T:
+    """Return a JSON text as a value of ``model``; see :func:`read_json`.
+
+    Args:
+        where: what the error message calls the text.
+    """
+
+    def constant(name: str) -> float:
+        if not allow_infinite:
+            raise ValueError(f"{name} is no number of JSON")
+        return float(name)
+
+    def number(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"the number {digits[:MAX_SHOWN]} is too large")
+        return value
+
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=constant, parse_float=number
+        )
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise UserError(f"{where} is not valid JSON ({reason}).") from error
+    return check_value(value, model, where)
+
+
+def check_value[T](value: object, model: TypeAdapter[T], where: str) -> T:
+    """Return ``value`` as one of ``model``.
+
+    Raises:
+        UserError: it is none; names the key, what it holds and what is allowed.
+    """
+    try:
+        return model.validate_python(value, strict=True)
+    except ValidationError as error:
+        _refuse(where, error)
+
+
+def shown(value: object) -> str:
+    """Return a value as it may stand in a message: on one line, and cut."""
+    try:
+        text = json.dumps(value)
+    except ValueError:  # a whole number too long to print
+        return "a huge number"
+    except TypeError:  # no JSON
+        text = repr(value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the key {shown(twice)} twice")
+    return values
+
+
+def _refuse(where: str, error: ValidationError) -> NoReturn:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])[: 2 * MAX_SHOWN]
+    if first["type"] == "missing":
+        raise UserError(f"{where} has no value for {key}.") from error
+    if first["type"] == "extra_forbidden":
+        raise UserError(f"{where} has the unknown key {shown(key)}.") from error
+    rule = first["msg"].replace("Input should", "it must").replace("Value error, ", "")
+    subject = (
+        f"{where} has {key} {shown(first['input'])}" if key else f"{where} holds {shown(first['input'])}"
+    )
+    raise UserError(f"{subject}, but {rule}.") from error
+
+
+def _shown_path(path: Path) -> str:
+    return str(path) if str(path).isprintable() else repr(str(path))
