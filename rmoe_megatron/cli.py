@@ -31,9 +31,7 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", module=r"torch\.distributed"
     )  # calls of Megatron-Core's that it will rename
-    # Megatron-Core warns of its asynchronous saving when it saves synchronously; PyTorch of a missing GPU.
-    for name in ("megatron.core.dist_checkpointing.strategies", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # PyTorch warns of a missing GPU
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()

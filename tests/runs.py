@@ -1,5 +1,6 @@
 """Real training runs for tests: tiny shards, a tiny configuration file, and processes with a time-out."""
 
+import contextlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 CONFIG = """\
 run_dir: {folder}/run
@@ -93,6 +95,16 @@ def kill(process: subprocess.Popen[str]) -> None:
     """kill -9 the process and its children."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def session_processes(session: int) -> list[str]:
+    """Return the command lines of the processes that still run in a session."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid} {' '.join(process.cmdline())}")
+    return found
 
 
 def rmoe(*arguments: str, ranks: int = 1) -> tuple[int, str]:

@@ -3,13 +3,14 @@
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rmoe_megatron.checkpoint.folders import find_checkpoint, list_checkpoints
 from rmoe_megatron.errors import UserError
-from tests.runs import finish, kill, losses, make_run, rmoe, start
+from tests.runs import finish, kill, losses, make_run, rmoe, session_processes, start
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +21,32 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_killed_run_resumes_bitwise(finished_run: Path) -> None:
+def has_logged(step: int) -> Callable[[Path], bool]:
+    return lambda run_dir: (run_dir / "metrics.jsonl").is_file() and max(losses(run_dir), default=0) >= step
+
+
+def saves(step: int) -> Callable[[Path], bool]:
+    return lambda run_dir: any(run_dir.glob(f"checkpoints/step-{step:08d}*"))
+
+
+def test_killed_run_resumes_bitwise_and_leaves_no_process(finished_run: Path) -> None:
     run_dir = finished_run / "killed"
-    process = start(["train", str(finished_run / "config.yaml"), f"run_dir={run_dir}"])
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").is_file() or max(losses(run_dir), default=0) < 8:
-        assert process.poll() is None and time.monotonic() < deadline, finish(process)
-        time.sleep(0.01)
-    kill(process)
-    killed_at = max(losses(run_dir))
-    assert 8 <= killed_at < 20
-    code, errors = rmoe("train", "--resume", str(run_dir))
+    command = ["train", str(finished_run / "config.yaml"), f"run_dir={run_dir}", "data.num_workers=1"]
+    for has_come in (saves(10), has_logged(13), saves(15)):
+        process = start(command)
+        deadline = time.monotonic() + 120
+        while not has_come(run_dir):
+            assert process.poll() is None and time.monotonic() < deadline, finish(process)
+            time.sleep(0.002)
+        process.kill()  # the process alone, as the kernel does when memory runs out; not its group
+        process.wait()
+        deadline = time.monotonic() + 15
+        while left := session_processes(process.pid):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.2)
+        assert max(losses(run_dir)) < 20
+        command = ["train", "--resume", str(run_dir)]
+    code, errors = rmoe(*command)
     assert code == 0, errors
     assert losses(run_dir) == losses(finished_run / "whole")
     assert losses(run_dir, "validation_loss") == losses(finished_run / "whole", "validation_loss")

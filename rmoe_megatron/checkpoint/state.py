@@ -24,6 +24,7 @@ from rmoe_megatron.checkpoint.folders import (
     read_state,
     remove_old,
 )
+from rmoe_megatron.checkpoint.saving import save_sharded
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.schema import RunConfig
@@ -133,7 +134,7 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state.sharded_state_dict(is_loading=False), str(partial))
+    save_sharded(state.sharded_state_dict(is_loading=False), partial)
     if is_rank0:
         save_config(config, partial / "config.yaml")
         run_state: dict[str, int | str] = asdict(state.progress)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints, publish
+from rmoe_megatron.checkpoint.saving import save_sharded
 from rmoe_megatron.checkpoint.state import full_state
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.schema import (
@@ -173,7 +173,7 @@ def _save(state: Mapping[str, object], config: RunConfig, run_dir: Path, is_rank
     if is_rank0:
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save({"model": dict(state)}, str(partial))
+    save_sharded({"model": dict(state)}, partial)
     if is_rank0:
         config = replace(config, parallel=ParallelConfig())
         save_config(config, partial / "config.yaml")
