@@ -10,18 +10,36 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from rmoe_megatron import durable
+from rmoe_megatron import durable, launch
 from rmoe_megatron.errors import RunFailure, UserError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-data_app = typer.Typer(no_args_is_help=True, help="Build and prepare data.")
-convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
-eval_app = typer.Typer(no_args_is_help=True, help="Score models.")
+# Rich markup would swallow the [brackets] of the help texts.
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Train, convert, sample and score diffusion transformers with recursive sparse mixture-of-experts.",
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and prepare data.")
+convert_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Convert checkpoints.")
+eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score models.")
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file."),
+]
+ParallelOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[parallel.KEY=VALUE]...", help="Layout of the ranks that import."),
+]
+Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the first image's noise.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Of the sampler.")]
+Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
 
 
 def main() -> None:
@@ -35,14 +53,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (UserError, RunFailure) as error:
+        if launch.speaks():
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunFailure as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 class _Bar:
@@ -65,9 +79,9 @@ class _Bar:
 @data_app.command("build-shapes")
 def build_shapes_command(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    train: Annotated[int, typer.Option(help="Training images.")] = 20000,
-    val: Annotated[int, typer.Option(help="Validation prompts.")] = 1000,
-    seed: int = 0,
+    train: Annotated[int, typer.Option(min=1, max=10_000_000, help="Training images.")] = 20000,
+    val: Annotated[int, typer.Option(min=1, max=1_000_000, help="Validation prompts.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the drawn scenes.")] = 0,
 ) -> None:
     """Write the toy shapes set as WebDataset shards."""
     from rmoe_megatron.data.shapes import build_shapes
@@ -92,16 +106,23 @@ def precompute_command(
 @app.command()
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="CONFIG, then key=value settings; with --resume only settings.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...", help="Configuration and settings; with --resume settings only."
+        ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Check the configuration and stop.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check and print the configuration; train nothing.")
+    ] = False,
 ) -> None:
-    """Train a model: `rmoe train CONFIG [key=value ...]` or `rmoe train --resume RUN [key=value ...]`."""
+    """Train a model from a configuration, or go on with a run."""
     from rmoe_megatron.config.loading import load_config
 
     arguments = arguments or []
     if resume is not None:
+        if check:
+            raise UserError("--check is for a configuration; leave out --resume.")
         from rmoe_megatron.training import run
 
         run.resume(resume, arguments)
@@ -111,7 +132,7 @@ def train(
     from rmoe_megatron.config.validation import data_parallel_size, validate
 
     config = load_config(Path(arguments[0]), arguments[1:])
-    ranks, layout = int(os.environ.get("WORLD_SIZE", "1")), config.parallel
+    ranks, layout = launch.world_size(), config.parallel
     validate(config, ranks)  # here as well as in the run: importing Megatron-Core takes seconds
     if check:
         from rmoe_megatron.config.loading import to_yaml
@@ -162,8 +183,10 @@ def to_hf(
 def from_hf(
     folder: Annotated[Path, typer.Argument(help="diffusers folder: a pipeline's or a transformer's.")],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder to create.")],
-    text_length: Annotated[int, typer.Option(help="Text tokens of an MM-DiT: CLIP's 77 and T5's.")] = 333,
-    overrides: Overrides = None,
+    text_length: Annotated[
+        int, typer.Option(min=1, max=1 << 16, help="Text tokens of an MM-DiT: CLIP's 77 and T5's.")
+    ] = 333,
+    overrides: ParallelOverrides = None,
 ) -> None:
     """Import SD3, SD3.5 or DiT weights; with torchrun and parallel.* settings each rank imports its part."""
     from rmoe_megatron.hf.importing import import_diffusers
@@ -178,9 +201,9 @@ def from_facebook_dit(
     file: Annotated[Path, typer.Argument(help="Checkpoint of the original DiT (.pt).")],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder to create.")],
     num_attention_heads: Annotated[
-        int | None, typer.Option(help="If the size is not one of the published.")
+        int | None, typer.Option(min=1, max=1024, help="If the size is not one of the published.")
     ] = None,
-    overrides: Overrides = None,
+    overrides: ParallelOverrides = None,
 ) -> None:
     """Import a DiT in its original layout."""
     from rmoe_megatron.hf.importing import import_facebook_dit
@@ -210,21 +233,22 @@ def sample(
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images and grid.png.")] = Path("samples"),
-    steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: float = 2.0,
+    steps: Steps = 25,
+    guidance: Guidance = 2.0,
     guidance_interval: Annotated[
         tuple[float, float], typer.Option(help="Guide where timestep / 1000 lies in it.")
     ] = (0.0, 1.0),
     scheduler: Annotated[
         str | None, typer.Option(help="euler, ddim or dpm; default is the folder's.")
     ] = None,
-    seed: int = 0,
-    images_per_prompt: Annotated[int, typer.Option(min=1)] = 1,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    seed: Seed = 0,
+    images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 1,
+    batch_size: BatchSize = 64,
 ) -> None:
     """Make images from prompts."""
     from rmoe_megatron.config.validation import check_writable
 
+    check_guidance(guidance, guidance_interval)
     prompts = read_prompts(prompt or [], prompts_file)
     check_writable(out, "--out")
     from rmoe_megatron.pictures import labelled_grid, png, save_images
@@ -249,12 +273,12 @@ def eval_shapes(
     model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
     data: Annotated[Path, typer.Option(help="Folder made by `rmoe data build-shapes`.")],
     out: Annotated[Path, typer.Option(help="Folder for results.json and examples.png.")],
-    images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
+    images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts per split; default is all.")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: float = 2.0,
-    seed: int = 0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    steps: Steps = 25,
+    guidance: Guidance = 2.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
 ) -> None:
     """Score a model on the toy shapes set by GenEval's rules."""
     import numpy as np
@@ -263,6 +287,7 @@ def eval_shapes(
     from rmoe_megatron.data.shards import list_shards
     from rmoe_megatron.evaluation.shapes import evaluate_shapes
 
+    check_guidance(guidance)
     check_writable(out, "--out")
     list_shards(data / "val")  # a missing set is named before the model is loaded
     from rmoe_megatron.sampling import load_pipeline, sample_images
@@ -276,6 +301,20 @@ def eval_shapes(
     evaluate_shapes(
         generate, data, out, sampling, images_per_prompt, limit, seed, progress=_Bar("eval shapes", "image")
     )
+
+
+def check_guidance(guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:
+    """Check the scale of guidance and where it is applied.
+
+    Raises:
+        UserError: the scale is not finite or absurd, or the interval none in [0, 1].
+    """
+    if not -1000 <= guidance <= 1000:
+        raise UserError(f"--guidance {guidance} must lie between -1000 and 1000; 1 is no guidance.")
+    if not 0 <= interval[0] <= interval[1] <= 1:
+        raise UserError(
+            f"--guidance-interval {interval[0]} {interval[1]} must be two numbers from 0 to 1, the smaller one first."
+        )
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:

@@ -1,7 +1,6 @@
 """Process groups and seeds of a run."""
 
 import hashlib
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch.distributed import rendezvous
 from rmoe_megatron.config.loading import to_yaml
 from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.launch import local_rank, rank, world_size
 from rmoe_megatron.platform import communication_backend, select_device
 from rmoe_megatron.rank_watch import watch_ranks
 
@@ -32,7 +32,7 @@ def process_groups(config: RunConfig) -> Iterator[torch.device]:
     Raises:
         UserError: the ranks have different configurations or code.
     """
-    device = select_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    device = select_device(config.device, local_rank())
     with _torch_distributed(communication_backend(device)):
         check_ranks_agree(config)
         parallel, virtual = config.parallel, config.parallel.virtual_pipeline_model_parallel_size
@@ -99,13 +99,3 @@ def _code_fingerprint() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def world_size() -> int:
-    """Return the number of ranks that torchrun started, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """Return this process's rank, 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))

@@ -1,11 +1,15 @@
 """Loading and validation of configurations: what is refused, and the sentence that says so."""
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
+from rmoe_megatron import launch
+from rmoe_megatron.config.bounds import bounds_of
 from rmoe_megatron.config.loading import load_config, save_config
-from rmoe_megatron.config.schema import Precision
+from rmoe_megatron.config.schema import Precision, RunConfig
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import UserError
 from tests.runs import make_run
@@ -50,6 +54,12 @@ def test_recurrence_can_be_switched_off_and_on(path: Path) -> None:
         ("training", ["key=value"]),
         ("recurrence.layers=[x]", ["recurrence.layers"]),
         ("run_dir=${nope}", ["run_dir", "nope"]),
+        ("training.sample_prompts=['${oc.env:HOME}']", ["sample_prompts", "not resolved"]),
+        ("model.preset=[a]", ["model.preset", "presets are"]),
+        ("model.hidden_size=" + "1" * 5000, ["model.hidden_size", "not valid YAML"]),
+        ("model={hidden_size: 3, hidden_size: 4}", ["'hidden_size' stands twice"]),
+        ("model={1: 2}", ["Unknown key model.1"]),
+        ("recurrence.layers=" + "[" * 3000, ["recurrence.layers"]),
     ],
 )
 def test_wrong_overrides(path: Path, override: str, words: list[str]) -> None:
@@ -90,7 +100,10 @@ def test_a_preset_fills_the_model_and_other_keys_override_it(path: Path, tmp_pat
         load_config(tmp_path / "preset.yaml", ["model.preset=sd3_mediun"])
 
 
-@pytest.mark.parametrize("content", ["a: [", "- 1", "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    ["a: [", "- 1", "\x00", "seed: 1\nseed: 2", "a: &a [1]\nb: *a", "? [1, 2]\n: 3", "a: 2020-99-99"],
+)
 def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(UserError, match="config.yaml"):
@@ -102,9 +115,9 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
     [
         (["model.patch_size=3"], 1, ["model.sample_size (8)", "model.patch_size (3)"]),
         (["model.num_attention_heads=5"], 1, ["model.hidden_size (32)", "num_attention_heads (5)"]),
-        (["training.steps=0"], 1, ["training.steps", "greater than 0"]),
+        (["training.steps=0"], 1, ["training.steps", "at least 1"]),
         (["optimizer.learning_rate=-1"], 1, ["optimizer.learning_rate"]),
-        (["diffusion.guidance_dropout=1.5"], 1, ["guidance_dropout", "between 0 and 1"]),
+        (["diffusion.guidance_dropout=1.5"], 1, ["guidance_dropout", "at least 0 and at most 1"]),
         (["optimizer.warmup_steps=20"], 1, ["warmup_steps (20)", "training.steps (20)"]),
         (["recurrence.layers=[3]"], 1, ["block 3", "0 to 2"]),
         (["recurrence.layers=[1,1]"], 1, ["twice"]),
@@ -125,7 +138,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         ),
         (["parallel.tensor_model_parallel_size=2"], 2, ["sequence_parallel=true"]),
         (["parallel.context_parallel_size=3"], 3, ["patches of an image (16)", "1 x 3"]),
-        (["parallel.context_parallel_size=0"], 1, ["context_parallel_size", "greater than 0"]),
+        (["parallel.context_parallel_size=0"], 1, ["context_parallel_size", "at least 1"]),
         (
             ["parallel.virtual_pipeline_model_parallel_size=3"],
             1,
@@ -155,7 +168,21 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         ),
         (["model.hidden_size=34"], 1, ["must be even", "17"]),
         (["optimizer.beta2=1"], 1, ["optimizer.beta2", "less than 1"]),
-        (["optimizer.learning_rate=.inf"], 1, ["optimizer.learning_rate", "finite"]),
+        (["optimizer.weight_decay=.inf"], 1, ["weight_decay", "inf"]),
+        (["diffusion.logit_mean=.nan"], 1, ["logit_mean", "nan"]),
+        (["recurrence.tau=.inf"], 1, ["tau"]),
+        (["training.sample_guidance=.nan"], 1, ["sample_guidance"]),
+        (["run_dir=''"], 1, ["run_dir is empty"]),
+        (['run_dir="a\\0b"'], 1, ["run_dir", "control character"]),
+        (["encoders.dropped=[t5]"], 1, ["dropped", "minilm"]),
+        (["recurrence.rank=33"], 1, ["recurrence.rank (33)", "hidden_size (32)"]),
+        (["data.num_workers=100000"], 1, ["num_workers", "at most 256"]),
+        (["model.num_layers=1000000000"], 1, ["num_layers", "at most 1024"]),
+        ([f"seed={2**64}"], 1, ["seed", "32 bits"]),
+        (["logging.wandb={projekt: x}"], 1, ["projekt", "did you mean project?"]),
+        (["logging.wandb={mode: maybe}"], 1, ["mode", "maybe", "offline"]),
+        (["logging.wandb={id: x}"], 1, ["logging.wandb.id", "run itself"]),
+        (["optimizer.learning_rate=.inf"], 1, ["optimizer.learning_rate", "at most 1000", "inf"]),
         (["run_dir=/proc/run"], 1, ["run_dir", "/proc", "cannot be written"]),
         (["parallel.sequence_parallel=true"], 1, ["sequence_parallel"]),
         (["data.train=/nowhere"], 1, ["/nowhere", "shard folder"]),
@@ -168,12 +195,12 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         (["model.learned_sigma=true"], 1, ["learned_sigma"]),
         (["diffusion.objective=ddpm", "diffusion.prediction=sample"], 1, ["prediction=sample", "DDPM"]),
         (["diffusion.min_snr_gamma=5"], 1, ["min_snr_gamma", "ddpm"]),
-        (["diffusion.mode_scale=2"], 1, ["mode_scale", "1.752"]),
+        (["diffusion.mode_scale=2"], 1, ["mode_scale", "1.75"]),
         (["diffusion.shift_base_size=0"], 1, ["shift_base_size"]),
         (["encoders.dropped=[t6]"], 1, ["t6", "clip_l, clip_g, t5"]),
-        (["lora.layers=[1]"], 1, ["lora and recurrence"]),
-        (["recurrence=null", "lora.layers=[9]"], 1, ["lora.layers", "block 9"]),
-        (["recurrence=null", "lora.layers=[1]", "lora.rank=0"], 1, ["lora.rank"]),
+        (["lora.layers=[1]", "lora.rank=4"], 1, ["lora and recurrence"]),
+        (["recurrence=null", "lora.layers=[9]", "lora.rank=4"], 1, ["lora.layers", "block 9"]),
+        (["recurrence=null", "lora.layers=[1]", "lora.rank=33"], 1, ["lora.rank (33)", "hidden_size (32)"]),
         (["fine_tuning.base=/nowhere"], 1, ["/nowhere", "from-hf"]),
         (["fine_tuning.base=/tmp", "recurrence=null"], 1, ["trainable=added", "both are null"]),
         (["fine_tuning.base=/tmp", "fine_tuning.blocks=[1]"], 1, ["fine_tuning.blocks", "added"]),
@@ -200,3 +227,44 @@ def test_run_dir_below_a_file_is_refused(path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         validate(load_config(path, [f"run_dir={tmp_path}/file/run"]), 1)
+
+
+def test_every_number_has_bounds() -> None:
+    """What has none would be accepted whatever it is."""
+
+    def numbers(section: type, prefix: str = "") -> list[str]:
+        found = []
+        for each, hint in zip(fields(section), get_type_hints(section).values(), strict=True):
+            kinds = set(get_args(hint)) or {hint}
+            for kind in kinds:
+                if is_dataclass(kind):
+                    found += numbers(kind, f"{each.name}.")
+            if (
+                kinds & {int, float}
+                and get_origin(hint) is not list
+                and bounds_of(section, each.name) is None
+            ):
+                found.append(prefix + each.name)
+        return found
+
+    assert numbers(RunConfig) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE", "'abc'"]),
+        ({"WORLD_SIZE": "2"}, ["RANK is not set"]),
+        ({"WORLD_SIZE": "-1"}, ["WORLD_SIZE"]),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, ["RANK", "from 0 to 1"]),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, ["MASTER_PORT", "65535"]),
+    ],
+)
+def test_wrong_launch_variables(
+    variables: dict[str, str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        launch.rank()
+    assert all(word in str(error.value) for word in words), str(error.value)

@@ -4,7 +4,6 @@ import difflib
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,8 +16,11 @@ from rmoe_megatron.config.schema import (
     RecurrenceConfig,
     RunConfig,
 )
+from rmoe_megatron.config.yaml_text import parse_yaml
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.typed_files import read_text, shown
 
+MAX_BYTES = 1 << 20  # of a configuration
 OPTIONAL_SECTIONS = {"recurrence": RecurrenceConfig, "lora": LoraConfig, "fine_tuning": FineTuningConfig}
 
 
@@ -28,10 +30,11 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
     Overrides use dots for nested keys and YAML for values: ``recurrence.layers=[0,2]``, ``recurrence=null``.
 
     Raises:
-        UserError: unknown key (names the nearest valid one), value of a wrong type, or a required value missing.
+        UserError: the file is none, an unknown key (names the nearest valid one), a value of a wrong type, or a required
+            value missing.
     """
     tree = OmegaConf.structured(RunConfig)
-    values = _read_yaml(path)
+    values = parse_yaml(read_text(path, MAX_BYTES), f"The configuration {path}")
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, like `seed: 0`.")
     parsed_overrides = [_parse_override(override) for override in overrides]
@@ -70,10 +73,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise UserError(f"The override {override!r} is not of the form key=value.")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"The value of the override {override!r} is not valid YAML; quote it.") from error
+    nested = parse_yaml(value, f"The value of the override {override[:200]!r}")
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return nested
@@ -88,10 +88,10 @@ def _merge_preset(tree: DictConfig, sources: list[tuple[dict[str, Any], str]]) -
     if not named:
         return
     name, source = named[-1]
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         nearest = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
         suggestion = f"did you mean {nearest[0]}?" if nearest else f"presets are {', '.join(PRESETS)}."
-        raise UserError(f"Unknown model.preset {name} in {source}; {suggestion}")
+        raise UserError(f"Unknown model.preset {name!r} in {source}; {suggestion}")
     _merge(tree, {"model": PRESETS[name]}, f"the preset {name}")
 
 
@@ -105,22 +105,11 @@ def save_config(config: RunConfig, path: Path) -> None:
     durable.write(path, to_yaml(config))
 
 
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"Cannot read the configuration {path} ({error.strerror}); check the path."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}).") from error
-
-
 def _merge(tree: DictConfig, values: dict[str, Any], source: str, prefix: str = "") -> None:
     """Merge ``values`` into ``tree`` key by key, so that every complaint can name its key."""
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if key not in tree.keys() and not _is_free(tree):
+        if not isinstance(key, str) or (key not in tree.keys() and not _is_free(tree)):
             raise UserError(f"Unknown key {path} in {source}{_nearest(str(key), path, prefix, tree)}?")
         node = tree._get_node(key) if key in tree.keys() else None
         if isinstance(value, dict) and path in OPTIONAL_SECTIONS:
@@ -130,11 +119,22 @@ def _merge(tree: DictConfig, values: dict[str, Any], source: str, prefix: str = 
         elif isinstance(value, dict) and isinstance(node, DictConfig) and not node._is_none():
             _merge(node, value, source, f"{path}.")
         else:
+            _refuse_interpolation(path, value)
             try:
-                OmegaConf.update(tree, str(key), value)
-            except (OmegaConfBaseException, ValueError) as error:
+                OmegaConf.update(tree, key, value)
+            except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
                 reason = str(error).splitlines()[0]
-                raise UserError(f"{path} in {source} cannot be {value!r}: {reason}.") from error
+                raise UserError(f"{path} in {source} cannot be {shown(value)}: {reason}.") from error
+
+
+def _refuse_interpolation(path: str, value: Any) -> None:
+    """A configuration says what it means: OmegaConf would read other values, and even the environment, into it."""
+    if isinstance(value, str) and "${" in value:
+        raise UserError(
+            f"{path} cannot be {shown(value)}: values with ${{...}} are not resolved; write them out."
+        )
+    for entry in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+        _refuse_interpolation(path, entry)
 
 
 def _is_free(node: DictConfig) -> bool:

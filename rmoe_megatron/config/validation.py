@@ -1,11 +1,14 @@
 """Checks of a configuration before any process group, download or file is touched."""
 
-import math
+import difflib
+import inspect
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.schema import (
     Architecture,
     Device,
@@ -22,6 +25,7 @@ from rmoe_megatron.errors import UserError
 
 GATE_INPUTS = ("tokens", "conditioning")
 SD3_ENCODERS = ("clip_l", "clip_g", "t5")
+WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -30,10 +34,12 @@ def validate(config: RunConfig, world_size: int) -> None:
     Raises:
         UserError: names the key, the value and what is allowed.
     """
-    _check_values(config)
+    check_bounds(config)
+    _check_schedule(config)
     check_model(config)
     check_layout(config, world_size)
     _check_batch(config, world_size)
+    check_wandb(config.logging.wandb)
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("device is cuda but PyTorch finds no GPU here; set device=cpu or device=auto.")
     if config.fine_tuning is not None and not Path(config.fine_tuning.base).is_dir():
@@ -58,6 +64,34 @@ def _check_prompts(config: RunConfig) -> None:
             prompt.isdigit() and int(prompt) < classes,
             f"training.sample_prompts has {prompt!r}, but a DiT draws class labels 0 to {classes - 1}.",
         )
+
+
+def check_wandb(arguments: dict[str, Any] | None) -> None:
+    """Check the arguments of ``wandb.init``.
+
+    Raises:
+        UserError: names the argument that wandb does not have, that a run sets itself, or whose value is wrong.
+    """
+    if arguments is None:
+        return
+    import wandb  # takes half a second
+
+    known = set(inspect.signature(wandb.init).parameters) - {"settings"}
+    for key, value in arguments.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), sorted(known), n=1)
+            suggestion = f"did you mean {nearest[0]}?" if nearest else "see wandb.init for what it takes."
+            raise UserError(f"logging.wandb has {key!r}, which wandb.init does not take; {suggestion}")
+        _require(
+            key not in ("dir", "id", "resume"), f"logging.wandb.{key} is set by the run itself; leave it out."
+        )
+        entries = value if isinstance(value, list) else [value]
+        _require(
+            all(isinstance(entry, str | int | float | bool | None) for entry in entries),
+            f"logging.wandb.{key} is {value!r}; give a text, a number or a list of them.",
+        )
+    mode = arguments.get("mode", "online")
+    _require(mode in WANDB_MODES, f"logging.wandb.mode is {mode!r}; it is one of {', '.join(WANDB_MODES)}.")
 
 
 def check_writable(folder: Path, name: str) -> None:
@@ -93,54 +127,8 @@ def _divides(divisor: int, divisor_name: str, number: int, number_name: str) -> 
     )
 
 
-def _check_values(config: RunConfig) -> None:
-    model, optimizer, training, diffusion = config.model, config.optimizer, config.training, config.diffusion
-    positive = {
-        "model": (
-            model,
-            "sample_size patch_size in_channels num_layers hidden_size num_attention_heads mlp_norm_eps",
-        ),
-        "optimizer": (optimizer, "learning_rate eps"),
-        "training": (
-            training,
-            "steps micro_batch_size global_batch_size max_skipped_steps log_every validate_every sample_every",
-        ),
-        "training ": (training, "validation_samples sample_steps"),
-        "diffusion": (diffusion, "logit_std shift"),
-        "parallel": (
-            config.parallel,
-            "tensor_model_parallel_size context_parallel_size pipeline_model_parallel_size "
-            "virtual_pipeline_model_parallel_size expert_model_parallel_size",
-        ),
-        "checkpoint": (config.checkpoint, "every keep_last"),
-    }
-    for section, (values, names) in positive.items():
-        for name in names.split():
-            value = getattr(values, name)
-            _require(
-                0 < value < math.inf,
-                f"{section.strip()}.{name} must be greater than 0 and finite, it is {value}.",
-            )
-    fractions = {
-        "diffusion.guidance_dropout": diffusion.guidance_dropout,
-        "optimizer.ema_decay": optimizer.ema_decay,
-    }
-    for name, value in fractions.items():
-        _require(0 <= value <= 1, f"{name} must lie between 0 and 1, it is {value}.")
-    for name, value in {"optimizer.beta1": optimizer.beta1, "optimizer.beta2": optimizer.beta2}.items():
-        _require(0 <= value < 1, f"{name} must be at least 0 and less than 1, it is {value}.")
-    not_negative = {
-        "optimizer.warmup_steps": optimizer.warmup_steps,
-        "optimizer.weight_decay": optimizer.weight_decay,
-        "optimizer.min_learning_rate": optimizer.min_learning_rate,
-        "optimizer.clip_grad": optimizer.clip_grad,
-        "data.num_workers": config.data.num_workers,
-        "seed": config.seed,
-    }
-    if optimizer.ema_power is not None:
-        not_negative["optimizer.ema_power"] = optimizer.ema_power
-    for name, value in not_negative.items():
-        _require(value >= 0, f"{name} must not be negative, it is {value}.")
+def _check_schedule(config: RunConfig) -> None:
+    optimizer, training = config.optimizer, config.training
     _require(
         optimizer.warmup_steps < training.steps,
         f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than training.steps ({training.steps}).",
@@ -159,6 +147,9 @@ def check_model(config: RunConfig) -> None:
         UserError: names the key, the value and what is allowed.
     """
     model, recurrence = config.model, config.recurrence
+    for section in ("model", "recurrence", "lora", "diffusion", "encoders"):
+        if getattr(config, section) is not None:
+            check_bounds(getattr(config, section), f"{section}.")
     _divides(model.patch_size, "model.patch_size", model.sample_size, "model.sample_size")
     _divides(model.num_attention_heads, "model.num_attention_heads", model.hidden_size, "model.hidden_size")
     head_size = model.hidden_size // model.num_attention_heads
@@ -177,27 +168,27 @@ def check_model(config: RunConfig) -> None:
     _check_blocks("model.dual_attention_layers", model.dual_attention_layers, model, may_be_empty=True)
     if config.lora is not None:
         _check_blocks("lora.layers", config.lora.layers, model)
-        _require(config.lora.rank > 0, f"lora.rank must be greater than 0, it is {config.lora.rank}.")
+        _check_rank("lora.rank", config.lora.rank, model)
         _require(recurrence is None, "lora and recurrence exclude each other; set one of them to null.")
     if config.fine_tuning is not None:
         _check_fine_tuning(config, config.fine_tuning)
     if recurrence is None:
         return
     _check_blocks("recurrence.layers", recurrence.layers, model)
-    for name in ("num_modules", "steps", "tau"):
-        value = getattr(recurrence, name)
-        _require(value > 0, f"recurrence.{name} must be greater than 0, it is {value}.")
-    _require(
-        recurrence.rank is None or recurrence.rank > 0,
-        f"recurrence.rank must be greater than 0 or null, it is {recurrence.rank}.",
-    )
-    for name in ("up_init_std", "aux_loss_coeff", "z_loss_coeff"):
-        value = getattr(recurrence, name)
-        _require(value >= 0, f"recurrence.{name} must not be negative, it is {value}.")
+    if recurrence.rank is not None:
+        _check_rank("recurrence.rank", recurrence.rank, model)
     inputs = recurrence.gate_inputs
     _require(
         len(inputs) > 0 and set(inputs) <= set(GATE_INPUTS),
         f"recurrence.gate_inputs {inputs} must be one or both of {', '.join(GATE_INPUTS)}.",
+    )
+
+
+def _check_rank(name: str, rank: int, model: ModelConfig) -> None:
+    _require(
+        rank <= model.hidden_size,
+        f"{name} ({rank}) exceeds model.hidden_size ({model.hidden_size}), where a product of two factors has no use "
+        "for it; choose a smaller rank.",
     )
 
 
@@ -250,18 +241,13 @@ def _check_objective(config: RunConfig) -> None:
         is_ddpm or diffusion.min_snr_gamma is None,
         "diffusion.min_snr_gamma needs diffusion.objective=ddpm; rectified flow weights by its timestep_density.",
     )
-    for name in ("min_snr_gamma", "shift_base_size"):
-        value = getattr(diffusion, name)
-        _require(
-            value is None or value > 0, f"diffusion.{name} must be greater than 0 or null, it is {value}."
-        )
-    _require(
-        -1 <= diffusion.mode_scale <= 2 / (math.pi - 2),
-        f"diffusion.mode_scale must lie between -1 and {2 / (math.pi - 2):.3f}, where the density exists; it is "
-        f"{diffusion.mode_scale}.",
-    )
     unknown = sorted(set(config.encoders.dropped) - set(SD3_ENCODERS))
     _require(not unknown, f"encoders.dropped {unknown} must be among {', '.join(SD3_ENCODERS)}.")
+    _require(
+        not config.encoders.dropped or config.encoders.text_encoder != "minilm",
+        f"encoders.dropped {config.encoders.dropped} is for Stable Diffusion 3's text encoders, but encoders.text_encoder "
+        "is minilm; set encoders.dropped=[].",
+    )
 
 
 def _check_fine_tuning(config: RunConfig, fine_tuning: FineTuningConfig) -> None:
@@ -382,9 +368,8 @@ def _check_overlap(config: RunConfig) -> None:
         "optimizer.distributed_optimizer=true.",
     )
     _require(
-        parallel.bucket_size is None or (parallel.bucket_size > 0 and parallel.overlap_grad_reduce),
-        f"parallel.bucket_size is {parallel.bucket_size}; it must be greater than 0 and needs "
-        "parallel.overlap_grad_reduce=true.",
+        parallel.bucket_size is None or parallel.overlap_grad_reduce,
+        f"parallel.bucket_size is {parallel.bucket_size}, which needs parallel.overlap_grad_reduce=true.",
     )
 
 

@@ -31,8 +31,9 @@ from rmoe_megatron.hf.architecture import ImportedArchitecture, empty_transforme
 from rmoe_megatron.hf.facebook_dit import FacebookDiT
 from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
 from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
+from rmoe_megatron.launch import world_size
 from rmoe_megatron.model.build import build_chunks
-from rmoe_megatron.parallel import process_groups, world_size
+from rmoe_megatron.parallel import process_groups
 
 Progress = Callable[[int, int], None]
 

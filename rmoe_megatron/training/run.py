@@ -15,7 +15,8 @@ from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import RunFailure, UserError
-from rmoe_megatron.parallel import process_groups, rank, world_size
+from rmoe_megatron.launch import rank, world_size
+from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.pictures import png
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.health import Health
