@@ -165,6 +165,16 @@ def to_hf(
         bool, typer.Option("--remote-code", help="Carry the code for users without this package.")
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Weights above it are split.")] = "5GB",
+    transformer: Annotated[
+        str,
+        typer.Option(
+            help="Whose class: diffusers, rmoe, or auto for diffusers' where it can express the model."
+        ),
+    ] = "auto",
+    approximate: Annotated[
+        bool,
+        typer.Option("--approximate", help="Take diffusers' timestep features for the original DiT's."),
+    ] = False,
 ) -> None:
     """Export a run to a diffusers folder."""
     import torch
@@ -175,7 +185,13 @@ def to_hf(
     if dtype not in dtypes:
         raise UserError(f"--dtype {dtype} must be fp32, fp16 or bf16.")
     progress = _Bar("export", "tensor")
-    export_run(run_dir, out, step, averaged, dtypes[dtype], base, remote_code, max_shard_size, progress)
+    errors = export_run(
+        run_dir, out, step, averaged, dtypes[dtype], base, remote_code, max_shard_size,
+        transformer, approximate, progress,
+    )  # fmt: skip
+    if errors:
+        measured = ", ".join(f"{error:.2%} at t={timestep}" for timestep, error in errors.items())
+        print(f"diffusers' timestep features change the output of these weights by {measured}")
     print(f"{out} can be loaded with diffusers and sampled with `rmoe sample {out}`")
 
 

@@ -189,6 +189,13 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         (["device=cuda"], 1, ["cuda", "no GPU"]),
         (["model.text_length=0"], 1, ["model.text_length", "MM-DiT"]),
         (["model.num_classes=3"], 1, ["model.num_classes is 3", "architecture=dit"]),
+        (["model.downscale_freq_shift=0"], 1, ["model.downscale_freq_shift is 0", "leave it out"]),
+        (["model.mlp_norm_eps=1e-5"], 1, ["model.mlp_norm_eps is 1e-05", "leave it out"]),
+        (
+            ["model.architecture=dit", "model.num_classes=3", "model.downscale_freq_shift=0.5"],
+            1,
+            ["model.downscale_freq_shift must be 1", "0.5"],
+        ),
         (["model.architecture=dit"], 1, ["model.num_classes", "DiT"]),
         (["model.architecture=dit", "model.num_classes=3"], 1, ["model.text_length is 6", "DiT"]),
         (["model.dual_attention_layers=[5]"], 1, ["dual_attention_layers", "block 5", "0 to 2"]),

@@ -92,7 +92,7 @@ class ModelConfig:
     hidden_size: int = number(MISSING, least=1, most=1 << 16)
     num_attention_heads: int = number(MISSING, least=1, most=1024)
     qk_norm: bool = True  # RMSNorm on queries and keys, as in SD3.5
-    mlp_norm_eps: float = number(1.0e-6, above=0, most=1)  # diffusers' DiT has 1e-5
+    mlp_norm_eps: float = number(1.0e-6, above=0, most=1)  # also the original DiT's; diffusers' DiT has 1e-5
     # MM-DiT
     text_length: int = number(0, least=0, most=1 << 16)  # tokens of text in the joint sequence
     text_hidden_size: int = number(0, least=0, most=1 << 16)  # width of the text encoder's token states
@@ -102,10 +102,11 @@ class ModelConfig:
         default_factory=list
     )  # blocks with SD3.5-medium's second attention
     # DiT
-    num_classes: int = number(
-        0, least=0, most=10_000_000
-    )  # the embedding table has one more row, the dropped label
+    # the embedding table has one more row, the dropped label
+    num_classes: int = number(0, least=0, most=10_000_000)
     learned_sigma: bool = False  # twice the output channels: noise and variance
+    # of the timestep's frequencies 10000^(-i / (128 - shift)); the original DiT has 0
+    downscale_freq_shift: float = number(1.0, least=0, most=1)
     shared_conditioning: bool = True  # false: timestep and label embeddings of its own in every block
 
 

@@ -199,6 +199,12 @@ def _check_mmdit(model: ModelConfig) -> None:
     for name in ("num_classes", "learned_sigma"):
         value = getattr(model, name)
         _require(not value, f"model.{name} is {value}, but an MM-DiT has none; set architecture=dit.")
+    for name in ("mlp_norm_eps", "downscale_freq_shift"):
+        value = getattr(model, name)
+        _require(
+            value == getattr(ModelConfig, name),
+            f"model.{name} is {value}, but an MM-DiT has it fixed; leave it out.",
+        )
     patches = model.sample_size // model.patch_size
     _require(
         model.pos_embed_max_size >= patches,
@@ -210,6 +216,10 @@ def _check_dit(model: ModelConfig) -> None:
     _require(
         model.num_classes > 0,
         f"model.num_classes must be greater than 0 for a DiT, it is {model.num_classes}.",
+    )
+    _require(
+        model.downscale_freq_shift in (0, 1),
+        f"model.downscale_freq_shift must be 1 (diffusers' DiT) or 0 (the original), it is {model.downscale_freq_shift}.",
     )
     for name in (
         "text_length",

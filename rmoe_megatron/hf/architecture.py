@@ -1,7 +1,7 @@
 """Which diffusers class a configuration is, with which arguments, and back."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,37 @@ FIXED_DIT = {
 RECURRENCE_KEYS = ("layers", "num_modules", "steps", "rank", "modulation", "gate_inputs")
 
 
-def needs_own_class(config: RunConfig) -> bool:
-    """Whether diffusers' own class cannot express the model: it has recurrence or predicts the sample."""
-    return config.recurrence is not None or config.diffusion.prediction is Prediction.sample
+def beyond_diffusers(config: RunConfig) -> list[str]:
+    """Return what of a model diffusers' own class cannot express: names of settings with their values."""
+    found = []
+    if config.recurrence is not None:
+        found.append("recurrence")
+    if config.diffusion.prediction is Prediction.sample:
+        found.append("diffusion.prediction=sample")
+    if not _has_diffusers_timesteps(config.model):
+        found.append(f"model.downscale_freq_shift={config.model.downscale_freq_shift:g}")
+    return found
 
 
-def transformer_class(config: RunConfig) -> type[ModelMixin]:
-    """Return diffusers' own class for a plain model, ours for a recurrent one or one that predicts the sample."""
+def with_diffusers_timesteps(config: RunConfig) -> RunConfig:
+    """Return a configuration with the timestep features of diffusers' own class; weights fit, outputs differ."""
+    return replace(config, model=replace(config.model, downscale_freq_shift=ModelConfig.downscale_freq_shift))
+
+
+def _has_diffusers_timesteps(model: ModelConfig) -> bool:
+    return model.downscale_freq_shift == ModelConfig.downscale_freq_shift
+
+
+def transformer_class(config: RunConfig, own: bool = False) -> type[ModelMixin]:
+    """Return diffusers' own class where it can express the model, ours where not or if ``own`` asks for it."""
+    is_own = own or bool(beyond_diffusers(config))
     if config.model.architecture is Architecture.dit:
-        return RecurrentDiTTransformer2DModel if needs_own_class(config) else DiTTransformer2DModel
-    return RecurrentSD3Transformer2DModel if needs_own_class(config) else SD3Transformer2DModel
+        return RecurrentDiTTransformer2DModel if is_own else DiTTransformer2DModel
+    return RecurrentSD3Transformer2DModel if is_own else SD3Transformer2DModel
 
 
 def transformer_arguments(config: RunConfig) -> dict[str, Any]:
-    """Return the arguments of :func:`transformer_class`."""
+    """Return the arguments of :func:`transformer_class`; those that only our classes have where they are needed."""
     model = config.model
     arguments: dict[str, Any] = {
         "sample_size": model.sample_size,
@@ -71,6 +88,8 @@ def transformer_arguments(config: RunConfig) -> dict[str, Any]:
             "num_embeds_ada_norm": model.num_classes,
             "norm_eps": model.mlp_norm_eps,
         }
+        if not _has_diffusers_timesteps(model):
+            arguments["downscale_freq_shift"] = model.downscale_freq_shift
     else:
         arguments |= {
             "out_channels": model.in_channels,
@@ -89,10 +108,10 @@ def transformer_arguments(config: RunConfig) -> dict[str, Any]:
     return arguments
 
 
-def empty_transformer(config: RunConfig, dtype: torch.dtype = torch.float32) -> ModelMixin:
+def empty_transformer(config: RunConfig, dtype: torch.dtype = torch.float32, own: bool = False) -> ModelMixin:
     """Return the diffusers model without memory for its weights: names, shapes, data type and configuration."""
     with torch.device("meta"):
-        transformer = transformer_class(config)(**transformer_arguments(config))
+        transformer = transformer_class(config, own)(**transformer_arguments(config))
     # Not ModelMixin's own to(), which warns about layers that lose precision: there are no values here.
     return torch.nn.Module.to(transformer, dtype)
 
@@ -186,6 +205,7 @@ def _dit(values: dict[str, Any], path: Path) -> ModelConfig:
         mlp_norm_eps=values.get("norm_eps", 1.0e-5),
         num_classes=values["num_embeds_ada_norm"],
         learned_sigma=out_channels == 2 * channels,
+        downscale_freq_shift=values.get("downscale_freq_shift", ModelConfig.downscale_freq_shift),
     )
 
 

@@ -20,13 +20,15 @@ from rmoe_megatron.encoders.autoencoder import load_autoencoder
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.encoders.text import TEXT_FILES, load_text_encoder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.architecture import empty_transformer
+from rmoe_megatron.hf.approximation import output_errors
+from rmoe_megatron.hf.architecture import beyond_diffusers, empty_transformer, with_diffusers_timesteps
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.remote_code import add_remote_code
 from rmoe_megatron.hf.safetensors_folder import MAX_SHARD_SIZE, write_model
 
+TRANSFORMER_CLASSES = ("auto", "diffusers", "rmoe")
 IMAGENET_CLASSES = 1000  # diffusers' DiTPipeline takes this number for the dropped label
 SD3_COMPONENTS = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
 QKV_WEIGHT = "attention.linear_qkv.weight"
@@ -41,8 +43,10 @@ def export_run(
     base: Path | None = None,
     remote_code: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
+    transformer_class: str = "auto",
+    approximate: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> dict[int, float]:
     """Write a run as a diffusers folder, which appears whole or not at all.
 
     Args:
@@ -52,24 +56,60 @@ def export_run(
         base: where the frozen base lies if not where the run's configuration says.
         remote_code: put the code of classes that diffusers lacks into the folder, for users without this package.
         max_shard_size: weights above it are written as several files.
+        transformer_class: ``diffusers`` for diffusers' own, ``rmoe`` for ours, ``auto`` for diffusers' where it can
+            express the model.
+        approximate: give a DiT with the original's timestep features those of diffusers' own class.
+
+    Returns:
+        The relative errors of the output, by timestep, that ``approximate`` costs; empty for an exact export.
 
     Raises:
-        UserError: the run has no complete checkpoint, or ``out`` is not empty or cannot be written.
+        UserError: the run has no complete checkpoint, the class cannot express its model, or ``out`` is not empty or
+            cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; choose another one or remove it first.")
     check_writable(out, "The output")
     weights = RunWeights(run_dir, step, averaged, base)
+    config = exported_config(weights.config, transformer_class, approximate)
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     (building / "transformer").mkdir(parents=True)
     reader = DiffusersWeights(weights, dtype)
-    transformer = empty_transformer(weights.config, reader.dtype)
+    transformer = empty_transformer(config, reader.dtype, own=transformer_class == "rmoe")
     write_model(transformer, reader.read, building / "transformer", max_shard_size, progress)
-    write_pipeline(weights.config, transformer, building)
+    write_pipeline(config, transformer, building)
     if remote_code:
         add_remote_code(building)
+    exact = weights.config.model.downscale_freq_shift
+    is_exact = config.model.downscale_freq_shift == exact
+    errors = {} if is_exact else output_errors(building / "transformer", exact)
     durable.publish(building, out)
+    return errors
+
+
+def exported_config(config: RunConfig, transformer_class: str, approximate: bool) -> RunConfig:
+    """Return the configuration of the model that an export holds: the run's, or what approximates it.
+
+    Raises:
+        UserError: there is no such class, or it cannot express the model.
+    """
+    if transformer_class not in TRANSFORMER_CLASSES:
+        raise UserError(f"--transformer {transformer_class} must be {', '.join(TRANSFORMER_CLASSES)}.")
+    if approximate and transformer_class != "diffusers":
+        raise UserError(
+            f"--approximate is for --transformer diffusers; {transformer_class} exports the model exactly."
+        )
+    exported = with_diffusers_timesteps(config) if approximate else config
+    beyond = beyond_diffusers(exported)
+    if transformer_class == "diffusers" and beyond:
+        approximable = not beyond_diffusers(with_diffusers_timesteps(config))
+        other = ", or accept other outputs with --approximate" if approximable else ""
+        raise UserError(
+            f"diffusers' own class cannot express {' and '.join(beyond)} of this model; leave --transformer "
+            f"diffusers out{other}."
+        )
+    return exported
 
 
 class DiffusersWeights:

@@ -41,8 +41,9 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 class FacebookDiT:
     """A ``.pt`` file of the original DiT; tensors are memory-mapped and named as in diffusers.
 
-    diffusers' sinusoidal timestep features differ slightly from the original's (their frequencies end at 1/10000 of
-    the first instead of just before), so outputs equal those of diffusers' converted DiT.
+    The original computes another function of these weights than diffusers' DiT: the frequencies of its timestep
+    features end just before 1/10000 of the first instead of there, and its norms have an epsilon of 1e-6. Both are part
+    of :attr:`architecture`.
 
     Raises:
         UserError: the file cannot be read, is no plain tensor file, or is no DiT.
@@ -105,9 +106,10 @@ class FacebookDiT:
             hidden_size=hidden_size,
             num_attention_heads=heads,
             qk_norm=False,
-            mlp_norm_eps=1.0e-5,
+            mlp_norm_eps=1.0e-6,
             num_classes=self.tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
             learned_sigma=outputs == 2 * in_channels,
+            downscale_freq_shift=0.0,
         )
 
     def _names(self) -> list[str]:

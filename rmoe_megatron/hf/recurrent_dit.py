@@ -58,8 +58,9 @@ class RecurrentDiTTransformer2DModel(DiTTransformer2DModel):
 
     Args:
         recurrence: keys ``layers`` (block numbers from 0), ``num_modules``, ``steps``, ``rank`` (None: full rank),
-            ``modulation`` and ``gate_inputs``; None is exactly DiTTransformer2DModel. The other arguments are those
-            of DiTTransformer2DModel.
+            ``modulation`` and ``gate_inputs``; None has none.
+        downscale_freq_shift: of the timestep features. 1: those of DiTTransformer2DModel, which has this value fixed;
+            0: those of the original DiT. The other arguments are those of DiTTransformer2DModel.
     """
 
     _no_split_modules = ["BasicTransformerBlock", "RecurrentDiTBlock"]
@@ -84,6 +85,7 @@ class RecurrentDiTTransformer2DModel(DiTTransformer2DModel):
         norm_elementwise_affine: bool = False,
         norm_eps: float = 1e-5,
         recurrence: dict[str, Any] | None = None,
+        downscale_freq_shift: float = 1.0,
     ) -> None:
         block = {
             "dropout": dropout,
@@ -115,3 +117,5 @@ class RecurrentDiTTransformer2DModel(DiTTransformer2DModel):
                 recurrence=Recurrence(self.inner_dim, **settings),
                 **block,
             )
+        for transformer_block in self.transformer_blocks:
+            transformer_block.norm1.emb.time_proj.downscale_freq_shift = downscale_freq_shift
