@@ -58,12 +58,14 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
         UserError: the sampler is unknown or for the other objective.
     """
     config = pipeline.scheduler.config
-    is_flow = "shift" in config or config.get("use_flow_sigmas", False)
+    # The shift of a flow's sigmas, which DPM-Solver's configuration has under another name.
+    shift = config.flow_shift if config.get("use_flow_sigmas", False) else config.get("shift")
+    is_flow = shift is not None
     if name == "euler" and is_flow:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     elif name == "dpm" and is_flow:
         pipeline.scheduler = DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
         )
     elif name == "ddim" and not is_flow:
         pipeline.scheduler = DDIMScheduler.from_config(config)

@@ -266,6 +266,28 @@ def test_schedulers(name: str, is_flow: bool, expected: type) -> None:
     assert (together[0] != together[1]).any()
 
 
+def test_the_shift_survives_every_change_of_scheduler(tmp_path: Path) -> None:
+    """Also of a scheduler that comes from a folder; the sigmas of Euler with this shift are the original ones."""
+    pipeline = dit_pipeline(is_flow=True)
+    pipeline.scheduler.set_timesteps(5)
+    expected = pipeline.scheduler.sigmas
+    for name in ("dpm", "dpm", "euler", "euler", "dpm", "euler"):
+        set_scheduler(pipeline, name)
+        pipeline.scheduler.save_pretrained(tmp_path / name)
+        pipeline.scheduler = type(pipeline.scheduler).from_pretrained(tmp_path / name)
+        shift = pipeline.scheduler.config["flow_shift" if name == "dpm" else "shift"]
+        assert shift == 2.0, name
+    pipeline.scheduler.set_timesteps(5)
+    assert torch.equal(pipeline.scheduler.sigmas, expected)
+
+
+def test_the_shift_of_a_flow_dpm_folder_is_imported(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    set_scheduler(pipeline, "dpm")
+    pipeline.save_pretrained(tmp_path / "sd3")
+    assert import_folder(tmp_path / "sd3", tmp_path / "run").diffusion.shift == 3.0
+
+
 @pytest.mark.parametrize(("name", "is_flow"), [("ddim", True), ("euler", False), ("magic", True)])
 def test_a_scheduler_of_another_objective_is_refused(name: str, is_flow: bool) -> None:
     with pytest.raises(UserError, match=f"--scheduler {name} does not fit"):

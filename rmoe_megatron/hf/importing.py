@@ -90,7 +90,8 @@ def _encoders_of(folder: Path) -> EncodersConfig:
 def _with_scheduler(architecture: ImportedArchitecture, path: Path) -> ImportedArchitecture:
     """Take the shift of sigma from the pipeline's scheduler."""
     values = json.loads(path.read_text()) if path.is_file() else {}
-    shift = values.get("shift", architecture.diffusion.shift)
+    key = "flow_shift" if values.get("use_flow_sigmas") else "shift"  # DPM-Solver's name, Euler's
+    shift = values.get(key, architecture.diffusion.shift)
     return replace(architecture, diffusion=replace(architecture.diffusion, shift=shift))
 
 
