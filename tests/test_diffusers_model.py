@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from rmoe_megatron.config.schema import DiffusionConfig, Prediction, RecurrenceConfig
 from rmoe_megatron.encoders.pixel_codec import PixelCodec
+from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentSD3Pipeline
 from rmoe_megatron.hf.architecture import transformer_arguments, transformer_class
 from rmoe_megatron.hf.mapping import to_diffusers
@@ -58,6 +59,21 @@ def test_exported_transformer_equals_the_training_model(
         theirs.load_state_dict(to_diffusers(model.state_dict(), config.model))
         actual = theirs(**batch).sample
     assert (actual - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("length", [TEXT_LENGTH - 1, TEXT_LENGTH + 2])
+def test_text_of_another_length_is_refused(length: int) -> None:
+    """Blocks split text from vision at model.text_length."""
+    from rmoe_megatron.model.mmdit import MMDiT
+
+    config, batch = tiny_config(), inputs()
+    batch["encoder_hidden_states"] = torch.zeros(2, length, 12)
+    with one_rank(config), torch.no_grad():
+        model = MMDiT(config)
+        with pytest.raises(
+            UserError, match=f"text has {length} tokens but model.text_length is {TEXT_LENGTH}"
+        ):
+            run_ours(model, batch)
 
 
 def tiny_pipeline(folder: Path) -> RecurrentSD3Pipeline:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from torch import Tensor, nn
 
+from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 from rmoe_megatron.model.sequence import mark_partial, num_shards, padded_length, scatter
 
@@ -44,13 +45,22 @@ class MMDiT(DiffusionTransformer):
             latents: noisy latents [B, C, height, width].
             timestep: float32 [B] in [0, 1000].
             sample_keys: int64 [B], from :func:`rmoe_megatron.counter_rng.sample_keys`; only training uses them.
-            text_hidden_states: [B, L, text_hidden_size].
+            text_hidden_states: [B, L, text_hidden_size] with L = ``model.text_length``.
             text_pooled: [B, pooled_size].
 
         Returns:
             Velocity float32 [B, C, height, width] on the last pipeline stage, hidden states of this rank's tokens
             [(L_pad + S) / (CP TP), B, H] before it.
+
+        Raises:
+            UserError: the text has another length than the model.
         """
+        length = self.run_config.model.text_length
+        if text_hidden_states.shape[1] != length:
+            raise UserError(
+                f"The text has {text_hidden_states.shape[1]} tokens but model.text_length is {length}; encode it to that "
+                "length."
+            )
         dtype = self.config.params_dtype
         conditioning = F.silu(self.time_text_embed(timestep, text_pooled.to(dtype))).unsqueeze(0)
         hidden_states = None
@@ -65,6 +75,6 @@ class MMDiT(DiffusionTransformer):
         if not self.post_process:
             return hidden_states
         shards = num_shards(self.config)
-        vision = hidden_states[padded_length(text_hidden_states.shape[1], shards) // shards :]
+        vision = hidden_states[padded_length(length, shards) // shards :]
         scale, shift = self.modulation_out(conditioning)
         return self.project_out(vision, shift, scale, latents, timestep)
