@@ -1,6 +1,7 @@
 """Every architecture against diffusers' own classes: imported, run, differentiated, exported."""
 
 import json
+import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -172,6 +173,17 @@ def test_recurrent_model_round_trip(name: str, tmp_path: Path) -> None:
     assert half.dtype == torch.bfloat16
     half.save_pretrained(tmp_path / "again")
     assert own.from_pretrained(tmp_path / "again").config.recurrence == theirs.config.recurrence
+
+
+def test_recurrence_beside_a_second_attention_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_own_model("sd3.5-medium", RECURRENCE_SETTINGS)
+    logger = logging.getLogger("diffusers")  # does not propagate to the root logger
+    logger.addHandler(caplog.handler)
+    try:
+        model(**inputs("sd3.5-medium"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("name", ["sd3-medium", "dit"])

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import ModelMixin, SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -27,6 +28,21 @@ class RecurrentJointAttnProcessor:
         return attn.recurrence(attn, hidden_states, encoder_hidden_states, temb)
 
 
+class DualAttnProcessor(JointAttnProcessor2_0):
+    """diffusers' processor of the second attention; the block hands the conditioning vector to it as well."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Return what JointAttnProcessor2_0 returns."""
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
 class RecurrentJointTransformerBlock(JointTransformerBlock):
     """SD3's block whose joint attention also sees the conditioning vector, for the gate and the step modulation."""
 
@@ -34,6 +50,8 @@ class RecurrentJointTransformerBlock(JointTransformerBlock):
         super().__init__(*args, **kwargs)
         self.attn.recurrence = recurrence
         self.attn.set_processor(RecurrentJointAttnProcessor())
+        if self.attn2 is not None:
+            self.attn2.set_processor(DualAttnProcessor())
 
     def forward(
         self,
