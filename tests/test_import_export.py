@@ -14,6 +14,7 @@ from diffusers import DiTTransformer2DModel, ModelMixin, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from rmoe_megatron.checkpoint.weights import RunWeights
+from rmoe_megatron.cli import main
 from rmoe_megatron.config.schema import Precision, RecurrenceConfig, RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentDiTTransformer2DModel, RecurrentSD3Transformer2DModel
@@ -24,6 +25,7 @@ from tests.configurations import one_rank, randomise
 from tests.diffusers_models import ARCHITECTURES, TEXT_LENGTH, inputs, make_model, run_ours, save_model
 from tests.runs import rmoe
 
+NO_SIZES = ("-5GB", "0GB", "0.0001KB", "5", "GB", "nanGB", "1e999GB", "many")
 RECURRENCE = RecurrenceConfig(layers=[0, 2], num_modules=3, steps=3, rank=4)
 
 
@@ -244,6 +246,40 @@ def test_other_variants_are_refused(change: dict[str, Any], words: list[str], tm
     with pytest.raises(UserError) as error:
         import_model(tmp_path / "model", tmp_path / "run")
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        *[("--max-shard-size", size, f"--max-shard-size {size} must be") for size in NO_SIZES],
+        ("--base", "nope", "has no frozen base, its checkpoint holds all weights; leave --base nope out"),
+    ],
+)
+def test_wrong_export_options_get_one_sentence(
+    option: str,
+    value: str,
+    words: str,
+    imported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["convert", "to-hf", str(imported), str(tmp_path / "out"), f"{option}={value}"]
+    monkeypatch.setattr("sys.argv", ["rmoe", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and errors.startswith("error: ") and words in errors, errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imported run; it has no frozen base."""
+    folder = tmp_path_factory.mktemp("imported")
+    save_model("dit", folder / "model")
+    import_model(folder / "model", folder / "run")
+    return folder / "run"
 
 
 def test_truncated_weights_are_named(tmp_path: Path) -> None:

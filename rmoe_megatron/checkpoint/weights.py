@@ -88,7 +88,8 @@ class RunWeights:
         base: where the base lies if not where the run's configuration says.
 
     Raises:
-        UserError: there is no complete checkpoint, or the base is missing or another one than in training.
+        UserError: there is no complete checkpoint, or the base is missing or another one than in training, or
+            given for a run without a frozen one.
     """
 
     def __init__(
@@ -103,6 +104,10 @@ class RunWeights:
         self.locations: dict[str, TensorLocation] = {}
         fine_tuning = self.config.fine_tuning
         fingerprint = read_state(self.checkpoint.path).get("base_fingerprint")
+        if base is not None and fingerprint is None:
+            raise UserError(
+                f"{run_dir} has no frozen base, its checkpoint holds all weights; leave --base {base} out."
+            )
         if fine_tuning is not None and fingerprint is not None:
             base = base or Path(fine_tuning.base)
             base_weights = RunWeights(base)

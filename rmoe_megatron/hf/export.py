@@ -26,7 +26,7 @@ from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.remote_code import add_remote_code
-from rmoe_megatron.hf.safetensors_folder import MAX_SHARD_SIZE, write_model
+from rmoe_megatron.hf.safetensors_folder import MAX_SHARD_SIZE, parse_size, write_model
 
 TRANSFORMER_CLASSES = ("auto", "diffusers", "rmoe")
 IMAGENET_CLASSES = 1000  # diffusers' DiTPipeline takes this number for the dropped label
@@ -64,12 +64,13 @@ def export_run(
         The relative errors of the output, by timestep, that ``approximate`` costs; empty for an exact export.
 
     Raises:
-        UserError: the run has no complete checkpoint, the class cannot express its model, or ``out`` is not empty or
-            cannot be written.
+        UserError: the run has no complete checkpoint, the class cannot express its model, ``base`` is none of it, the
+            shard size is none, or ``out`` is not empty or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; choose another one or remove it first.")
     check_writable(out, "The output")
+    shard_bytes = parse_size(max_shard_size)
     weights = RunWeights(run_dir, step, averaged, base)
     config = exported_config(weights.config, transformer_class, approximate)
     building = out.with_name(f".{out.name}.building")
@@ -77,7 +78,7 @@ def export_run(
     (building / "transformer").mkdir(parents=True)
     reader = DiffusersWeights(weights, dtype)
     transformer = empty_transformer(config, reader.dtype, own=transformer_class == "rmoe")
-    write_model(transformer, reader.read, building / "transformer", max_shard_size, progress)
+    write_model(transformer, reader.read, building / "transformer", shard_bytes, progress)
     write_pipeline(config, transformer, building)
     if remote_code:
         add_remote_code(building)

@@ -1,6 +1,7 @@
 """Weights in diffusers' safetensors files, read and written tensor by tensor."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,8 @@ from torch import Tensor
 from rmoe_megatron.errors import UserError
 
 MAX_SHARD_SIZE = "5GB"
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]B)", re.IGNORECASE)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class WeightSource(Protocol):
@@ -91,11 +94,26 @@ def check_tensors(source: WeightSource, model: ModelMixin, where: str) -> None:
         raise UserError(f"{where} does not hold the weights of its architecture: {'; '.join(problems)}.")
 
 
+def parse_size(size: str) -> int:
+    """Return the bytes that a size like ``5GB`` stands for.
+
+    Raises:
+        UserError: it is none, or less than a byte.
+    """
+    found = _SIZE.fullmatch(size.strip())
+    count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if count < 1:
+        raise UserError(
+            f"--max-shard-size {size} must be a number greater than 0 with KB, MB, GB or TB, as {MAX_SHARD_SIZE}."
+        )
+    return count
+
+
 def write_model(
     model: ModelMixin,
     read: Callable[[str], Tensor],
     folder: Path,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_bytes: int = parse_size(MAX_SHARD_SIZE),
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a diffusers model folder as ``save_pretrained`` does, with one file's tensors in memory at a time.
@@ -103,11 +121,14 @@ def write_model(
     Args:
         model: gives names, shapes, data types and the configuration; may lie on the meta device.
         read: returns the tensor of a name.
+        max_shard_bytes: weights above it are written as several files.
     """
     model.save_config(folder)
     empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
-    split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=max_shard_size)
+    split = split_torch_state_dict_into_shards(
+        empty, filename_pattern=pattern, max_shard_size=max_shard_bytes
+    )
     done = 0
     for file, names in split.filename_to_tensors.items():
         tensors = {}
