@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,8 +88,8 @@ def recurrent_sd3(folder: Path) -> None:
 
 
 def recurrent_dit(folder: Path) -> None:
-    """DiTPipeline's folder with a recurrent transformer and ImageNet's number of classes."""
-    arguments = ARCHITECTURES["dit"][1] | {"num_embeds_ada_norm": 1000}
+    """DiTPipeline's folder with a recurrent transformer, the original's timestep features and ImageNet's classes."""
+    arguments = ARCHITECTURES["dit"][1] | {"num_embeds_ada_norm": 1000, "downscale_freq_shift": 0.0}
     transformer = RecurrentDiTTransformer2DModel(**arguments, recurrence=DIT_RECURRENCE)
     randomise(transformer, std=0.1)
     vae = make_pipeline(shift_factor=0.0).vae
@@ -99,67 +98,91 @@ def recurrent_dit(folder: Path) -> None:
 
 
 SD3_CALL = {"prompt": "two red circles", "height": 16, "width": 16, "max_sequence_length": 6}
+# Exports with a class of this package: inside diffusers' own pipelines, and in ours -> how they are called.
+EXPORTS: dict[str, dict[str, Any]] = {
+    "stock-sd3": SD3_CALL,
+    "stock-dit": {"class_labels": [3, 999]},
+    "own-sd3": {"prompt": ["two red circles", "a cat"], "guidance_scale": 2.0},
+    "own-dit": {"class_labels": [3, 5]},
+}
 
 
-@pytest.mark.parametrize(
-    ("make", "pipeline_class", "call"),
-    [
-        (recurrent_sd3, StableDiffusion3Pipeline, SD3_CALL),
-        (recurrent_dit, DiTPipeline, {"class_labels": [3, 999]}),
-    ],
-    ids=["sd3", "dit"],
-)
-def test_recurrent_models_run_in_stock_pipelines_also_without_this_package(
-    make: Callable[[Path], None],
-    pipeline_class: type[DiffusionPipeline],
-    call: dict[str, Any],
-    tmp_path: Path,
-) -> None:
-    """With this package diffusers' pipeline loads the folder; without it, with trust_remote_code alone."""
-    make(tmp_path / "original")
-    import_folder(tmp_path / "original", tmp_path / "run")
-    export_run(tmp_path / "run", tmp_path / "with_package")
-    export_run(tmp_path / "run", tmp_path / "with_code", remote_code=True)
-    original = pipeline_class.from_pretrained(tmp_path / "original")
-    expected = sample(original, **call)
-    ours = sample(pipeline_class.from_pretrained(tmp_path / "with_package"), **call)
-    assert np.abs(ours - expected).max() < 1e-5
-    np.save(tmp_path / "expected.npy", expected)
-    check_without_package(tmp_path, call)
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For every export a folder with the exports ``package`` and ``code`` (with its code) and ``expected.npy``."""
+    folder = tmp_path_factory.mktemp("exports")
+    for name, call in EXPORTS.items():
+        make = export_stock if name.startswith("stock") else export_own
+        np.save(folder / f"{name}.npy", sample(make(name, folder / name), **call))
+    return folder
 
 
-def test_a_model_with_one_text_encoder_carries_all_its_code(tmp_path: Path) -> None:
+def export_stock(name: str, folder: Path) -> DiffusionPipeline:
+    """Import a folder of diffusers' own pipeline with a recurrent transformer and export it; returns the original."""
+    make = recurrent_sd3 if name == "stock-sd3" else recurrent_dit
+    make(folder / "original")
+    import_folder(folder / "original", folder / "run")
+    export_run(folder / "run", folder / "package")
+    export_run(folder / "run", folder / "code", remote_code=True)
+    return DiffusionPipeline.from_pretrained(folder / "original")
+
+
+def export_own(name: str, folder: Path) -> DiffusionPipeline:
     """Pipeline, transformer and pixel codec are classes of this package."""
-    config = trajectory_config("mmdit")
+    config = trajectory_config("mmdit" if name == "own-sd3" else "dit-ddpm")
     transformer = transformer_class(config)(**transformer_arguments(config)).eval()
     randomise(transformer, std=0.1)
-    transformer.save_pretrained(tmp_path / "with_code" / "transformer")
-    write_pipeline(config, transformer, tmp_path / "with_code")
-    call = {"prompt": ["two red circles", "a cat"], "guidance_scale": 2.0}
-    np.save(tmp_path / "expected.npy", sample(build_pipeline(config, transformer), **call))
-    add_remote_code(tmp_path / "with_code")
-    check_without_package(tmp_path, call)
+    for target in (folder / "package", folder / "code"):
+        transformer.save_pretrained(target / "transformer")
+        write_pipeline(config, transformer, target)
+    add_remote_code(folder / "code")
+    return build_pipeline(config, transformer)
 
 
-def check_without_package(folder: Path, call: dict[str, Any]) -> None:
-    """Load ``with_code`` in a process that cannot import this package and compare with ``expected.npy``."""
+@pytest.mark.parametrize("name", EXPORTS)
+def test_diffusers_loads_an_export_and_what_is_saved_of_it(name: str, exports: Path, tmp_path: Path) -> None:
+    """With this package imported."""
+    expected, folder = np.load(exports / f"{name}.npy"), exports / name / "package"
+    for again in ("again", "once-more"):
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        assert type(pipeline.transformer).__name__.startswith("Recurrent")
+        assert np.abs(sample(pipeline, **EXPORTS[name]) - expected).max() < 1e-5
+        folder = tmp_path / again
+        pipeline.save_pretrained(folder, max_shard_size="40KB")
+        assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+
+
+def test_code_is_carried_from_folder_to_folder_without_this_package(exports: Path, tmp_path: Path) -> None:
+    """In a process that cannot import this package, and forgets the code of a folder before it loads the next."""
     script = f"""
-import sys
+import importlib, os, shutil, sys
 sys.modules["rmoe_megatron"] = None  # importing it fails from here on
 import numpy as np, torch
 from diffusers import DiffusionPipeline
-try:
-    DiffusionPipeline.from_pretrained({str(folder / "with_code")!r})
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise AssertionError("code was run without being asked for")
-pipeline = DiffusionPipeline.from_pretrained({str(folder / "with_code")!r}, trust_remote_code=True)
-images = pipeline(**{call!r}, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
-assert np.abs(images - np.load({str(folder / "expected.npy")!r})).max() < 1e-5, "images differ"
+from diffusers.utils import HF_MODULES_CACHE
+for name, call in {EXPORTS!r}.items():
+    folder, expected = f"{exports}/{{name}}/code", np.load(f"{exports}/{{name}}.npy")
+    try:
+        DiffusionPipeline.from_pretrained(folder)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+    else:
+        raise AssertionError("code was run without being asked for")
+    for again in range(3):
+        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images = pipeline(**call, num_inference_steps=3, generator=generator, output_type="np").images
+        assert np.abs(images - expected).max() < 1e-5, f"images of {{folder}} differ"
+        folder = f"{tmp_path}/{{name}}-{{again}}"
+        pipeline.save_pretrained(folder)
+        for module in [module for module in sys.modules if module.startswith("diffusers_modules")]:
+            del sys.modules[module]
+        shutil.rmtree(os.path.join(HF_MODULES_CACHE, "diffusers_modules"))
+        importlib.invalidate_caches()
 """
-    environment = {"HF_HOME": str(folder / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=200, cwd=folder, env=environment)
+    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=200, cwd=tmp_path, env=environment)
 
 
 def trajectory(pipeline: Any, latents: torch.Tensor, **arguments: Any) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """Pixels themselves behind the interface of diffusers' AutoencoderKL.
 
-This file needs diffusers alone: an exported folder can carry it (``--remote-code``).
+This file and what it imports need diffusers alone: an exported folder can carry them (``--remote-code``).
 """
 
 import torch
@@ -9,6 +9,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
+
+from rmoe_megatron.carried_code import CarriesCode
 
 # DiffusionPipeline.from_pretrained loads a class of another library only if that module also names ModelMixin.
 __all__ = ["ModelMixin", "PixelCodec"]
@@ -29,7 +31,7 @@ class PixelDistribution:
         return self.value
 
 
-class PixelCodec(ModelMixin, ConfigMixin):
+class PixelCodec(CarriesCode, ModelMixin, ConfigMixin):
     """Latents are the pixels. The default shift and scale bring those of the toy shapes set to the order of one."""
 
     config_name = "config.json"

@@ -1,7 +1,7 @@
 """Class label to image in diffusers, for DiTs that diffusers' own DiTPipeline cannot sample.
 
-That one takes 1000 classes, DDPM's samplers and autoencoders without a shift for granted. This file needs diffusers
-alone: an exported folder can carry it (``--remote-code``).
+That one takes 1000 classes, DDPM's samplers and autoencoders without a shift for granted. This file and what it imports
+need diffusers alone: an exported folder can carry them (``--remote-code``).
 """
 
 from collections.abc import Callable
@@ -13,8 +13,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from rmoe_megatron.carried_code import CarriesCode
 
-class RecurrentDiTPipeline(DiffusionPipeline):
+
+class RecurrentDiTPipeline(CarriesCode, DiffusionPipeline):
     """Sampling with classifier-free guidance; of a learned variance the noise alone is used, as in DiTPipeline.
 
     Args:

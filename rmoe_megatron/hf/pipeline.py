@@ -14,11 +14,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rmoe_megatron.carried_code import CarriesCode
 from rmoe_megatron.encoders.caption_encoder import TextEmbeddings, TextEncoder
 from rmoe_megatron.encoders.pixel_codec import PixelCodec
 
 
-class RecurrentSD3Pipeline(DiffusionPipeline):
+class RecurrentSD3Pipeline(CarriesCode, DiffusionPipeline):
     """Rectified-flow sampling with one frozen text encoder and classifier-free guidance.
 
     Args:

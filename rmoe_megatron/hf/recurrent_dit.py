@@ -1,6 +1,6 @@
 """DiT with recursive sparse experts in the self-attention of chosen blocks, as a diffusers model.
 
-This file and ``recurrence.py`` need diffusers alone: an exported folder can carry them (``--remote-code``).
+This file and those it imports need diffusers alone: an exported folder can carry them (``--remote-code``).
 """
 
 from typing import Any
@@ -9,6 +9,8 @@ from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
+
+from rmoe_megatron.carried_code import CarriesCode
 
 from .recurrence import Recurrence
 
@@ -53,7 +55,7 @@ class RecurrentDiTBlock(BasicTransformerBlock):
         )
 
 
-class RecurrentDiTTransformer2DModel(DiTTransformer2DModel):
+class RecurrentDiTTransformer2DModel(CarriesCode, DiTTransformer2DModel):
     """diffusers' DiTTransformer2DModel with recurrence in the blocks ``recurrence["layers"]``.
 
     Args:

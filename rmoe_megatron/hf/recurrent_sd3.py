@@ -1,6 +1,6 @@
 """SD3's transformer with recursive sparse experts in chosen blocks, as a diffusers model.
 
-This file and ``recurrence.py`` need diffusers alone: an exported folder can carry them (``--remote-code``).
+This file and those it imports need diffusers alone: an exported folder can carry them (``--remote-code``).
 """
 
 from typing import Any
@@ -11,6 +11,8 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
+
+from rmoe_megatron.carried_code import CarriesCode
 
 from .recurrence import Recurrence
 
@@ -66,7 +68,7 @@ class RecurrentJointTransformerBlock(JointTransformerBlock):
         )
 
 
-class RecurrentSD3Transformer2DModel(SD3Transformer2DModel):
+class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
     """diffusers' SD3Transformer2DModel with recurrence in the blocks ``recurrence["layers"]``.
 
     Args:
