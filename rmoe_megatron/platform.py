@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
 
 from rmoe_megatron.config.schema import Device, Precision
@@ -54,6 +55,13 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for model, peak in PEAK_BF16_FLOPS.items() if model in name), None)
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory, or of the host's for the CPU, which all ranks of the host share."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def synchronize(device: torch.device) -> None:

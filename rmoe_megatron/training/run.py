@@ -15,9 +15,11 @@ from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.schema import RunConfig
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import RunFailure, UserError
-from rmoe_megatron.launch import rank, world_size
+from rmoe_megatron.launch import rank, ranks_on_host, world_size
+from rmoe_megatron.model.parameters import check_memory
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.pictures import png
+from rmoe_megatron.platform import device_memory
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.logging import RunLogger
@@ -105,6 +107,8 @@ def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
     with exclusive(run_dir) if is_rank0 else nullcontext(), process_groups(config) as device:
         if is_rank0:
             save_config(config, run_dir / "config.yaml")
+        sharing = ranks_on_host() if device.type == "cpu" else 1
+        check_memory(config, device_memory(device) // sharing, f"the {device.type.upper()} of rank {rank()}")
         source = TrainingSource(config, device)
         model, base_fingerprint = build_model(config, device)
         optimizer, scheduler = build_optimizer(config, model)
