@@ -5,8 +5,12 @@ class UserError(Exception):
     """A mistake in what the user asked for: configuration, data, files or layout.
 
     The message is one sentence that says what is wrong, where, and what to do. The command line prints it
-    without a traceback and exits with code 2.
+    without a traceback and exits with code 2. Characters of files and arguments that would break the line, or
+    control a terminal, are written as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in message))
 
 
 class RunFailure(Exception):

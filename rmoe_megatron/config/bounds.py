@@ -7,7 +7,7 @@ import math
 import unicodedata
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from rmoe_megatron.errors import UserError
 
@@ -67,13 +67,22 @@ def check_bounds(section: Any, prefix: str = "") -> None:
         elif isinstance(value, str):
             _check_text(key, value)
         elif isinstance(value, list):
-            for entry in value:
-                if isinstance(entry, str):
-                    _check_text(key, entry, may_be_empty=True)
+            _check_entries(key, value, *get_args(get_type_hints(type(section))[each.name]))
         elif isinstance(value, int | float) and not isinstance(value, bool | Enum):
             bounds = each.metadata[_BOUNDS]
             if not bounds.allow(value):
                 raise UserError(f"{key} must be {bounds}, it is {_shown(value)}.")
+
+
+def _check_entries(key: str, values: list[Any], kind: type) -> None:
+    """Check a list whose entries OmegaConf has not compared with their type."""
+    for value in values:
+        if type(value) is not kind:
+            raise UserError(
+                f"{key} has the entry {value!r:.60}, which is no {kind.__name__}; write one instead."
+            )
+        if isinstance(value, str):
+            _check_text(key, value, may_be_empty=True)
 
 
 def _check_text(key: str, value: str, may_be_empty: bool = False) -> None:
