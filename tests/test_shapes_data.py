@@ -105,6 +105,15 @@ def test_a_used_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize(
+    "request_", [{"train": 0}, {"train": -1}, {"val": -1}, {"seed": -1}, {"seed": 1 << 63}]
+)
+def test_impossible_requests_are_refused(tmp_path: Path, request_: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"{'='.join(map(str, *request_.items()))}.* not possible"):
+        build_shapes(tmp_path / "out", **{"train": 1, "val": 1, "seed": 0, **request_})
+    assert not list(tmp_path.iterdir())
+
+
 def test_skills_are_equally_frequent_in_validation(shapes: Path) -> None:
     skills = [sample["json"]["skill"] for sample in read(shapes / "val")]
     counts = np.unique(skills, return_counts=True)[1]

@@ -15,7 +15,7 @@ from rmoe_megatron.evaluation.shapes.detector import matches_scene
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "shapes"
-    build_shapes(out, train=0, val=480, seed=11)
+    build_shapes(out, train=1, val=480, seed=11)
     return out
 
 
@@ -154,7 +154,7 @@ def test_overall_is_the_mean_over_skills_not_over_images() -> None:
 
 
 def test_a_set_that_holds_out_nothing_is_scored_on_seen_pairs_alone(tmp_path: Path) -> None:
-    build_shapes(tmp_path / "shapes", train=0, val=6, seed=3, heldout=())
+    build_shapes(tmp_path / "shapes", train=1, val=6, seed=3, heldout=())
 
     def blank(prompts: list[str], seeds: list[int]) -> np.ndarray:
         return np.full((len(prompts), 32, 32, 3), 40, dtype=np.uint8)

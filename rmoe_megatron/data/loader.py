@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from rmoe_megatron.errors import UserError
 
 
 class GlobalOrder:
@@ -49,15 +51,23 @@ class BatchLayout:
         ]
 
 
-class _Draws(Dataset):
-    """Samples addressed by their draw number, which they carry as ``sample_index``."""
+class _Collated(Dataset):
+    """Micro-batches addressed by the numbers of their draws, which they carry as ``sample_index``.
+
+    A user's mistake comes back in the batch's place: raised in a worker it would arrive as the text of a traceback.
+    """
 
     def __init__(self, dataset: Dataset, order: GlobalOrder) -> None:
         self.dataset = dataset
         self.order = order
 
-    def __getitem__(self, draw: int) -> dict[str, Any]:
-        return {**self.dataset[self.order[draw]], "sample_index": draw}
+    def __getitem__(self, draws: list[int]) -> dict[str, Any] | UserError:
+        try:
+            return default_collate(
+                [{**self.dataset[self.order[draw]], "sample_index": draw} for draw in draws]
+            )
+        except UserError as error:
+            return error
 
 
 class _MicroBatches(Sampler):
@@ -92,12 +102,19 @@ def batches(
 
     Yields:
         Collated samples with ``sample_index``, int64 [micro_batch], the draw numbers.
+
+    Raises:
+        UserError: no sample can be read, or one does not fit the model.
     """
     loader = DataLoader(
-        _Draws(dataset, order),
-        batch_sampler=_MicroBatches(layout, first_draw, last_draw),
+        _Collated(dataset, order),
+        batch_size=None,
+        sampler=_MicroBatches(layout, first_draw, last_draw),
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         generator=torch.Generator(),
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

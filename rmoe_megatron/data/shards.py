@@ -1,20 +1,22 @@
 """Random access to the samples of WebDataset tar shards.
 
 A shard is scanned once for the position of its members; a sample is then read by seeking. Decoders are restricted to
-images, text, JSON and plain numpy arrays: nothing from the data is ever unpickled.
+PNG and JPEG images, text, JSON and plain numpy arrays of numbers: nothing from the data is ever unpickled.
 """
 
 import io
 import json
 import logging
 import os
+import stat
 import tarfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,16 +30,23 @@ logger = logging.getLogger(__name__)
 
 
 def _decode_image(content: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()
+    """Return uint8 [3, H, W]; other formats than PNG and JPEG are not tried, some of which start programs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+            if image.mode.startswith(("I", "F")):  # conversion would clip it
+                raise ValueError(f"pixels of mode {image.mode}, which has more than 8 bits a channel")
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()
 
 
 def _decode_array(content: bytes) -> np.ndarray:
     """Return the array of a .npy file; it shares the bytes and is read-only."""
     start = 10 + int.from_bytes(content[8:10], "little")
     shape, is_fortran, dtype = _array_header(content[:start])
-    if dtype.hasobject or len(content) - start != prod(shape) * dtype.itemsize:
-        raise ValueError(f"not a plain array of {dtype} {shape}")
+    if dtype.kind not in "biuf":
+        raise ValueError(f"an array of {dtype}, which is no type of real numbers")
+    if min(shape, default=0) < 0 or len(content) - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"not the content of an array of {dtype} {shape}")
     return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
 
 
@@ -87,26 +96,65 @@ def list_shards(folder: Path) -> list[Path]:
 
 
 def index_shard(shard: Path) -> list[SampleLocation]:
-    """Scan the headers of a shard; of a damaged shard the samples before the damage are kept and a warning names it."""
+    """Scan the headers of a shard.
+
+    Of a damaged shard everything that can be found is kept; a warning says where the damage is and how many samples
+    there are. Damage is what a sound archive cannot have: anything but members and the zeros at the end.
+
+    Raises:
+        UserError: it is no regular file or cannot be read.
+    """
     samples: dict[str, SampleLocation] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                key, extension = base_plus_ext(member.name)
-                if not member.isfile() or key is None or extension.rsplit(".", 1)[-1] not in DECODERS:
-                    continue
-                if member.offset_data + member.size > shard.stat().st_size:
-                    raise tarfile.ReadError(f"member {member.name} is cut off")
-                location = samples.setdefault(key, SampleLocation(shard, key))
-                location.members[extension] = (member.offset_data, member.size)
-            # tarfile takes a damaged header after the first for the end of the archive; the real end is a zero block.
-            with shard.open("rb") as file:
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"no header and no end of the archive at byte {tar.offset}")
-    except (tarfile.TarError, EOFError) as error:
-        logger.warning("Shard %s is damaged (%s); its first %d samples are used.", shard, error, len(samples))
+    damage: list[str] = []
+    for member in _members(shard, damage):
+        key, extension = base_plus_ext(member.name)
+        if member.isfile() and key is not None and extension.rsplit(".", 1)[-1] in DECODERS:
+            location = samples.setdefault(key, SampleLocation(shard, key))
+            location.members[extension] = (member.offset_data, member.size)
+    if not samples:
+        damage.append("it holds no samples")
+    if damage:
+        places = "; ".join(damage[:3]) + (f"; {len(damage) - 3} more" if len(damage) > 3 else "")
+        logger.warning(
+            "Shard %s is damaged (%s); the %d samples found are used.", shard, places, len(samples)
+        )
     return list(samples.values())
+
+
+def _members(shard: Path, damage: list[str]) -> Iterator[tarfile.TarInfo]:
+    """Yield the members whose headers pass their checksum; what else there is, is told to ``damage``."""
+    end = 0  # of the members so far
+    try:
+        if not stat.S_ISREG(shard.stat().st_mode):  # opening a pipe would wait for its writer
+            raise OSError(0, "it is no regular file")
+        # Without ignore_zeros tarfile takes a damaged header, or zeros in the middle, for the end of the archive.
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+            size = file.seek(0, os.SEEK_END)
+            for member in tar:
+                if member.offset != end:
+                    damage.append(f"no members in bytes {end} to {member.offset}")
+                if not 0 <= member.size <= size - member.offset_data:
+                    raise tarfile.ReadError(f"member {member.name} is cut off")
+                end = tar.offset
+                yield member
+            if not _is_end_of_archive(file, end):
+                damage.append(f"no header and no end of the archive at byte {end}")
+    except OSError as error:
+        raise UserError(
+            f"The shard {shard} cannot be read ({error.strerror}); remove or replace it."
+        ) from error
+    except Exception as error:  # on damaged headers tarfile raises nearly anything
+        damage.append(f"{error} at byte {end}")
+
+
+def _is_end_of_archive(file: BinaryIO, offset: int) -> bool:
+    """Whether from ``offset`` on there are zeros only, and at least one block of them."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    complete = len(block) == tarfile.BLOCKSIZE
+    while block and not block.strip(b"\0"):
+        block = file.read(1 << 20)
+    return complete and not block
 
 
 class ShardDataset(Dataset):
@@ -144,10 +192,33 @@ class ShardDataset(Dataset):
         self.extensions = extensions
         self.shapes: dict[str, tuple[int, ...]] = {}
         wanted = set(extensions or ())
-        self.locations = [location for location in self.locations if wanted <= set(location.members)]
+        self.keep(lambda members: wanted <= members, ", ".join(extensions or ["any"]))
+
+    def keep(self, is_usable: Callable[[set[str]], bool], needed: str) -> None:
+        """Leave out the samples whose members are not usable; a warning counts them.
+
+        Args:
+            is_usable: takes the extensions of a sample's members.
+            needed: says which members a usable sample has.
+
+        Raises:
+            UserError: no sample is left.
+        """
+        found = len(self.locations)
+        self.locations = [location for location in self.locations if is_usable(set(location.members))]
         if not self.locations:
-            members = f" with members {', '.join(extensions)}" if extensions else ""
-            raise UserError(f"The shards in {self.folder} hold no samples{members}; build the data again.")
+            raise UserError(
+                f"The shards in {self.folder} hold no samples with members {needed}; build the data again."
+            )
+        if len(self.locations) < found:
+            left_out = found - len(self.locations)
+            logger.warning(
+                "%d of the %d samples in %s have no members %s; left out.",
+                left_out,
+                found,
+                self.folder,
+                needed,
+            )
 
     def require_shapes_of_first(self) -> None:
         """From now on take a sample whose arrays differ in shape from the first sample's for unreadable."""
@@ -180,6 +251,8 @@ class ShardDataset(Dataset):
             offset, size = location.members[extension]
             # pread has no file position, which forked workers would share.
             content = os.pread(self._descriptors[location.shard], size, offset)
+            if len(content) != size:
+                raise ValueError(f"{extension}: cut off")
             try:
                 sample[extension] = DECODERS[extension.rsplit(".", 1)[-1]](content)
             except Exception as error:  # on damaged content the libraries raise nearly anything
@@ -192,6 +265,7 @@ class ShardDataset(Dataset):
         return sample
 
 
+IMAGES = ("png", "jpg", "jpeg")
 LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED = "latents.npy", "text_hidden_states.npy", "text_pooled.npy"
 PRECOMPUTED_TEXT = {"text_hidden_states": TEXT_HIDDEN_STATES, "text_pooled": TEXT_POOLED}
 CLASS_LABEL = "cls"
@@ -213,7 +287,7 @@ class TrainingDataset(Dataset):
         self.num_classes = num_classes
         members = self.samples.locations[0].members
         self.precomputed = LATENTS in members
-        self.image_extension = next((name for name in ("png", "jpg", "jpeg") if name in members), "png")
+        self.image_extension = next((name for name in IMAGES if name in members), "png")
         images = LATENTS if self.precomputed else self.image_extension
         text = list(PRECOMPUTED_TEXT.values()) if self.precomputed else ["txt"]
         self.samples.restrict([images, *([CLASS_LABEL] if num_classes else text)])

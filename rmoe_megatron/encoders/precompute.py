@@ -18,7 +18,14 @@ from torch import Tensor
 from rmoe_megatron import durable
 from rmoe_megatron.config.schema import Architecture, RunConfig
 from rmoe_megatron.config.validation import check_writable
-from rmoe_megatron.data.shards import CLASS_LABEL, LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED, ShardDataset
+from rmoe_megatron.data.shards import (
+    CLASS_LABEL,
+    IMAGES,
+    LATENTS,
+    TEXT_HIDDEN_STATES,
+    TEXT_POOLED,
+    ShardDataset,
+)
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT
 from rmoe_megatron.encoders.source import model_folder
@@ -42,8 +49,11 @@ def precompute(
         progress: called with (shards done, shards in total).
 
     Raises:
-        UserError: ``source`` has no shards, or ``out`` is not empty or cannot be written.
+        UserError: ``source`` has no shards, or ``out`` is not empty, overlaps with ``source`` or cannot be written.
     """
+    inner, outer = out.resolve(), source.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise UserError(f"{out} and {source} overlap; choose an output folder apart from the source.")
     shards = sorted(source.rglob("*.tar"))
     if not shards:
         raise UserError(f"There are no .tar shards in or below {source}; build or download the data first.")
@@ -99,10 +109,16 @@ class CaptionCache:
 def encode_shard(shard: Path, target: Path, captions: CaptionCache | None, autoencoder: Autoencoder) -> None:
     """Encode the samples of one shard; without ``captions`` text is copied and not embedded."""
     samples = ShardDataset(shard.parent, shards=[shard])
+    needed = set() if captions is None else {"txt"}
+    samples.keep(
+        lambda members: needed <= members and not members.isdisjoint(IMAGES),
+        ", ".join([*needed, " or ".join(IMAGES)]),
+    )
+    samples.require_shapes_of_first()
     if captions is not None:
         captions.add({samples[index]["txt"] for index in range(len(samples))})
     with target.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for start in range(0, len(samples), BATCH):
                 batch_samples = [samples[index] for index in range(start, min(start + BATCH, len(samples)))]
                 images = torch.from_numpy(np.stack([_image(sample) for sample in batch_samples]))
@@ -128,7 +144,7 @@ def _add_sample(tar: tarfile.TarFile, sample: dict, latents: Tensor, captions: C
 
 
 def _image(sample: dict) -> np.ndarray:
-    return next(sample[extension] for extension in ("png", "jpg", "jpeg") if extension in sample)
+    return next(sample[extension] for extension in IMAGES if extension in sample)
 
 
 def _array(tensor: Tensor) -> bytes:

@@ -74,7 +74,7 @@ def build_shapes(
         The content of ``dataset.json``.
 
     Raises:
-        UserError: a count is negative, a pair is unknown, or ``out`` is not empty or cannot be written.
+        UserError: a count or the seed is out of range, a pair is unknown, or ``out`` is not empty or cannot be written.
     """
     _check_request(out, train, val, seed, heldout)
     counts = {"train": train, "val": val, "val_heldout": val // 4 if heldout else 0}
@@ -116,8 +116,11 @@ def build_shapes(
 
 
 def _check_request(out: Path, train: int, val: int, seed: int, heldout: Sequence[Pair]) -> None:
-    if train < 0 or val < 0 or seed < 0:
-        raise UserError(f"train={train}, val={val} and seed={seed} must not be negative; give 0 or more.")
+    if train < 1 or val < 0 or not 0 <= seed < 1 << 63:
+        raise UserError(
+            f"train={train}, val={val} and seed={seed} are not possible; give train 1 or more, val 0 or more and a "
+            "seed from 0 to 2**63 - 1."
+        )
     for color, shape in heldout:
         if color not in COLORS or shape not in SHAPES:
             raise UserError(
