@@ -217,3 +217,28 @@ def test_a_module_without_tokens_gets_zero_gradients() -> None:
         output.sum().backward()
     norms = block.recurrence.experts.up.grad.flatten(1).norm(dim=1)
     assert (norms > 0).sum() <= recurrence.steps and (norms == 0).sum() >= 5 - recurrence.steps
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["packed", "grouped"])
+@pytest.mark.parametrize("rank", [4, None])
+def test_no_tokens_give_no_output_and_zero_gradients(rank: int | None, grouped: bool) -> None:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from rmoe_megatron.model.experts import Experts
+    from rmoe_megatron.model.transformer_config import transformer_config
+
+    recurrence = replace(RECURRENCE, rank=rank)
+    config = tiny_config(recurrence)
+    with one_rank(config):
+        experts = Experts(
+            transformer_config(config), recurrence, ProcessGroupCollection.use_mpu_process_groups()
+        )
+        randomise(experts)
+    tokens, weights = torch.zeros(0, HIDDEN, requires_grad=True), torch.zeros(0, requires_grad=True)
+    counts = torch.zeros(recurrence.num_modules, dtype=torch.int64)
+    projected = experts._project_grouped(tokens, counts) if grouped else experts(tokens, counts, weights)
+    assert projected.shape == (0, 3 * HIDDEN)
+    projected.backward(torch.ones(0, 3 * HIDDEN))
+    for parameter in experts.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    assert tokens.grad.shape == (0, HIDDEN) and (grouped or weights.grad.shape == (0,))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmoe_megatron.config.schema import LoraConfig, ParallelConfig, RunConfig
@@ -148,3 +149,40 @@ def test_collectives_move_what_the_table_says(
 def counts_per_module(steps: int, expert: int, ranks: int) -> int:
     """The dispatcher gathers over expert-parallel ranks how many tokens each of them sends to each module."""
     return steps * ranks * expert * MODULES if expert > 1 else 0
+
+
+def route_to_first_module(config: RunConfig) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Per rank: the output for a batch whose tokens all go to module 0, and the modules' gradients."""
+    from rmoe_megatron.model.build import build_chunks
+    from rmoe_megatron.parallel import process_groups
+
+    with process_groups(config):
+        chunks = build_chunks(config).eval()
+        perturb(chunks)
+        (model,) = chunks
+        for name, parameter in model.named_parameters():
+            if "recurrence.gate." in name:
+                parameter.data.zero_()  # of equal logits the first is picked
+        batch = next(batches(config))
+        keys = sample_keys(0, batch.pop("sample_index"))
+        output = model(batch.pop("latents"), torch.tensor([5.0, 600.0]), keys, **batch)
+        output.sum().backward()
+        gradients = {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if name.endswith(EXPERT_SHARDED)
+        }
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (output.detach(), gradients))
+        return everyone
+
+
+def test_a_rank_whose_modules_get_no_tokens(tmp_path: Path) -> None:
+    case = {"EP2": replace(RECURSIVE, parallel=layout(ep=2))}
+    first, second = run_on_ranks(2, case, tmp_path, route_to_first_module)["EP2"]
+    assert len(second[1]) == 2
+    for name, gradient in second[1].items():
+        assert torch.equal(gradient, torch.zeros_like(gradient)), name
+        assert first[1][name][0].norm() > 0 and first[1][name][1].norm() == 0, name
+    ((alone, _),) = route_to_first_module(RECURSIVE)
+    torch.testing.assert_close(first[0], alone)
