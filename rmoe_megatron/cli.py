@@ -129,11 +129,14 @@ def train(
         return
     if not arguments:
         raise UserError("train needs a configuration file, or --resume RUN; see `rmoe train --help`.")
-    from rmoe_megatron.config.validation import data_parallel_size, validate
+    from rmoe_megatron.config.layout_checks import data_parallel_size
+    from rmoe_megatron.config.validation import validate
+    from rmoe_megatron.training.preflight import check_machine
 
     config = load_config(Path(arguments[0]), arguments[1:])
     ranks, layout = launch.world_size(), config.parallel
     validate(config, ranks)  # here as well as in the run: importing Megatron-Core takes seconds
+    check_machine(config)
     if check:
         from rmoe_megatron.config.loading import to_yaml
 
@@ -262,11 +265,9 @@ def sample(
     batch_size: BatchSize = 64,
 ) -> None:
     """Make images from prompts."""
-    from rmoe_megatron.config.validation import check_writable
-
     check_guidance(guidance, guidance_interval)
     prompts = read_prompts(prompt or [], prompts_file)
-    check_writable(out, "--out")
+    durable.check_writable(out, "--out")
     from rmoe_megatron.pictures import labelled_grid, png, save_images
     from rmoe_megatron.sampling import load_pipeline, sample_images, set_scheduler
 
@@ -299,12 +300,11 @@ def eval_shapes(
     """Score a model on the toy shapes set by GenEval's rules."""
     import numpy as np
 
-    from rmoe_megatron.config.validation import check_writable
     from rmoe_megatron.data.shards import list_shards
     from rmoe_megatron.evaluation.shapes import evaluate_shapes
 
     check_guidance(guidance)
-    check_writable(out, "--out")
+    durable.check_writable(out, "--out")
     list_shards(data / "val")  # a missing set is named before the model is loaded
     from rmoe_megatron.sampling import load_pipeline, sample_images
 

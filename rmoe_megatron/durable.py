@@ -1,7 +1,10 @@
 """Files that are there whole or not at all, also after a crash."""
 
 import os
+import tempfile
 from pathlib import Path
+
+from rmoe_megatron.errors import UserError
 
 
 def sync(path: Path) -> None:
@@ -30,3 +33,25 @@ def publish(building: Path, final: Path) -> None:
         final.rmdir()
     building.rename(final)
     sync(final.parent)
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Check that ``folder`` can be created or written to.
+
+    Raises:
+        UserError: a parent is a file, or permission is missing.
+    """
+    existing = folder
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(
+                f"{name} {folder} cannot be written: {existing} is a file; choose another folder."
+            )
+        # Permission bits say nothing to root or about read-only and virtual file systems; a file does.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(
+            f"{name} {folder} cannot be written: {error.strerror} in {existing}; choose another folder."
+        ) from error

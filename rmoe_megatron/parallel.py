@@ -15,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import rendezvous
 
 from rmoe_megatron.config.loading import to_yaml
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import local_rank, rank, world_size
 from rmoe_megatron.platform import communication_backend, select_device

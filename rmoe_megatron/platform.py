@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from rmoe_megatron.config.schema import Device, Precision
+from rmoe_megatron.config.run import Device, Precision
 from rmoe_megatron.errors import UserError
 
 PARAMS_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}

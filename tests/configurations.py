@@ -6,15 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from rmoe_megatron.config.schema import (
-    DataConfig,
-    Device,
-    ModelConfig,
-    OptimizerConfig,
-    RecurrenceConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from rmoe_megatron.config.model import ModelConfig, RecurrenceConfig
+from rmoe_megatron.config.run import DataConfig, Device, OptimizerConfig, RunConfig, TrainingConfig
 
 HIDDEN, HEADS, TEXT_LENGTH = 32, 2, 5
 

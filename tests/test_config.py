@@ -9,12 +9,18 @@ import pytest
 from rmoe_megatron import launch
 from rmoe_megatron.config.bounds import bounds_of
 from rmoe_megatron.config.loading import load_config, save_config
-from rmoe_megatron.config.schema import Precision, RunConfig
+from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.training.preflight import check_machine
 from tests.runs import make_run
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    validate(config, world_size)
+    check_machine(config)
 
 
 @pytest.fixture
@@ -81,7 +87,7 @@ def test_shipped_configurations_are_valid_but_for_their_data(name: str, tmp_path
     config = load_config(Path("configs") / name, overrides)
     missing = "fine_tuning.base" if config.fine_tuning else "shard folder"
     with pytest.raises(UserError, match=missing):
-        validate(config, 1)
+        check(config, 1)
 
 
 def test_a_preset_fills_the_model_and_other_keys_override_it(path: Path, tmp_path: Path) -> None:
@@ -220,20 +226,20 @@ def test_validation(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError) as error:
-        validate(load_config(path, overrides), world_size)
+        check(load_config(path, overrides), world_size)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_valid_layouts_pass(path: Path) -> None:
-    validate(load_config(path, []), 1)
-    validate(load_config(path, ["parallel.expert_model_parallel_size=2"]), 2)
-    validate(load_config(path, [*TP2, "parallel.expert_model_parallel_size=2"]), 2)
+    check(load_config(path, []), 1)
+    check(load_config(path, ["parallel.expert_model_parallel_size=2"]), 2)
+    check(load_config(path, [*TP2, "parallel.expert_model_parallel_size=2"]), 2)
 
 
 def test_run_dir_below_a_file_is_refused(path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        validate(load_config(path, [f"run_dir={tmp_path}/file/run"]), 1)
+        check(load_config(path, [f"run_dir={tmp_path}/file/run"]), 1)
 
 
 def test_every_number_has_bounds() -> None:

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
-from rmoe_megatron.config.schema import DiffusionConfig, Objective
+from rmoe_megatron.config.model import DiffusionConfig, Objective
 from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.diffusion.ddpm import DDPM, discretised_log_likelihood
 from rmoe_megatron.diffusion.objective import TrainingExample

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from rmoe_megatron.config.schema import DiffusionConfig, Prediction, RecurrenceConfig
+from rmoe_megatron.config.model import DiffusionConfig, Prediction, RecurrenceConfig
 from rmoe_megatron.encoders.pixel_codec import PixelCodec
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentSD3Pipeline

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from rmoe_megatron.config.schema import EncodersConfig
+from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.encoders.autoencoder import decode_latents, encode_images, load_autoencoder
 from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
 from rmoe_megatron.errors import UserError

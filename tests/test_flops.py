@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rmoe_megatron.config.schema import (
-    Architecture,
-    FineTuningConfig,
-    LoraConfig,
-    ModelConfig,
-    RunConfig,
-    Trainable,
-)
+from rmoe_megatron.config.model import Architecture, LoraConfig, ModelConfig
+from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
 from rmoe_megatron.model.build import build_transformer
 from rmoe_megatron.model.flops import forward_flops_per_sample, training_flops_per_sample
 from rmoe_megatron.training.fine_tuning import freeze

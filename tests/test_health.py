@@ -14,7 +14,7 @@ import torch
 from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.checkpoint.state import Progress, TrainingState, save_checkpoint
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.config.schema import CheckpointConfig
+from rmoe_megatron.config.run import CheckpointConfig
 from rmoe_megatron.data.loader import GlobalOrder
 from rmoe_megatron.errors import RunFailure
 from rmoe_megatron.training.ema import ExponentialMovingAverage

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.cli import main
-from rmoe_megatron.config.schema import Precision, RecurrenceConfig, RunConfig
+from rmoe_megatron.config.model import RecurrenceConfig
+from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentDiTTransformer2DModel, RecurrentSD3Transformer2DModel
 from rmoe_megatron.hf.export import export_run
@@ -52,7 +53,7 @@ def make_own_model(name: str, recurrence: dict[str, Any] | None) -> ModelMixin:
 
 
 def import_model(folder: Path, run: Path) -> RunWeights:
-    from rmoe_megatron.config.schema import ParallelConfig
+    from rmoe_megatron.config.run import ParallelConfig
     from rmoe_megatron.hf.importing import import_diffusers
 
     import_diffusers(folder, run, TEXT_LENGTH, ParallelConfig())
@@ -397,7 +398,7 @@ def facebook_state(model: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
 
 
 def test_the_original_dit_layout_is_imported(tmp_path: Path) -> None:
-    from rmoe_megatron.config.schema import ParallelConfig
+    from rmoe_megatron.config.run import ParallelConfig
     from rmoe_megatron.hf.importing import import_facebook_dit
 
     model = make_model("dit")
@@ -435,14 +436,9 @@ def test_a_dit_file_with_code_or_without_a_tensor_is_refused(tmp_path: Path) -> 
 
 def test_published_sizes() -> None:
     """Parameter counts of the presets against those of diffusers' classes with the published configurations."""
+    from rmoe_megatron.config.model import Architecture, ModelConfig
     from rmoe_megatron.config.presets import PRESETS
-    from rmoe_megatron.config.schema import (
-        Architecture,
-        DataConfig,
-        ModelConfig,
-        OptimizerConfig,
-        TrainingConfig,
-    )
+    from rmoe_megatron.config.run import DataConfig, OptimizerConfig, TrainingConfig
     from rmoe_megatron.hf.architecture import empty_transformer
 
     counts = {}

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rmoe_megatron.config.schema import LoggingConfig
+from rmoe_megatron.config.run import LoggingConfig
 from rmoe_megatron.training.logging import CURVES, METRICS, WANDB_ID, RunLogger
 
 

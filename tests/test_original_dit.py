@@ -8,7 +8,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.config.schema import DiffusionConfig, ParallelConfig, Prediction
+from rmoe_megatron.config.model import DiffusionConfig, Prediction
+from rmoe_megatron.config.run import ParallelConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentDiTTransformer2DModel
 from rmoe_megatron.hf.export import export_run, exported_config

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from rmoe_megatron.config.schema import FineTuningConfig, ParallelConfig
+from rmoe_megatron.config.run import FineTuningConfig, ParallelConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_transformer
 from rmoe_megatron.model.parameters import check_memory, dense_parameters, module_parameters

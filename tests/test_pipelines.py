@@ -20,14 +20,8 @@ from diffusers import (
 )
 
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.config.schema import (
-    Architecture,
-    DiffusionConfig,
-    ModelConfig,
-    Objective,
-    ParallelConfig,
-    RunConfig,
-)
+from rmoe_megatron.config.model import Architecture, DiffusionConfig, ModelConfig, Objective
+from rmoe_megatron.config.run import ParallelConfig, RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import (
     RecurrentDiTPipeline,

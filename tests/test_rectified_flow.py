@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from scipy import stats
 
-from rmoe_megatron.config.schema import DiffusionConfig, TimestepDensity
+from rmoe_megatron.config.model import DiffusionConfig, TimestepDensity
 from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.diffusion.guidance import drop_conditions
 from rmoe_megatron.diffusion.rectified_flow import TIMESTEPS, RectifiedFlow, draw_sigma, resolution_shift

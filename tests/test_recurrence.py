@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rmoe_megatron.config.schema import RecurrenceConfig
+from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.counter_rng import Purpose, derive, gumbel, sample_keys
 from tests.configurations import (
     HEADS,
@@ -147,7 +147,7 @@ def reference_gradients(block: torch.nn.Module) -> dict[str, torch.Tensor | None
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_zero_up_equals_the_base_model_bit_for_bit(num_modules: int, steps: int, precision: str) -> None:
-    from rmoe_megatron.config.schema import Precision
+    from rmoe_megatron.config.run import Precision
     from rmoe_megatron.model.mmdit import MMDiT
 
     recurrence = replace(RECURRENCE, num_modules=num_modules, steps=steps)

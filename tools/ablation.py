@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.run import RunConfig
 
 SPLITS = ("seen", "heldout")
 

@@ -20,16 +20,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from rmoe_megatron.config.model import Architecture, ModelConfig, RecurrenceConfig
 from rmoe_megatron.config.presets import PRESETS
-from rmoe_megatron.config.schema import (
-    Architecture,
+from rmoe_megatron.config.run import (
     DataConfig,
     FineTuningConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     Precision,
-    RecurrenceConfig,
     RunConfig,
     TrainingConfig,
 )

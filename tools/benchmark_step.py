@@ -21,7 +21,8 @@ from diffusers import SD3Transformer2DModel
 from tqdm import tqdm
 
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.config.schema import Prediction, RecurrenceConfig, RunConfig
+from rmoe_megatron.config.model import Prediction, RecurrenceConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.hf.architecture import transformer_arguments

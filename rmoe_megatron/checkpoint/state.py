@@ -27,7 +27,7 @@ from rmoe_megatron.checkpoint.folders import (
 from rmoe_megatron.checkpoint.saving import save_sharded
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.loading import save_config
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import RunFailure, UserError
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 

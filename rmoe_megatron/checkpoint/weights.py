@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, read_state
 from rmoe_megatron.checkpoint.unpickling import read_metadata
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import UserError
 
 # Prefixes of what is not a weight of the model.

@@ -8,14 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rmoe_megatron import durable
+from rmoe_megatron.config.model import LoraConfig, RecurrenceConfig
 from rmoe_megatron.config.presets import PRESETS
-from rmoe_megatron.config.schema import (
-    FineTuningConfig,
-    LoraConfig,
-    ParallelConfig,
-    RecurrenceConfig,
-    RunConfig,
-)
+from rmoe_megatron.config.run import FineTuningConfig, ParallelConfig, RunConfig
 from rmoe_megatron.config.yaml_text import parse_yaml
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.typed_files import read_text, shown

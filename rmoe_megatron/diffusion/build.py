@@ -2,20 +2,20 @@
 
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from rmoe_megatron.config.schema import Objective, RunConfig
+from rmoe_megatron.config.model import ModelDescription, Objective
 from rmoe_megatron.diffusion.ddpm import BETA_END, BETA_START, DDPM, NUM_TIMESTEPS
 from rmoe_megatron.diffusion.objective import TrainingObjective
 from rmoe_megatron.diffusion.rectified_flow import RectifiedFlow, resolution_shift
 
 
-def build_objective(config: RunConfig) -> TrainingObjective:
+def build_objective(config: ModelDescription) -> TrainingObjective:
     """Return what the run trains for."""
     if config.diffusion.objective is Objective.ddpm:
         return DDPM(config.diffusion)
     return RectifiedFlow(config.diffusion, config.model.sample_size)
 
 
-def build_scheduler(config: RunConfig) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
+def build_scheduler(config: ModelDescription) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
     """Return diffusers' deterministic sampler for the objective."""
     if config.diffusion.objective is Objective.ddpm:
         return DDIMScheduler(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from rmoe_megatron.config.schema import DiffusionConfig
+from rmoe_megatron.config.model import DiffusionConfig
 from rmoe_megatron.counter_rng import Purpose, derive, normal, uniform
 from rmoe_megatron.diffusion.objective import TrainingExample, mean_per_sample
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rmoe_megatron.config.schema import DiffusionConfig
+from rmoe_megatron.config.model import DiffusionConfig
 from rmoe_megatron.counter_rng import Purpose, derive, uniform
 
 Conditions = dict[str, Tensor]  # what to draw: tensors with the batch first, by the model's argument name

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmoe_megatron.config.schema import DiffusionConfig, Prediction, TimestepDensity
+from rmoe_megatron.config.model import DiffusionConfig, Prediction, TimestepDensity
 from rmoe_megatron.counter_rng import Purpose, derive, normal, uniform
 from rmoe_megatron.diffusion.objective import TrainingExample
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rmoe_megatron.config.schema import Architecture, RunConfig
+from rmoe_megatron.config.model import Architecture, ModelDescription
 from rmoe_megatron.diffusion.guidance import Conditions
 from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
 
@@ -63,7 +63,7 @@ class LabelConditions:
 
 
 def build_condition_encoder(
-    config: RunConfig, device: torch.device, precomputed: Path | None
+    config: ModelDescription, device: torch.device, precomputed: Path | None
 ) -> ConditionEncoder:
     """Return what makes the conditions of a run's model.
 

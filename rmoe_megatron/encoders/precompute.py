@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmoe_megatron import durable
-from rmoe_megatron.config.schema import Architecture, RunConfig
-from rmoe_megatron.config.validation import check_writable
+from rmoe_megatron.config.model import Architecture
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.shards import (
     CLASS_LABEL,
     IMAGES,
@@ -26,6 +26,7 @@ from rmoe_megatron.data.shards import (
     TEXT_POOLED,
     ShardDataset,
 )
+from rmoe_megatron.durable import check_writable
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT
 from rmoe_megatron.encoders.source import model_folder

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from rmoe_megatron.config.schema import EncodersConfig
+from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.encoders.caption_encoder import TextEmbeddings, TextEncoder
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError

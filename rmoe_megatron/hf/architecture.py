@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel, ModelMixin, SD3Transformer2DModel
 
-from rmoe_megatron.config.schema import (
+from rmoe_megatron.config.model import (
     Architecture,
     DiffusionConfig,
     ModelConfig,
     Objective,
     Prediction,
     RecurrenceConfig,
-    RunConfig,
 )
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.rectified_flow import MIN_SIGMA
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.recurrent_dit import RecurrentDiTTransformer2DModel

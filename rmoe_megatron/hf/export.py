@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.config.schema import Architecture, Objective, RunConfig
-from rmoe_megatron.config.validation import check_writable
+from rmoe_megatron.config.model import Architecture, Objective
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.build import build_scheduler
+from rmoe_megatron.durable import check_writable
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.encoders.text import TEXT_FILES, load_text_encoder

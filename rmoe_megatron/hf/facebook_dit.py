@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmoe_megatron.config.schema import Architecture, DiffusionConfig, ModelConfig, Objective
+from rmoe_megatron.config.model import Architecture, DiffusionConfig, ModelConfig, Objective
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.architecture import ImportedArchitecture
 

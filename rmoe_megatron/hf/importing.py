@@ -13,19 +13,20 @@ from torch import Tensor
 from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints, publish
 from rmoe_megatron.checkpoint.saving import save_sharded
 from rmoe_megatron.checkpoint.state import full_state
+from rmoe_megatron.config.layout_checks import check_layout
 from rmoe_megatron.config.loading import save_config
-from rmoe_megatron.config.schema import (
-    Architecture,
+from rmoe_megatron.config.model import Architecture, EncodersConfig
+from rmoe_megatron.config.model_checks import check_model
+from rmoe_megatron.config.run import (
     DataConfig,
     Device,
-    EncodersConfig,
     OptimizerConfig,
     ParallelConfig,
     Precision,
     RunConfig,
     TrainingConfig,
 )
-from rmoe_megatron.config.validation import check_layout, check_model, check_writable
+from rmoe_megatron.durable import check_writable
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.architecture import ImportedArchitecture, empty_transformer, read_architecture
 from rmoe_megatron.hf.facebook_dit import FacebookDiT

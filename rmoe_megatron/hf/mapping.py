@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmoe_megatron.config.schema import Architecture, ModelConfig
+from rmoe_megatron.config.model import Architecture, ModelConfig
 
 # Module of a block -> module in diffusers; each holds `weight` and `bias`.
 _MLP = {"mlp.linear_fc1": "ff.net.0.proj", "mlp.linear_fc2": "ff.net.2"}

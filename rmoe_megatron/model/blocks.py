@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
-from rmoe_megatron.config.schema import LoraConfig, RecurrenceConfig
+from rmoe_megatron.config.model import LoraConfig, RecurrenceConfig
 from rmoe_megatron.model.modulation import Modulation, modulate
 from rmoe_megatron.model.sequence import num_shards, padded_length
 

@@ -5,7 +5,8 @@ from typing import Any
 from megatron.core import parallel_state
 from torch import nn
 
-from rmoe_megatron.config.schema import Architecture, RunConfig
+from rmoe_megatron.config.model import Architecture
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 from rmoe_megatron.model.dit import DiT
 from rmoe_megatron.model.mmdit import MMDiT

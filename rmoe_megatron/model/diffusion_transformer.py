@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.rectified_flow import to_velocity
 from rmoe_megatron.model.layer_specs import stage_spec
 from rmoe_megatron.model.modulation import Modulation, modulate

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from rmoe_megatron.config.schema import RecurrenceConfig
+from rmoe_megatron.config.model import RecurrenceConfig
 
 
 class Packing:

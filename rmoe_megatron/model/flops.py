@@ -1,6 +1,7 @@
 """Floating-point operations of a model in closed form: matrix products only, two per multiply-add."""
 
-from rmoe_megatron.config.schema import Architecture, ModelConfig, RecurrenceConfig, RunConfig, Trainable
+from rmoe_megatron.config.model import Architecture, ModelConfig, ModelDescription, RecurrenceConfig
+from rmoe_megatron.config.run import RunConfig, Trainable
 
 TIMESTEP_CHANNELS = 256  # sinusoidal features of diffusers' timestep embedding
 
@@ -27,7 +28,7 @@ def training_flops_per_sample(config: RunConfig) -> float:
     return 2 * total
 
 
-def forward_flops_per_sample(config: RunConfig) -> float:
+def forward_flops_per_sample(config: ModelDescription) -> float:
     """Return FLOPs of one forward pass of one image."""
     layers = range(config.model.num_layers)
     blocks = sum(
@@ -62,7 +63,7 @@ def block_multiply_adds(model: ModelConfig, layer: int) -> float:
     return block
 
 
-def added_multiply_adds(config: RunConfig, layer: int) -> float:
+def added_multiply_adds(config: ModelDescription, layer: int) -> float:
     """Return what recurrence or LoRA adds to block ``layer``."""
     if config.recurrence is not None and layer in config.recurrence.layers:
         return recurrence_multiply_adds(config.model, config.recurrence)

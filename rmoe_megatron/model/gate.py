@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from rmoe_megatron.config.schema import RecurrenceConfig
+from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.counter_rng import Purpose, derive, gumbel
 from rmoe_megatron.model.sequence import mark_partial, shard_index
 

@@ -8,7 +8,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from rmoe_megatron.config.schema import Architecture, Recompute, RunConfig
+from rmoe_megatron.config.model import Architecture
+from rmoe_megatron.config.run import Recompute, RunConfig
 from rmoe_megatron.model.attention import AttentionSubmodules, JointAttention, SelfAttention
 from rmoe_megatron.model.blocks import BlockSettings, BlockSubmodules, DiTBlock, JointBlock
 from rmoe_megatron.model.experts import Experts

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from rmoe_megatron.config.schema import LoraConfig
+from rmoe_megatron.config.model import LoraConfig
 from rmoe_megatron.model.attention import QueryKeyValue
 
 

@@ -1,20 +1,14 @@
 """Number of parameters of a model in closed form, and what they take in memory at least."""
 
-from rmoe_megatron.config.schema import (
-    Architecture,
-    ModelConfig,
-    Precision,
-    RecurrenceConfig,
-    RunConfig,
-    Trainable,
-)
+from rmoe_megatron.config.model import Architecture, ModelConfig, ModelDescription, RecurrenceConfig
+from rmoe_megatron.config.run import Precision, RunConfig, Trainable
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.flops import TIMESTEP_CHANNELS
 
 GRADIENT_BYTES = 4  # gradients are reduced in float32
 
 
-def dense_parameters(config: RunConfig) -> int:
+def dense_parameters(config: ModelDescription) -> int:
     """Return the number of parameters of the model without the modules of its recurrence."""
     model, hidden = config.model, config.model.hidden_size
     patch = model.patch_size**2 * model.in_channels
@@ -31,7 +25,7 @@ def dense_parameters(config: RunConfig) -> int:
     return conditioning + ends + blocks
 
 
-def module_parameters(config: RunConfig) -> int:
+def module_parameters(config: ModelDescription) -> int:
     """Return the number of parameters of all modules of the recurrence, which expert parallelism spreads."""
     recurrence, hidden = config.recurrence, config.model.hidden_size
     if recurrence is None:
@@ -88,7 +82,7 @@ def _block(model: ModelConfig, layer: int) -> int:
     return stream + dual + last_text
 
 
-def _added(config: RunConfig, layer: int) -> int:
+def _added(config: ModelDescription, layer: int) -> int:
     """Return the parameters of gate and modulation of a recurrence, or of LoRA."""
     hidden = config.model.hidden_size
     if config.lora is not None and layer in config.lora.layers:

@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from rmoe_megatron.config.schema import RecurrenceConfig
+from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.model.attention import Attention, QueryKeyValue
 from rmoe_megatron.model.dispatch import QueryKeyValueDispatcher
 from rmoe_megatron.model.gate import Gate

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from rmoe_megatron.config.schema import Precision, Recompute, RunConfig
+from rmoe_megatron.config.run import Precision, Recompute, RunConfig
 from rmoe_megatron.platform import PARAMS_DTYPE
 
 LAYER_NORM_EPS = 1.0e-6

@@ -8,7 +8,8 @@ from torch import nn
 
 from rmoe_megatron.checkpoint.state import load_weights
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.config.schema import FineTuningConfig, ModelConfig, RunConfig, Trainable
+from rmoe_megatron.config.model import ModelConfig
+from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.blocks import Block
 

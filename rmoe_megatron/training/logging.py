@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rmoe_megatron import durable
-from rmoe_megatron.config.schema import LoggingConfig
+from rmoe_megatron.config.run import LoggingConfig
 from rmoe_megatron.training.curves import draw_curves
 
 METRICS = "metrics.jsonl"

@@ -12,7 +12,7 @@ from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, list_checkpoints, read_state
 from rmoe_megatron.checkpoint.state import Progress, TrainingState, load_checkpoint, save_checkpoint
 from rmoe_megatron.config.loading import load_config, save_config
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import RunFailure, UserError
 from rmoe_megatron.launch import rank, ranks_on_host, world_size
@@ -23,6 +23,7 @@ from rmoe_megatron.platform import device_memory
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.logging import RunLogger
+from rmoe_megatron.training.preflight import check_machine
 from rmoe_megatron.training.routing import load_balancing_loss
 from rmoe_megatron.training.run_lock import exclusive
 from rmoe_megatron.training.samples import SampleGrid
@@ -41,6 +42,7 @@ def train(config: RunConfig) -> None:
         UserError: the configuration is wrong, or the folder already holds a run.
     """
     validate(config, world_size())
+    check_machine(config)
     run_dir = Path(config.run_dir)
     if list_checkpoints(run_dir):
         raise UserError(
@@ -96,6 +98,7 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
             "resume without overriding it."
         )
     validate(config, world_size())
+    check_machine(config)
     if checkpoint.step >= config.training.steps:
         logger.warning("%s is finished: step %d of %d.", run_dir, checkpoint.step, config.training.steps)
         return

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.counter_rng import Purpose, derive, normal, sample_keys
 from rmoe_megatron.diffusion.build import build_scheduler
 from rmoe_megatron.diffusion.guidance import Conditions, guide

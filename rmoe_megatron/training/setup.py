@@ -10,7 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from rmoe_megatron.config.schema import Precision, RunConfig
+from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 from rmoe_megatron.platform import PARAMS_DTYPE

@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import default_collate
 
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches
 from rmoe_megatron.data.shards import TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from rmoe_megatron.config.schema import RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.guidance import Conditions, drop_conditions

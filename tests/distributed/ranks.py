@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from rmoe_megatron.config.schema import Architecture, ModelConfig, ParallelConfig, RunConfig
-from rmoe_megatron.config.validation import check_layout
+from rmoe_megatron.config.layout_checks import check_layout
+from rmoe_megatron.config.model import Architecture, ModelConfig
+from rmoe_megatron.config.run import ParallelConfig, RunConfig
 from rmoe_megatron.counter_rng import normal, sample_keys, uniform
 from tests.configurations import MODEL, RECURRENCE, tiny_config
 

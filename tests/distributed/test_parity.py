@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmoe_megatron.config.schema import LoraConfig, ParallelConfig, Precision, Recompute, RunConfig
+from rmoe_megatron.config.model import LoraConfig
+from rmoe_megatron.config.run import ParallelConfig, Precision, Recompute, RunConfig
 from tests.distributed.ranks import DIT, MMDIT, RECURRENT, STEPS, Result, configuration, layout, run_on_ranks
 
 MODELS = {

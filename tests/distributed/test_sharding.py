@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmoe_megatron.config.schema import LoraConfig, ParallelConfig, RunConfig
+from rmoe_megatron.config.model import LoraConfig
+from rmoe_megatron.config.run import ParallelConfig, RunConfig
 from rmoe_megatron.counter_rng import sample_keys
 from tests.distributed.ranks import MMDIT, RECURRENT, batches, configuration, layout, perturb, run_on_ranks
 

@@ -1,0 +1,131 @@
+"""Checks of a parallel layout: how a model and its batches are spread over ranks."""
+
+from rmoe_megatron.config.requirements import require, require_divides
+from rmoe_megatron.config.run import ParallelConfig, RunConfig, Trainable
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Check that the model can be spread over ``world_size`` ranks as configured.
+
+    Raises:
+        UserError: says which numbers don't divide.
+    """
+    model, parallel = config.model, config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context, virtual = parallel.context_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    require_divides(
+        tensor * context * pipeline,
+        "tensor_model_parallel_size x context_parallel_size x pipeline_model_parallel_size = "
+        f"{tensor} x {context} x {pipeline}",
+        world_size,
+        "The number of ranks",
+    )
+    require(
+        parallel.sequence_parallel == (tensor > 1),
+        f"parallel.sequence_parallel is {str(parallel.sequence_parallel).lower()} with "
+        f"tensor_model_parallel_size={tensor}; the two go together (tensor parallelism alone would hold every "
+        f"activation on every rank): set sequence_parallel={str(tensor > 1).lower()}.",
+    )
+    require_divides(
+        tensor, "parallel.tensor_model_parallel_size", model.num_attention_heads, "model.num_attention_heads"
+    )
+    require_divides(
+        tensor * context,
+        f"tensor_model_parallel_size x context_parallel_size = {tensor} x {context}",
+        (model.sample_size // model.patch_size) ** 2,
+        "The number of patches of an image",
+    )
+    require_divides(
+        pipeline * virtual,
+        f"pipeline_model_parallel_size x virtual_pipeline_model_parallel_size = {pipeline} x {virtual}",
+        model.num_layers,
+        "model.num_layers",
+    )
+    require(
+        virtual == 1 or pipeline > 1,
+        f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size greater than 1.",
+    )
+    _check_trained_stages(config)
+    _check_expert_parallelism(config, world_size // pipeline)
+    _check_overlap(config)
+
+
+def _check_trained_stages(config: RunConfig) -> None:
+    """Megatron-Core's optimizer and schedules need a trained parameter on every stage."""
+    if config.fine_tuning is None or config.fine_tuning.trainable is Trainable.all:
+        return
+    parallel, addition = config.parallel, config.recurrence or config.lora
+    if config.fine_tuning.trainable is Trainable.blocks:
+        trained = config.fine_tuning.blocks
+    else:
+        trained = addition.layers if addition is not None else []
+    chunks = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    size = config.model.num_layers // chunks
+    for first in range(0, config.model.num_layers, size):
+        require(
+            chunks == 1 or any(first <= layer < first + size for layer in trained),
+            f"Blocks {first} to {first + size - 1} make a pipeline stage and none of them is trained (trained are "
+            f"{trained}); every stage needs one: choose other blocks or a smaller pipeline.",
+        )
+
+
+def _check_expert_parallelism(config: RunConfig, stage_ranks: int) -> None:
+    """Experts are spread over the ranks of a pipeline stage, tensor-parallel ones first."""
+    expert = config.parallel.expert_model_parallel_size
+    if config.recurrence is None:
+        require(
+            expert == 1,
+            f"parallel.expert_model_parallel_size is {expert} but the model has no experts (recurrence is null).",
+        )
+        return
+    require_divides(
+        expert, "parallel.expert_model_parallel_size", stage_ranks, "The number of ranks of a pipeline stage"
+    )
+    modules = config.recurrence.num_modules
+    require_divides(expert, "parallel.expert_model_parallel_size", modules, "recurrence.num_modules")
+
+
+def _check_overlap(config: RunConfig) -> None:
+    parallel = config.parallel
+    require(
+        not parallel.overlap_param_gather
+        or (parallel.overlap_grad_reduce and config.optimizer.distributed_optimizer),
+        "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true and "
+        "optimizer.distributed_optimizer=true.",
+    )
+    require(
+        parallel.bucket_size is None or parallel.overlap_grad_reduce,
+        f"parallel.bucket_size is {parallel.bucket_size}, which needs parallel.overlap_grad_reduce=true.",
+    )
+
+
+def check_batch(config: RunConfig, world_size: int) -> None:
+    """Check that a global batch can be cut into micro-batches over the data-parallel ranks.
+
+    Raises:
+        UserError: says which numbers don't divide.
+    """
+    training, parallel = config.training, config.parallel
+    data = data_parallel_size(parallel, world_size)
+    require_divides(
+        training.micro_batch_size * data,
+        f"micro_batch_size x data-parallel ranks = {training.micro_batch_size} x {data}",
+        training.global_batch_size,
+        "training.global_batch_size",
+    )
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        require_divides(
+            parallel.pipeline_model_parallel_size,
+            "parallel.pipeline_model_parallel_size",
+            training.global_batch_size // (training.micro_batch_size * data),
+            "The number of micro-batches per step, for the interleaved schedule,",
+        )
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Return how many replicas of the model ``world_size`` ranks hold."""
+    return world_size // (
+        parallel.tensor_model_parallel_size
+        * parallel.context_parallel_size
+        * parallel.pipeline_model_parallel_size
+    )
