@@ -130,13 +130,11 @@ def train(
     if not arguments:
         raise UserError("train needs a configuration file, or --resume RUN; see `rmoe train --help`.")
     from rmoe_megatron.config.layout_checks import data_parallel_size
-    from rmoe_megatron.config.validation import validate
-    from rmoe_megatron.training.preflight import check_machine
+    from rmoe_megatron.training import preflight
 
     config = load_config(Path(arguments[0]), arguments[1:])
     ranks, layout = launch.world_size(), config.parallel
-    validate(config, ranks)  # here as well as in the run: importing Megatron-Core takes seconds
-    check_machine(config)
+    preflight.check(config, ranks)  # here as well as in the run: importing Megatron-Core takes seconds
     if check:
         from rmoe_megatron.config.loading import to_yaml
 

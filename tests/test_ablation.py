@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.config.model_checks import check_model
+from rmoe_megatron.model.checks import check_model
 
 CONFIG = Path("configs/shapes_tiny_fine_tuning.yaml")
 

@@ -10,17 +10,11 @@ from rmoe_megatron import launch
 from rmoe_megatron.config.bounds import bounds_of
 from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.run import Precision, RunConfig
-from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.training.preflight import check_machine
+from rmoe_megatron.training.preflight import check
 from tests.runs import make_run
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
-
-
-def check(config: RunConfig, world_size: int) -> None:
-    validate(config, world_size)
-    check_machine(config)
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from rmoe_megatron.config.loading import _all_keys, load_config
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.training.preflight import check_machine
+from rmoe_megatron.training.preflight import check
 from tests.runs import CONFIG, make_run
 
 KEYS = [
@@ -51,9 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_and_validate(path: Path, overrides: list[str], ranks: int) -> None:
     try:
-        config = load_config(path, overrides)
-        validate(config, ranks)
-        check_machine(config)
+        check(load_config(path, overrides), ranks)
     except UserError as error:
         message = str(error)
         assert message.endswith((".", "?")) and "\n" not in message and len(message) < 2000, message

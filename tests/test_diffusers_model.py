@@ -46,7 +46,7 @@ def inputs() -> dict[str, torch.Tensor]:
 def test_exported_transformer_equals_the_training_model(
     recurrence: RecurrenceConfig | None, qk_norm: bool, prediction: str
 ) -> None:
-    from rmoe_megatron.model.mmdit import MMDiT
+    from rmoe_megatron.model.mmdit.transformer import MMDiT
 
     diffusion = DiffusionConfig(prediction=Prediction[prediction])
     config = tiny_config(recurrence, model=replace(MODEL, qk_norm=qk_norm), diffusion=diffusion)
@@ -64,7 +64,7 @@ def test_exported_transformer_equals_the_training_model(
 @pytest.mark.parametrize("length", [TEXT_LENGTH - 1, TEXT_LENGTH + 2])
 def test_text_of_another_length_is_refused(length: int) -> None:
     """Blocks split text from vision at model.text_length."""
-    from rmoe_megatron.model.mmdit import MMDiT
+    from rmoe_megatron.model.mmdit.transformer import MMDiT
 
     config, batch = tiny_config(), inputs()
     batch["encoder_hidden_states"] = torch.zeros(2, length, 12)

@@ -7,6 +7,7 @@ import torch
 
 from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.counter_rng import Purpose, derive, gumbel, sample_keys
+from rmoe_megatron.model.reference import ReferenceSettings, recurrent_joint_attention
 from tests.configurations import (
     HEADS,
     HIDDEN,
@@ -17,7 +18,6 @@ from tests.configurations import (
     randomise,
     tiny_config,
 )
-from tests.reference import ReferenceSettings, recurrent_joint_attention
 
 BATCH, VISION = 3, 16
 TOLERANCE = 1e-5
@@ -148,7 +148,7 @@ def reference_gradients(block: torch.nn.Module) -> dict[str, torch.Tensor | None
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_zero_up_equals_the_base_model_bit_for_bit(num_modules: int, steps: int, precision: str) -> None:
     from rmoe_megatron.config.run import Precision
-    from rmoe_megatron.model.mmdit import MMDiT
+    from rmoe_megatron.model.mmdit.transformer import MMDiT
 
     recurrence = replace(RECURRENCE, num_modules=num_modules, steps=steps)
     config = tiny_config(recurrence, precision=Precision[precision])
@@ -174,7 +174,7 @@ def test_zero_up_equals_the_base_model_bit_for_bit(num_modules: int, steps: int,
 def test_straight_through_gradient_equals_autograd_of_the_closed_form() -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from rmoe_megatron.model.gate import Gate
+    from rmoe_megatron.model.recurrence.gate import Gate
     from rmoe_megatron.model.transformer_config import transformer_config
 
     config = tiny_config(replace(RECURRENCE, aux_loss_coeff=0.0))
@@ -224,7 +224,7 @@ def test_a_module_without_tokens_gets_zero_gradients() -> None:
 def test_no_tokens_give_no_output_and_zero_gradients(rank: int | None, grouped: bool) -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from rmoe_megatron.model.experts import Experts
+    from rmoe_megatron.model.recurrence.experts import Experts
     from rmoe_megatron.model.transformer_config import transformer_config
 
     recurrence = replace(RECURRENCE, rank=rank)

@@ -1,6 +1,6 @@
 """The sections of the configuration that say what a model is, apart from how it is trained.
 
-Numbers carry their bounds; what values mean to each other is checked in :mod:`rmoe_megatron.config.model_checks`.
+Numbers carry their bounds; what values mean to each other is checked in :mod:`rmoe_megatron.model.checks`.
 """
 
 import math
@@ -71,6 +71,11 @@ class ModelConfig:
     # of the timestep's frequencies 10000^(-i / (128 - shift)); the original DiT has 0
     downscale_freq_shift: float = number(1.0, least=0, most=1)
     shared_conditioning: bool = True  # false: timestep and label embeddings of its own in every block
+
+    @property
+    def is_class_conditional(self) -> bool:
+        """Whether it draws classes, not texts."""
+        return self.num_classes > 0
 
 
 @dataclass

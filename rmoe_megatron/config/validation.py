@@ -1,4 +1,4 @@
-"""Checks of a configuration that need nothing but the configuration: no file, process group or download."""
+"""Checks of how a model is trained that need nothing but the configuration: no file, process group or download."""
 
 import difflib
 import inspect
@@ -6,9 +6,7 @@ from typing import Any
 
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.layout_checks import check_batch, check_layout
-from rmoe_megatron.config.model import Architecture
-from rmoe_megatron.config.model_checks import check_blocks, check_model
-from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.requirements import require, require_blocks
 from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
 from rmoe_megatron.errors import UserError
 
@@ -16,14 +14,13 @@ WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 
 def validate(config: RunConfig, world_size: int) -> None:
-    """Check every value and the parallel layout for ``world_size`` ranks.
+    """Check every value and the parallel layout for ``world_size`` ranks; what the model is, is checked in ``model/``.
 
     Raises:
         UserError: names the key, the value and what is allowed.
     """
     check_bounds(config)
     _check_schedule(config)
-    check_model(config)
     if config.fine_tuning is not None:
         _check_fine_tuning(config, config.fine_tuning)
     check_layout(config, world_size)
@@ -52,7 +49,7 @@ def _check_fine_tuning(config: RunConfig, fine_tuning: FineTuningConfig) -> None
         "fine_tuning.trainable=added trains recurrence or LoRA, but both are null; add one or train blocks or all.",
     )
     if trainable is Trainable.blocks:
-        check_blocks("fine_tuning.blocks", fine_tuning.blocks, config.model)
+        require_blocks("fine_tuning.blocks", fine_tuning.blocks, config.model.num_layers)
     else:
         require(
             not fine_tuning.blocks,
@@ -62,13 +59,13 @@ def _check_fine_tuning(config: RunConfig, fine_tuning: FineTuningConfig) -> None
 
 def _check_prompts(config: RunConfig) -> None:
     """A class-conditional run draws class labels."""
-    if config.model.architecture is not Architecture.dit:
+    if not config.model.is_class_conditional:
         return
     classes = config.model.num_classes
     for prompt in config.training.sample_prompts:
         require(
             prompt.isdigit() and int(prompt) < classes,
-            f"training.sample_prompts has {prompt!r}, but a DiT draws class labels 0 to {classes - 1}.",
+            f"training.sample_prompts has {prompt!r}, but this model draws class labels 0 to {classes - 1}.",
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rmoe_megatron.config.model import Architecture, ModelDescription
+from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.diffusion.guidance import Conditions
 from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
 
@@ -73,7 +73,7 @@ def build_condition_encoder(
     Raises:
         UserError: a text encoder is missing, or its embedding doesn't fit the stored one.
     """
-    if config.model.architecture is Architecture.dit:
+    if config.model.is_class_conditional:
         return LabelConditions(config.model.num_classes, device)
     encoder = load_text_encoder(config.encoders, config.model.text_length, device)
     null: dict[str, Tensor] | None = None

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmoe_megatron import durable
-from rmoe_megatron.config.model import Architecture
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.shards import (
     CLASS_LABEL,
@@ -63,7 +62,7 @@ def precompute(
     check_writable(out, "The output")
     device = select_device(config.device)
     captions = None
-    if config.model.architecture is Architecture.mmdit:
+    if not config.model.is_class_conditional:
         captions = CaptionCache(load_text_encoder(config.encoders, config.model.text_length, device))
     autoencoder = load_autoencoder(config.encoders.autoencoder, device)
     building = out.with_name(f".{out.name}.building")
@@ -167,7 +166,7 @@ def _describe(config: RunConfig, source: Path, building: Path) -> None:
     description = json.loads(path.read_text()) if path.is_file() else {"name": source.name}
     encoders = config.encoders
     described: dict[str, Any] = {"autoencoder": encoders.autoencoder}
-    if config.model.architecture is Architecture.mmdit:
+    if not config.model.is_class_conditional:
         described |= {
             "text_encoder": encoders.text_encoder,
             "text_encoder_sha256": _text_encoder_sha256(encoders.text_encoder),

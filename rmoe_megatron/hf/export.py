@@ -24,15 +24,17 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.approximation import output_errors
 from rmoe_megatron.hf.architecture import beyond_diffusers, empty_transformer, with_diffusers_timesteps
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
-from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
+from rmoe_megatron.hf.mapping import Copies, weight_rules
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.remote_code import add_remote_code
 from rmoe_megatron.hf.safetensors_folder import MAX_SHARD_SIZE, parse_size, write_model
+from rmoe_megatron.model.registry import ADDITIONS
 
 TRANSFORMER_CLASSES = ("auto", "diffusers", "rmoe")
 IMAGENET_CLASSES = 1000  # diffusers' DiTPipeline takes this number for the dropped label
 SD3_COMPONENTS = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
 QKV_WEIGHT = "attention.linear_qkv.weight"
+MERGED = [addition for addition in ADDITIONS if not addition.weight_names]
 
 
 def export_run(
@@ -117,13 +119,13 @@ def exported_config(config: RunConfig, transformer_class: str, approximate: bool
 class DiffusersWeights:
     """A run's weights under diffusers' names, converted one tensor of the run at a time.
 
-    LoRA is merged into the projections that it adapts.
+    An addition that diffusers has no place for (LoRA) is merged into the projections that it adapts.
     """
 
     def __init__(self, weights: RunWeights, dtype: torch.dtype | None) -> None:
         self.weights = weights
         self.dtype = dtype or _common_dtype(location.dtype for location in weights.locations.values())
-        names = [name for name in weights.locations if ".lora." not in name]
+        names = [name for name in weights.locations if not any(f".{each.name}." in name for each in MERGED)]
         self.rules = weight_rules(names, weights.config.model)
         self.sources = {target: name for name, rule in self.rules.items() for target in rule.names}
         self._pending: dict[str, Tensor] = {}
@@ -140,26 +142,20 @@ class DiffusersWeights:
 
     def _converted(self, name: str) -> Tensor:
         tensor = self.weights.locations[name].read()
-        lora = name.removesuffix(QKV_WEIGHT) + "lora."
-        if name.endswith(QKV_WEIGHT) and f"{lora}up" in self.weights.locations:
-            tensor = merge_lora(
-                tensor,
-                self.weights.locations[f"{lora}down"].read(),
-                self.weights.locations[f"{lora}up"].read(),
-                self.rules[name],
-            )
+        if name.endswith(QKV_WEIGHT):
+            for addition in MERGED:
+                prefix = f"{name.removesuffix(QKV_WEIGHT)}{addition.name}."
+                places = self.weights.locations.items()
+                added = {key.removeprefix(prefix): place for key, place in places if key.startswith(prefix)}
+                if added:
+                    tensors = {key: place.read() for key, place in added.items()}
+                    tensor = addition.merged(tensor, tensors, self.rules[name].join)
         return tensor.to(self.dtype)
 
 
 def _common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """Return the data type that holds all others: diffusers expects one in a file."""
     return functools.reduce(torch.promote_types, dtypes)
-
-
-def merge_lora(weight: Tensor, down: Tensor, up: Tensor, rule: Rule) -> Tensor:
-    """Add ``up @ down`` of q, k and v (down [3 r, H], up [3, H, r]) to the projection [3 H, H] of a block."""
-    updates = torch.bmm(up.float(), down.float().view(3, -1, down.shape[-1]))
-    return (weight.float() + rule.join(list(updates.unbind(0)))).to(weight.dtype)
 
 
 def write_pipeline(config: RunConfig, transformer: ModelMixin, folder: Path) -> None:

@@ -16,7 +16,6 @@ from rmoe_megatron.checkpoint.state import full_state
 from rmoe_megatron.config.layout_checks import check_layout
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.model import Architecture, EncodersConfig
-from rmoe_megatron.config.model_checks import check_model
 from rmoe_megatron.config.run import (
     DataConfig,
     Device,
@@ -34,6 +33,7 @@ from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
 from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
 from rmoe_megatron.launch import world_size
 from rmoe_megatron.model.build import build_chunks
+from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.parallel import process_groups
 
 Progress = Callable[[int, int], None]

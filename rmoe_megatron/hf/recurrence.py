@@ -1,6 +1,6 @@
 """The recursion of attention in plain PyTorch, for inference in diffusers.
 
-The equations are those of :mod:`rmoe_megatron.model.recurrence` without Gumbel noise: every vision token goes to the
+The equations are those of :mod:`rmoe_megatron.model.recurrence.recurrence` without Gumbel noise: every vision token goes to the
 module with the largest logit, with weight 1.
 """
 

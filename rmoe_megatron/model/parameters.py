@@ -1,37 +1,35 @@
 """Number of parameters of a model in closed form, and what they take in memory at least."""
 
-from rmoe_megatron.config.model import Architecture, ModelConfig, ModelDescription, RecurrenceConfig
+from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.config.run import Precision, RunConfig, Trainable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.model.flops import TIMESTEP_CHANNELS
+from rmoe_megatron.model.family import linear_parameters
+from rmoe_megatron.model.registry import additions_of, family_of
 
 GRADIENT_BYTES = 4  # gradients are reduced in float32
 
 
-def dense_parameters(config: ModelDescription) -> int:
+def dense_parameters(description: ModelDescription) -> int:
     """Return the number of parameters of the model without the modules of its recurrence."""
-    model, hidden = config.model, config.model.hidden_size
+    family, model, hidden = family_of(description), description.model, description.model.hidden_size
     patch = model.patch_size**2 * model.in_channels
     outputs = patch * (2 if model.learned_sigma else 1)
-    timestep = _linear(TIMESTEP_CHANNELS, hidden) + _linear(hidden, hidden)
-    if model.architecture is Architecture.mmdit:
-        conditioning = timestep + _linear(model.pooled_size, hidden) + _linear(hidden, hidden)
-        conditioning += _linear(model.text_hidden_size, hidden)
-    else:
-        copies = 1 if model.shared_conditioning else model.num_layers
-        conditioning = copies * (timestep + (model.num_classes + 1) * hidden)
-    ends = _linear(patch, hidden) + _linear(hidden, 2 * hidden) + _linear(hidden, outputs)
-    blocks = sum(_block(model, layer) + _added(config, layer) for layer in range(model.num_layers))
-    return conditioning + ends + blocks
+    ends = linear_parameters(patch, hidden) + linear_parameters(hidden, 2 * hidden)
+    ends += linear_parameters(hidden, outputs)
+    blocks = sum(family.block_parameters(model, layer) for layer in range(model.num_layers))
+    added = sum(
+        len(section.layers) * addition.parameters(model, section)
+        for addition, section in additions_of(description)
+    )
+    return family.conditioning_parameters(model) + ends + blocks + added
 
 
-def module_parameters(config: ModelDescription) -> int:
+def module_parameters(description: ModelDescription) -> int:
     """Return the number of parameters of all modules of the recurrence, which expert parallelism spreads."""
-    recurrence, hidden = config.recurrence, config.model.hidden_size
-    if recurrence is None:
-        return 0
-    module = 3 * hidden**2 if recurrence.rank is None else 6 * hidden * recurrence.rank
-    return len(recurrence.layers) * recurrence.num_modules * module
+    return sum(
+        len(section.layers) * addition.module_parameters(description.model, section)
+        for addition, section in additions_of(description)
+    )
 
 
 def check_memory(config: RunConfig, bytes_per_rank: int, where: str) -> None:
@@ -59,39 +57,3 @@ def check_memory(config: RunConfig, bytes_per_rank: int, where: str) -> None:
             f"layout, but {where} has {bytes_per_rank / 1e9:.4g} GB for it; choose a smaller model or a layout that spreads "
             "it over more ranks."
         )
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
-
-
-def _block(model: ModelConfig, layer: int) -> int:
-    """Return the parameters of a block of the base model."""
-    hidden = model.hidden_size
-    norms = 2 * hidden // model.num_attention_heads if model.qk_norm else 0  # of queries and keys
-    attention = _linear(hidden, 3 * hidden) + _linear(hidden, hidden) + norms
-    stream = (
-        attention + _linear(hidden, 4 * hidden) + _linear(4 * hidden, hidden) + _linear(hidden, 6 * hidden)
-    )
-    if model.architecture is Architecture.dit:
-        return stream
-    dual = attention + 3 * _linear(hidden, hidden) if layer in model.dual_attention_layers else 0
-    if layer < model.num_layers - 1:
-        return 2 * stream + dual
-    last_text = _linear(hidden, 3 * hidden) + norms + _linear(hidden, 2 * hidden)
-    return stream + dual + last_text
-
-
-def _added(config: ModelDescription, layer: int) -> int:
-    """Return the parameters of gate and modulation of a recurrence, or of LoRA."""
-    hidden = config.model.hidden_size
-    if config.lora is not None and layer in config.lora.layers:
-        return 6 * hidden * config.lora.rank
-    if config.recurrence is not None and layer in config.recurrence.layers:
-        return _gate(config.recurrence, hidden)
-    return 0
-
-
-def _gate(recurrence: RecurrenceConfig, hidden: int) -> int:
-    gate = recurrence.num_modules * hidden * len(recurrence.gate_inputs)
-    return gate + (_linear(hidden, 2 * hidden) if recurrence.modulation else 0)

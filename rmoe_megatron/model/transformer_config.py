@@ -1,36 +1,26 @@
 """From a run's configuration to Megatron-Core's TransformerConfig."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rmoe_megatron.config.run import Precision, Recompute, RunConfig
+from rmoe_megatron.model.registry import additions_of
 from rmoe_megatron.platform import PARAMS_DTYPE
 
 LAYER_NORM_EPS = 1.0e-6
 
 
 def transformer_config(config: RunConfig, initialise: bool = True) -> TransformerConfig:
-    """Return the TransformerConfig that hosts the model of ``config``; ``initialise`` draws initial weights.
-
-    The modules of the recurrence are Megatron-Core experts: M experts, top-1, all-to-all dispatch, dropless.
-    """
-    model, recurrence, parallel = config.model, config.recurrence, config.parallel
+    """Return the TransformerConfig that hosts the model of ``config``; ``initialise`` draws initial weights."""
+    model, parallel = config.model, config.parallel
     virtual, recompute = parallel.virtual_pipeline_model_parallel_size, config.training.recompute
-    experts = {}
-    if recurrence is not None:
-        experts = {
-            "num_moe_experts": recurrence.num_modules,
-            "moe_router_topk": 1,
-            "moe_router_pre_softmax": True,  # Megatron-Core asks for it at top-1; the gate computes its own weights
-            "moe_router_dtype": "fp32",
-            "moe_token_dispatcher_type": "alltoall",
-            "moe_router_load_balancing_type": "aux_loss",
-            "moe_aux_loss_coeff": recurrence.aux_loss_coeff,
-            "moe_z_loss_coeff": recurrence.z_loss_coeff or None,
-        }
+    additions: dict[str, Any] = {}
+    for addition, section in additions_of(config):
+        additions |= addition.transformer_settings(section)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -66,5 +56,5 @@ def transformer_config(config: RunConfig, initialise: bool = True) -> Transforme
         # Whole blocks are recomputed by the blocks: Megatron-Core does it for its own TransformerLayer only.
         recompute_granularity="selective" if recompute is Recompute.selective else None,
         hetereogenous_dist_checkpoint=True,
-        **experts,
+        **additions,
     )

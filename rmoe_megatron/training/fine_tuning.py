@@ -11,7 +11,8 @@ from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.model.blocks import Block
+from rmoe_megatron.model.block import Block
+from rmoe_megatron.model.registry import is_addition
 
 
 def start_from_base(chunks: nn.ModuleList, config: RunConfig) -> str | None:
@@ -52,11 +53,6 @@ def architecture(model: ModelConfig) -> ModelConfig:
     An MM-DiT takes a crop of the base's positions, so that fine-tuning may use another resolution.
     """
     return replace(model, preset=None, sample_size=0, text_length=0)
-
-
-def is_addition(name: str) -> bool:
-    """Whether a parameter belongs to recurrence or LoRA, which a base need not have."""
-    return ".recurrence." in name or ".lora." in name
 
 
 def freeze(chunks: nn.ModuleList, fine_tuning: FineTuningConfig) -> None:

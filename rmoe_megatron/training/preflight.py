@@ -1,4 +1,4 @@
-"""Checks before a run that look at this machine: its device, the run's folders and data. Nothing heavy is started."""
+"""Everything that is checked before a run starts: its configuration, and what it needs of this machine."""
 
 from pathlib import Path
 
@@ -6,8 +6,21 @@ import torch
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.run import Device, RunConfig
+from rmoe_megatron.config.validation import validate
 from rmoe_megatron.data.shards import list_shards
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.model.checks import check_model
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Check a run of ``world_size`` ranks: the model, how it is trained, and what it needs of this machine.
+
+    Raises:
+        UserError: names the key, the value and what is allowed, or what is missing.
+    """
+    check_model(config)
+    validate(config, world_size)
+    check_machine(config)
 
 
 def check_machine(config: RunConfig) -> None:

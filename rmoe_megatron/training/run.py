@@ -13,17 +13,16 @@ from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, 
 from rmoe_megatron.checkpoint.state import Progress, TrainingState, load_checkpoint, save_checkpoint
 from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import RunFailure, UserError
 from rmoe_megatron.launch import rank, ranks_on_host, world_size
 from rmoe_megatron.model.parameters import check_memory
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.pictures import png
 from rmoe_megatron.platform import device_memory
+from rmoe_megatron.training import preflight
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.logging import RunLogger
-from rmoe_megatron.training.preflight import check_machine
 from rmoe_megatron.training.routing import load_balancing_loss
 from rmoe_megatron.training.run_lock import exclusive
 from rmoe_megatron.training.samples import SampleGrid
@@ -41,8 +40,7 @@ def train(config: RunConfig) -> None:
     Raises:
         UserError: the configuration is wrong, or the folder already holds a run.
     """
-    validate(config, world_size())
-    check_machine(config)
+    preflight.check(config, world_size())
     run_dir = Path(config.run_dir)
     if list_checkpoints(run_dir):
         raise UserError(
@@ -97,8 +95,7 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
             f"{str(saved.optimizer.distributed_optimizer).lower()}, whose state the other optimizer cannot read; "
             "resume without overriding it."
         )
-    validate(config, world_size())
-    check_machine(config)
+    preflight.check(config, world_size())
     if checkpoint.step >= config.training.steps:
         logger.warning("%s is finished: step %d of %d.", run_dir, checkpoint.step, config.training.steps)
         return

@@ -17,7 +17,7 @@ from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.guidance import Conditions, drop_conditions
-from rmoe_megatron.model.flops import vision_tokens
+from rmoe_megatron.model.family import vision_tokens
 from rmoe_megatron.model.sequence import num_shards, padded_length
 from rmoe_megatron.training.health import Suspect, find_suspects
 from rmoe_megatron.training.setup import ModelChunks

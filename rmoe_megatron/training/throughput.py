@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.model.flops import training_flops_per_sample, vision_tokens
+from rmoe_megatron.model.family import vision_tokens
+from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.platform import peak_flops, synchronize
 
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from rmoe_megatron.config.model import LoraConfig
-from rmoe_megatron.model.attention import QueryKeyValue
+from rmoe_megatron.model.attention import Attention, QueryKeyValue
 
 
 class Lora(MegatronModule):
@@ -26,7 +26,11 @@ class Lora(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, lora: LoraConfig, pg_collection: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        lora: LoraConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
         self.tp_group, self.dp_cp_group = pg_collection.tp, pg_collection.dp_cp
@@ -39,7 +43,14 @@ class Lora(MegatronModule):
         self.up = nn.Parameter(torch.zeros(3, rows, lora.rank, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.up, is_parallel=True, dim=1, stride=1)
 
-    def forward(self, hidden_states: Tensor) -> QueryKeyValue:
+    def forward(
+        self, attention: Attention, vision: Tensor, text: Tensor | None, conditioning: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the block's attention output for vision and text; arguments are those of the recurrence."""
+        text_qkv = None if text is None else attention.project_text(text)
+        return attention(attention.project_vision(vision) + self.project(vision), text_qkv)
+
+    def project(self, hidden_states: Tensor) -> QueryKeyValue:
         """Project this rank's vision tokens [S / (CP TP), B, H] to its heads of [S / CP] tokens."""
         reduced = nn.functional.linear(hidden_states, self.down)
         if self.config.sequence_parallel:

@@ -1,8 +1,16 @@
 """The recursion of "The Thinking Pixel" (arXiv 2604.25299): vision tokens refined for T latent steps.
 
-In every step the gate picks one of M modules for each vision token, the module projects the token to a query, key and
-value, and attention (in MM-DiT joint with the fixed text) gives the next token state. The block's own projection of the vision
-tokens joins in the last step only.
+With x the modulated vision tokens, c the modulated text tokens, y the conditioning vector and W the block's own
+projection of vision tokens to queries, keys and values:
+
+    a_0 = x
+    m_t(i) = gate(a_{t-1}[i], y)                                    one of M modules for every vision token i
+    q, k, v = B_m A_m Mod(LN(a_{t-1}))                              in steps t = 1 .. T - 1
+    a_t = JointAttention(q, k, v; c) + x
+    q, k, v = B_m A_m Mod(LN(a_{T-1})) + W x                        in step T: the base joins here only
+    output = JointAttention(q, k, v; c)                             of both streams, with the output projection
+
+Queries, keys and values of the text don't depend on t. :mod:`rmoe_megatron.model.reference` is the same in float64.
 """
 
 from dataclasses import dataclass
@@ -17,9 +25,9 @@ from torch import Tensor
 
 from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.model.attention import Attention, QueryKeyValue
-from rmoe_megatron.model.dispatch import QueryKeyValueDispatcher
-from rmoe_megatron.model.gate import Gate
 from rmoe_megatron.model.modulation import Modulation, layer_norm, modulate
+from rmoe_megatron.model.recurrence.dispatch import QueryKeyValueDispatcher
+from rmoe_megatron.model.recurrence.gate import Gate
 from rmoe_megatron.model.sequence import sequence_to_heads
 
 
@@ -98,9 +106,5 @@ class Recurrence(MegatronModule):
         else:
             scale, shift = self.modulation(conditioning)
             tokens = modulate(state, shift, scale)
-        tokens, weights = self.dispatcher.dispatch_preprocess(tokens, routing_map, weights)
-        tokens, weights = self.dispatcher.token_dispatch(tokens, weights)
-        tokens, tokens_per_expert, weights = self.dispatcher.dispatch_postprocess(tokens, weights)
-        projected = self.dispatcher.combine_preprocess(self.experts(tokens, tokens_per_expert, weights))
-        projected = self.dispatcher.combine_postprocess(self.dispatcher.token_combine(projected))
+        projected = self.dispatcher.apply(self.experts, tokens, routing_map, weights)
         return QueryKeyValue.from_parts(sequence_to_heads(projected), attention.head_dim)

@@ -1,0 +1,76 @@
+"""Checks of what a model is: the transformer, what is added to it, its objective and its encoders."""
+
+from rmoe_megatron.config.bounds import check_bounds
+from rmoe_megatron.config.model import ModelConfig, ModelDescription, Objective, Prediction
+from rmoe_megatron.config.requirements import require, require_blocks, require_divides
+from rmoe_megatron.model.registry import additions_of, family_of
+
+SD3_ENCODERS = ("clip_l", "clip_g", "t5")
+SECTIONS = ("model", "recurrence", "lora", "diffusion", "encoders")
+
+
+def check_model(description: ModelDescription) -> None:
+    """Check a model; Megatron-Core is not imported.
+
+    Raises:
+        UserError: names the key, the value and what is allowed.
+    """
+    model = description.model
+    for name in SECTIONS:
+        section = getattr(description, name)
+        if section is not None:
+            check_bounds(section, f"{name}.")
+    _check_sizes(model)
+    family_of(description).check(description)
+    _check_objective(description)
+    _check_encoders(description)
+    require_blocks(
+        "model.dual_attention_layers", model.dual_attention_layers, model.num_layers, may_be_empty=True
+    )
+    additions = list(additions_of(description))
+    for addition, section in additions:
+        require_blocks(f"{addition.name}.layers", section.layers, model.num_layers)
+        addition.check(model, section)
+    require(
+        len(additions) < 2,
+        f"{' and '.join(sorted(addition.name for addition, _ in additions))} exclude each other; set one of them to null.",
+    )
+
+
+def _check_sizes(model: ModelConfig) -> None:
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    require_divides(model.patch_size, "model.patch_size", model.sample_size, "model.sample_size")
+    require_divides(heads, "model.num_attention_heads", hidden, "model.hidden_size")
+    require(
+        hidden // heads % 2 == 0,
+        f"model.hidden_size / model.num_attention_heads must be even, it is {hidden // heads}.",
+    )
+    # Sines and cosines of two axes share the positional embedding.
+    require(hidden % 4 == 0, f"model.hidden_size must be a multiple of 4, it is {hidden}.")
+
+
+def _check_objective(description: ModelDescription) -> None:
+    diffusion, is_ddpm = description.diffusion, description.diffusion.objective is Objective.ddpm
+    require(
+        is_ddpm or not description.model.learned_sigma,
+        "model.learned_sigma needs diffusion.objective=ddpm; rectified flow has no variance to learn.",
+    )
+    require(
+        not is_ddpm or diffusion.prediction is Prediction.velocity,
+        "diffusion.prediction=sample needs diffusion.objective=rectified_flow; DDPM predicts the noise.",
+    )
+    require(
+        is_ddpm or diffusion.min_snr_gamma is None,
+        "diffusion.min_snr_gamma needs diffusion.objective=ddpm; rectified flow weights by its timestep_density.",
+    )
+
+
+def _check_encoders(description: ModelDescription) -> None:
+    encoders = description.encoders
+    unknown = sorted(set(encoders.dropped) - set(SD3_ENCODERS))
+    require(not unknown, f"encoders.dropped {unknown} must be among {', '.join(SD3_ENCODERS)}.")
+    require(
+        not encoders.dropped or encoders.text_encoder != "minilm",
+        f"encoders.dropped {encoders.dropped} is for Stable Diffusion 3's text encoders, but encoders.text_encoder "
+        "is minilm; set encoders.dropped=[].",
+    )

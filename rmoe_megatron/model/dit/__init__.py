@@ -1,0 +1,1 @@
+"""DiT: the class-conditional diffusion transformer (Peebles and Xie, 2022)."""

@@ -1,0 +1,1 @@
+"""Plain low-rank adaptation: the baseline that the recurrence is compared with."""

@@ -1,0 +1,1 @@
+"""The recursive sparse mixture of experts inside attention (arXiv 2604.25299)."""
