@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from rmoe_megatron.checkpoint.folders import list_checkpoints
-from rmoe_megatron.checkpoint.state import Progress, TrainingState, save_checkpoint
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.run import CheckpointConfig
+from rmoe_megatron.data.batch import TextConditions
 from rmoe_megatron.data.loader import GlobalOrder
+from rmoe_megatron.diffusion.loss import DiffusionLoss
+from rmoe_megatron.engine.protocol import build_engine
 from rmoe_megatron.errors import RunFailure
+from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.training.ema import ExponentialMovingAverage
-from rmoe_megatron.training.setup import build_model, build_optimizer
+from rmoe_megatron.training.state import Progress, TrainingState, save_checkpoint
 from tests.configurations import one_rank, tiny_config
 from tests.runs import losses, make_run, rmoe
 
@@ -103,11 +106,13 @@ def test_skipped_steps_leave_the_weights_alone_and_too_many_end_the_run(tmp_path
 def test_weights_that_are_not_finite_are_never_published(tmp_path: Path, spoilt: str) -> None:
     config = replace(tiny_config(), run_dir=str(tmp_path), checkpoint=CheckpointConfig(keep_last=1))
     with one_rank(config) as device:
-        model, _ = build_model(config, device)
-        ema = ExponentialMovingAverage(model.modules, 0.9)
-        state = TrainingState(model.modules, *build_optimizer(config, model), ema, Progress(step=3))
+        modules = build_chunks(config).to(device)
+        null = TextConditions(torch.zeros(1, 5, 12), torch.zeros(1, 10))
+        ema = ExponentialMovingAverage(modules, 0.9)
+        engine = build_engine(config, modules, DiffusionLoss(config, config.seed, null))
+        state = TrainingState(engine, ema, Progress(step=3))
         save_checkpoint(state, config, tmp_path)
-        name, parameter = list(model.modules.named_parameters())[-1]
+        name, parameter = list(modules.named_parameters())[-1]
         (parameter.data if spoilt == "weights" else ema.averages[name]).view(-1)[-1] = float("inf")
         state.progress.step = 4
         with pytest.raises(RunFailure, match=re.escape(f"{name} on rank 0 is not finite after step 4")):

@@ -62,7 +62,7 @@ def import_model(folder: Path, run: Path) -> RunWeights:
 
 def load_ours(weights: RunWeights, recurrence: RecurrenceConfig | None = None) -> Any:
     """Build the Megatron-Core model and give it the imported weights; needs process groups."""
-    from rmoe_megatron.checkpoint.state import load_weights
+    from rmoe_megatron.checkpoint.model_state import load_weights
     from rmoe_megatron.model.build import build_transformer
 
     config = replace(weights.config, recurrence=recurrence or weights.config.recurrence)

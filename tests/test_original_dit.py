@@ -53,7 +53,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("timestep", [0, 1, 500, 999])
 def test_outputs_equal_the_originals_equations(timestep: int, folder: Path) -> None:
-    from rmoe_megatron.checkpoint.state import load_weights
+    from rmoe_megatron.checkpoint.model_state import load_weights
     from rmoe_megatron.model.build import build_transformer
 
     latents, times, labels = inputs(timestep)

@@ -11,6 +11,7 @@ from scipy import stats
 
 from rmoe_megatron.config.model import DiffusionConfig, TimestepDensity
 from rmoe_megatron.counter_rng import sample_keys
+from rmoe_megatron.data.batch import ClassConditions, TextConditions
 from rmoe_megatron.diffusion.guidance import drop_conditions
 from rmoe_megatron.diffusion.rectified_flow import TIMESTEPS, RectifiedFlow, draw_sigma, resolution_shift
 
@@ -85,10 +86,15 @@ def test_one_euler_step_with_the_target_returns_the_data() -> None:
 
 def test_conditions_are_dropped_at_the_configured_rate() -> None:
     count = 20000
-    conditions = {"states": torch.ones(count, 2, 3), "labels": torch.ones(count, dtype=torch.int64)}
-    null = {"states": torch.zeros(1, 2, 3), "labels": torch.zeros(1, dtype=torch.int64)}
+    conditions = TextConditions(torch.ones(count, 2, 3), torch.ones(count, 1))
+    null = TextConditions(torch.zeros(1, 2, 3), torch.zeros(1, 1))
     config = DiffusionConfig(guidance_dropout=0.25)
     dropped = drop_conditions(config, conditions, null, sample_keys(0, torch.arange(count)))
-    kept = dropped["labels"]
-    assert torch.equal(dropped["states"], kept.view(-1, 1, 1).expand(-1, 2, 3).float())
+    kept = dropped.text_pooled
+    assert torch.equal(dropped.text_hidden_states, kept.view(-1, 1, 1).expand(-1, 2, 3))
+    labels = ClassConditions(torch.ones(count, dtype=torch.int64))
+    classes = drop_conditions(
+        config, labels, ClassConditions(torch.tensor([9])), sample_keys(0, torch.arange(count))
+    )
+    assert torch.equal(classes.class_labels == 9, kept[:, 0] == 0)
     assert stats.binomtest(int((kept == 0).sum()), count, 0.25).pvalue > 1e-3

@@ -31,13 +31,16 @@ from rmoe_megatron.config.run import (
     RunConfig,
     TrainingConfig,
 )
+from rmoe_megatron.data.batch import Batch, TextConditions
+from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
+from rmoe_megatron.engine.protocol import build_engine
 from rmoe_megatron.hf.architecture import empty_transformer
 from rmoe_megatron.hf.export import export_run
 from rmoe_megatron.hf.importing import import_diffusers
 from rmoe_megatron.hf.safetensors_folder import write_model
+from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.training.setup import build_model, build_optimizer
-from rmoe_megatron.training.step import Batch, TrainingStep
+from rmoe_megatron.training.fine_tuning import start_from_base
 
 FINE_TUNING_SIZE = 32  # latent side of the training step: images of 256 pixels
 
@@ -90,24 +93,30 @@ def export_weights(config: RunConfig, folder: Path) -> dict[str, float]:
 def make_batch(config: RunConfig) -> Batch:
     """Return one random sample."""
     model = config.model
-    return {
-        "latents": torch.randn(1, model.in_channels, model.sample_size, model.sample_size),
-        "text_hidden_states": torch.randn(1, model.text_length, model.text_hidden_size),
-        "text_pooled": torch.randn(1, model.pooled_size),
-        "sample_index": torch.zeros(1, dtype=torch.int64),
-    }
+    text = TextConditions(
+        torch.randn(1, model.text_length, model.text_hidden_size), torch.randn(1, model.pooled_size)
+    )
+    latents = torch.randn(1, model.in_channels, model.sample_size, model.sample_size)
+    return Batch(latents, text, torch.zeros(1, dtype=torch.int64))
+
+
+def load_modules(config: RunConfig) -> torch.nn.ModuleList:
+    """Return the model with the imported weights as its base."""
+    modules = build_chunks(config, initialise=False)
+    start_from_base(modules, config)
+    return modules
 
 
 def forward(config: RunConfig, folder: Path) -> dict[str, float]:
     """Load the weights into the recurrent model and take one forward step at full resolution."""
     with process_groups(config):
-        model, _ = build_model(config, torch.device("cpu"))
-        batch = make_batch(config)
-        keys = batch.pop("sample_index")
+        model, batch = load_modules(config)[0].eval(), make_batch(config)
+        arguments = model_arguments(
+            batch.latents, torch.tensor([500.0]), batch.sample_index, batch.conditions
+        )
         started = time.perf_counter()
         with torch.no_grad():
-            model.train(False)
-            output = model.modules[0](batch.pop("latents"), torch.tensor([500.0]), keys, **batch)
+            output = model(**arguments)
         assert output.isfinite().all()
         return {"forward_seconds": time.perf_counter() - started}
 
@@ -116,17 +125,13 @@ def fine_tune(config: RunConfig, folder: Path) -> dict[str, float]:
     """Take one training step with the frozen base; counts what has gradients and optimizer state."""
     small = replace(config, model=replace(config.model, sample_size=FINE_TUNING_SIZE))
     with process_groups(small):
-        model, _ = build_model(small, torch.device("cpu"))
-        optimizer, scheduler = build_optimizer(small, model)
-        batch = make_batch(small)
-        null = {name: batch[name] for name in ("text_hidden_states", "text_pooled")}
+        modules, batch = load_modules(small), make_batch(small)
+        engine = build_engine(small, modules, DiffusionLoss(small, small.seed, batch.conditions))
         started = time.perf_counter()
-        TrainingStep(small, model, optimizer, scheduler, null)(iter([batch]))
+        engine.step(iter([batch]))
         return {
             "step_seconds": time.perf_counter() - started,
-            "trained_parameters": float(
-                sum(p.numel() for p in model.modules.parameters() if p.requires_grad)
-            ),
+            "trained_parameters": float(sum(p.numel() for p in modules.parameters() if p.requires_grad)),
         }
 
 

@@ -24,13 +24,15 @@ from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.model import Prediction, RecurrenceConfig
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.counter_rng import sample_keys
+from rmoe_megatron.data.batch import Batch, TextConditions
 from rmoe_megatron.diffusion.build import build_objective
+from rmoe_megatron.diffusion.loss import DiffusionLoss
+from rmoe_megatron.engine.protocol import build_engine
 from rmoe_megatron.hf.architecture import transformer_arguments
+from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.platform import PARAMS_DTYPE, synchronize
-from rmoe_megatron.training.setup import build_model, build_optimizer
-from rmoe_megatron.training.step import Batch, TrainingStep
 
 Step = Callable[[int], None]
 
@@ -39,22 +41,19 @@ def make_batch(config: RunConfig, index: int, device: torch.device) -> Batch:
     """Return random latents and text; routing differs from step to step, as in training."""
     model, batch = config.model, config.training.micro_batch_size
     size = (batch, model.in_channels, model.sample_size, model.sample_size)
-    return {
-        "latents": torch.randn(size, device=device),
-        "text_hidden_states": torch.randn(batch, model.text_length, model.text_hidden_size, device=device),
-        "text_pooled": torch.randn(batch, model.pooled_size, device=device),
-        "sample_index": torch.arange(batch, device=device) + batch * index,
-    }
+    text = TextConditions(
+        torch.randn(batch, model.text_length, model.text_hidden_size, device=device),
+        torch.randn(batch, model.pooled_size, device=device),
+    )
+    return Batch(torch.randn(size, device=device), text, torch.arange(batch, device=device) + batch * index)
 
 
 def megatron_step(config: RunConfig, device: torch.device) -> Step:
     """Return a step of this project's trainer."""
-    model, _ = build_model(config, device)
-    optimizer, scheduler = build_optimizer(config, model)
-    random = make_batch(config, 0, device)
-    null_conditions = {name: random[name][:1] for name in ("text_hidden_states", "text_pooled")}
-    step = TrainingStep(config, model, optimizer, scheduler, null_conditions)
-    return lambda index: (step(iter([make_batch(config, index, device)])), None)[1]
+    null_conditions = make_batch(config, 0, device).conditions.map(lambda tensor: tensor[:1])
+    loss = DiffusionLoss(config, config.seed, null_conditions)
+    engine = build_engine(config, build_chunks(config).to(device), loss)
+    return lambda index: (engine.step(iter([make_batch(config, index, device)])), None)[1]
 
 
 def diffusers_step(config: RunConfig, device: torch.device) -> Step:
@@ -66,11 +65,12 @@ def diffusers_step(config: RunConfig, device: torch.device) -> Step:
 
     def step(index: int) -> None:
         batch = make_batch(config, index, device)
-        example = objective.add_noise(batch["latents"], sample_keys(0, batch["sample_index"]))
+        text = batch.conditions.tensors()
+        example = objective.add_noise(batch.latents, sample_keys(0, batch.sample_index))
         prediction = model(
             hidden_states=example.noisy_latents.to(dtype),
-            encoder_hidden_states=batch["text_hidden_states"].to(dtype),
-            pooled_projections=batch["text_pooled"].to(dtype),
+            encoder_hidden_states=text["text_hidden_states"].to(dtype),
+            pooled_projections=text["text_pooled"].to(dtype),
             timestep=example.timestep,
             return_dict=False,
         )[0]

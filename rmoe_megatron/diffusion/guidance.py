@@ -5,25 +5,21 @@ from torch import Tensor
 
 from rmoe_megatron.config.model import DiffusionConfig
 from rmoe_megatron.counter_rng import Purpose, derive, uniform
+from rmoe_megatron.data.batch import Conditions
 
-Conditions = dict[str, Tensor]  # what to draw: tensors with the batch first, by the model's argument name
 
-
-def drop_conditions(
-    config: DiffusionConfig, conditions: Conditions, null: Conditions, keys: Tensor
-) -> Conditions:
+def drop_conditions[C: Conditions](config: DiffusionConfig, conditions: C, null: C, keys: Tensor) -> C:
     """Replace a share of the samples' conditions by the empty one.
 
     Args:
-        conditions: tensors [B, ...].
-        null: the empty caption's or the dropped label's, [1, ...].
+        conditions: of B samples.
+        null: the empty caption's or the dropped label's, each [1, ...].
         keys: int64 [B], one key per sample.
     """
     dropped = uniform(derive(keys, Purpose.guidance_dropout), 1).squeeze(-1) < config.guidance_dropout
-    return {
-        name: torch.where(dropped.view(-1, *[1] * (values.dim() - 1)), null[name], values)
-        for name, values in conditions.items()
-    }
+    return conditions.combine(
+        null, lambda values, empty: torch.where(dropped.view(-1, *[1] * (values.dim() - 1)), empty, values)
+    )
 
 
 def guide(output: Tensor, guidance: float) -> Tensor:

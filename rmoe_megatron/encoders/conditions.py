@@ -1,14 +1,13 @@
 """What a model is conditioned on, made from raw samples and from prompts: embedded captions, or class labels."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from rmoe_megatron.config.model import ModelDescription
-from rmoe_megatron.diffusion.guidance import Conditions
+from rmoe_megatron.data.batch import ClassConditions, Conditions, RawBatch, TextConditions
 from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
 
 NULL_TEXT = "null_text.safetensors"  # beside precomputed shards
@@ -17,9 +16,12 @@ NULL_TEXT = "null_text.safetensors"  # beside precomputed shards
 class ConditionEncoder(Protocol):
     """Makes conditions for one kind of model."""
 
-    null: Conditions  # of the empty caption or the dropped label, [1, ...]
+    @property
+    def null(self) -> Conditions:
+        """Return the conditions of the empty caption or the dropped label, [1, ...]."""
+        ...
 
-    def encode_batch(self, batch: dict[str, Any]) -> Conditions:
+    def encode_batch(self, batch: RawBatch) -> Conditions:
         """Return the conditions of a raw batch."""
         ...
 
@@ -35,14 +37,15 @@ class CaptionConditions:
         self.encoder = encoder
         self.null = null if null is not None else self.encode_prompts([""])
 
-    def encode_batch(self, batch: dict[str, Any]) -> Conditions:
+    def encode_batch(self, batch: RawBatch) -> Conditions:
         """Encode the captions of a raw batch."""
-        return self.encode_prompts(batch["caption"])
+        assert batch.captions is not None
+        return self.encode_prompts(batch.captions)
 
     def encode_prompts(self, prompts: list[str]) -> Conditions:
         """Encode captions."""
         text = self.encoder.encode(prompts)
-        return {"text_hidden_states": text.hidden_states, "text_pooled": text.pooled}
+        return TextConditions(text.hidden_states, text.pooled)
 
 
 class LabelConditions:
@@ -51,15 +54,16 @@ class LabelConditions:
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.num_classes = num_classes
         self.device = device
-        self.null = {"class_labels": torch.tensor([num_classes], device=device)}
+        self.null = ClassConditions(torch.tensor([num_classes], device=device))
 
-    def encode_batch(self, batch: dict[str, Any]) -> Conditions:
+    def encode_batch(self, batch: RawBatch) -> Conditions:
         """Return the labels of a raw batch."""
-        return {"class_labels": batch["class_labels"]}
+        assert batch.class_labels is not None
+        return ClassConditions(batch.class_labels)
 
     def encode_prompts(self, prompts: list[str]) -> Conditions:
         """Read labels written as numbers."""
-        return {"class_labels": torch.tensor([int(prompt) for prompt in prompts], device=self.device)}
+        return ClassConditions(torch.tensor([int(prompt) for prompt in prompts], device=self.device))
 
 
 def build_condition_encoder(
@@ -76,8 +80,8 @@ def build_condition_encoder(
     if config.model.is_class_conditional:
         return LabelConditions(config.model.num_classes, device)
     encoder = load_text_encoder(config.encoders, config.model.text_length, device)
-    null: dict[str, Tensor] | None = None
+    null = None
     if precomputed is not None and (precomputed.parent / NULL_TEXT).is_file():
         stored = load_file(precomputed.parent / NULL_TEXT)
-        null = {name: tensor.to(device) for name, tensor in stored.items()}
+        null = TextConditions(**stored).map(lambda tensor: tensor.to(device))
     return CaptionConditions(encoder, null)

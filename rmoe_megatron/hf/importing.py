@@ -11,8 +11,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints, publish
+from rmoe_megatron.checkpoint.model_state import full_state
 from rmoe_megatron.checkpoint.saving import save_sharded
-from rmoe_megatron.checkpoint.state import full_state
 from rmoe_megatron.config.layout_checks import check_layout
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.model import Architecture, EncodersConfig

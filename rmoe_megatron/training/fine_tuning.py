@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
-from rmoe_megatron.checkpoint.state import load_weights
+from rmoe_megatron.checkpoint.model_state import load_weights
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable

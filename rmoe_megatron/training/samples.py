@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -10,21 +9,13 @@ from torch import Tensor
 
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.counter_rng import Purpose, derive, normal, sample_keys
+from rmoe_megatron.data.batch import Conditions, Prompts
 from rmoe_megatron.diffusion.build import build_scheduler
-from rmoe_megatron.diffusion.guidance import Conditions, guide
+from rmoe_megatron.diffusion.guidance import guide
 from rmoe_megatron.encoders.autoencoder import Autoencoder, decode_latents
 from rmoe_megatron.pictures import labelled_grid
 
-Denoiser = Callable[..., Tensor]
-
-
-@dataclass
-class Prompts:
-    """What to draw: captions or class labels, their conditions [N, ...] and the empty one's [1, ...]."""
-
-    captions: list[str]
-    conditions: Conditions
-    null_conditions: Conditions
+Denoiser = Callable[[Tensor, Tensor, Tensor, Conditions], Tensor]
 
 
 class SampleGrid:
@@ -51,23 +42,22 @@ def sample_latents(
     """Sample latents float32 [N, C, H, W] with classifier-free guidance.
 
     Args:
-        model: the training model, in evaluation mode.
+        model: an engine's ``denoise``.
         steps: of the objective's sampler.
         guidance: 1 is no guidance.
     """
     shape = (config.model.in_channels, config.model.sample_size, config.model.sample_size)
-    count, device = len(prompts.captions), next(iter(prompts.conditions.values())).device
+    count, device = len(prompts.captions), prompts.conditions.device
     keys = sample_keys(config.seed, torch.arange(count, device=device))
     latents = normal(derive(keys, Purpose.noise), math.prod(shape)).view(count, *shape)
-    conditions = {
-        name: torch.cat((values, prompts.null_conditions[name].expand_as(values)))
-        for name, values in prompts.conditions.items()
-    }
+    conditions = prompts.conditions.combine(
+        prompts.null_conditions, lambda values, empty: torch.cat((values, empty.expand_as(values)))
+    )
     scheduler = build_scheduler(config)
     scheduler.set_timesteps(steps, device=device)
     for timestep in scheduler.timesteps:
         timesteps = timestep.float().expand(2 * count)
-        output = model(latents.repeat(2, 1, 1, 1), timesteps, keys.repeat(2), **conditions)
+        output = model(latents.repeat(2, 1, 1, 1), timesteps, keys.repeat(2), conditions)
         guided = guide(output[:, : shape[0]], guidance)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     return latents

@@ -1,6 +1,7 @@
 """Where a run's batches come from: shards, raw or precomputed, and the frozen encoders."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,12 @@ from megatron.core import parallel_state
 from torch.utils.data import default_collate
 
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, TextConditions, typed_batch
 from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches
 from rmoe_megatron.data.shards import TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import build_condition_encoder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.training.samples import Prompts
-from rmoe_megatron.training.step import Batch
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
 FIRST_VALIDATION_DRAW = 1 << 40
@@ -88,29 +88,30 @@ class TrainingSource:
             parallel_state.get_data_parallel_world_size(),
         )
 
-    def _embed(self, batch: dict[str, Any]) -> Batch:
-        if "latents" in batch:
-            return batch
-        latents = encode_images(self.autoencoder, batch["image"])
-        conditions = self.encoder.encode_batch(batch)
-        return {"latents": latents, **conditions, "sample_index": batch["sample_index"]}
+    def _embed(self, collated: dict[str, Any]) -> Batch:
+        batch = typed_batch(collated)
+        if isinstance(batch, RawBatch):
+            latents = encode_images(self.autoencoder, batch.images)
+            return Batch(latents, self.encoder.encode_batch(batch), batch.sample_index)
+        return batch
 
     @staticmethod
     def _with_validation_noise(batch: Batch) -> Batch:
-        return {**batch, "sample_index": batch["sample_index"] + FIRST_VALIDATION_DRAW}
+        return replace(batch, sample_index=batch.sample_index + FIRST_VALIDATION_DRAW)
 
     def _check_shapes(self, dataset: TrainingDataset) -> None:
         model = self.config.model
         embedded = self._embed(default_collate([{**dataset[0], "sample_index": 0}]))
+        tensors = {"latents": embedded.latents, **embedded.conditions.tensors()}
         expected: dict[str, tuple[int, ...]] = {
             "latents": (model.in_channels, model.sample_size, model.sample_size)
         }
-        if not model.num_classes:
+        if isinstance(embedded.conditions, TextConditions):
             expected["text_hidden_states"] = (model.text_length, model.text_hidden_size)
             expected["text_pooled"] = (model.pooled_size,)
         remedy = "precompute the data again with" if dataset.precomputed else "use data and encoders that fit"
         for name, shape in expected.items():
-            found = tuple(embedded[name].shape[1:])
+            found = tuple(tensors[name].shape[1:])
             if found != shape:
                 raise UserError(
                     f"{name} from {dataset.samples.folder} has shape {found} but the model of this configuration "

@@ -16,6 +16,7 @@ from rmoe_megatron.config.layout_checks import check_layout
 from rmoe_megatron.config.model import Architecture, ModelConfig
 from rmoe_megatron.config.run import ParallelConfig, RunConfig
 from rmoe_megatron.counter_rng import normal, sample_keys, uniform
+from rmoe_megatron.data.batch import Batch, ClassConditions, Conditions, TextConditions
 from tests.configurations import MODEL, RECURRENCE, tiny_config
 
 # Ranks are forked from a server that has imported everything and run nothing: a fork of this process, whose threads and
@@ -114,62 +115,60 @@ def _rank_main(
 
 def train(config: RunConfig) -> Result:
     """Take ``STEPS`` optimizer steps from weights that are all different from zero."""
+    from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.engine.megatron.engine import MegatronEngine
+    from rmoe_megatron.model.build import build_chunks
     from rmoe_megatron.parallel import process_groups
     from rmoe_megatron.training.ema import ExponentialMovingAverage
-    from rmoe_megatron.training.setup import build_model, build_optimizer
-    from rmoe_megatron.training.step import TrainingStep
 
     result = Result()
     with process_groups(config) as device:
-        model, _ = build_model(config, device)
-        result.initial = gathered(model.modules)
-        perturb(model.modules)
-        optimizer, scheduler = build_optimizer(config, model)
-        ema = ExponentialMovingAverage(model.modules, 0.9)
-        null = {name: values[:1] * 0 for name, values in conditions(config, torch.zeros(1)).items()}
-        step = TrainingStep(config, model, optimizer, scheduler, null)
+        modules = build_chunks(config).to(device)
+        null = conditions(config, torch.zeros(1)).map(torch.zeros_like)
+        result.initial = gathered(modules)
+        perturb(modules)
+        engine = MegatronEngine(config, modules, DiffusionLoss(config, config.seed, null))
+        ema = ExponentialMovingAverage(modules, 0.9)
         micro_batches = batches(config)
-        model.train()
         for number in range(STEPS):
 
             def before_update(number: int = number) -> None:
                 if number == 0:
-                    result.gradients = gathered(model.modules, whole_gradients(model))
+                    result.gradients = gathered(modules, whole_gradients(engine))
                 else:
                     ema.update(number - 1)
 
-            outcome = step(micro_batches, before_update)
+            outcome = engine.step(micro_batches, before_update)
             result.losses.append(outcome.loss)
             result.grad_norms.append(outcome.grad_norm)
-        model.gather_parameters()
+        engine.gather_parameters()
         ema.update(STEPS - 1)
-        result.final = gathered(model.modules)
-        result.averages = gathered(model.modules, ema.averages)
-        result.validation_loss = step.evaluate(batches(config), step.num_micro_batches)
-        model.train(False)
+        result.final = gathered(modules)
+        result.averages = gathered(modules, ema.averages)
+        result.validation_loss = engine.evaluate(batches(config), engine.num_micro_batches)
         keys, size = sample_keys(4, torch.arange(3)), config.model.sample_size
-        result.denoised = step.denoise(
+        result.denoised = engine.denoise(
             normal(keys, config.model.in_channels * size**2).view(3, -1, size, size),
             torch.tensor([10.0, 500.0, 900.0]),
             keys,
-            **conditions(config, torch.arange(3)),
+            conditions(config, torch.arange(3)),
         )
     return result
 
 
-def conditions(config: RunConfig, draws: Tensor) -> dict[str, Tensor]:
+def conditions(config: RunConfig, draws: Tensor) -> Conditions:
     """Text or labels of the given draws."""
     model, keys = config.model, sample_keys(1, draws)
     if model.architecture is Architecture.dit:
-        return {"class_labels": (uniform(keys, 1)[:, 0] * model.num_classes).long()}
+        return ClassConditions((uniform(keys, 1)[:, 0] * model.num_classes).long())
     text = normal(keys, model.text_length * model.text_hidden_size)
-    return {
-        "text_hidden_states": text.view(-1, model.text_length, model.text_hidden_size),
-        "text_pooled": normal(sample_keys(2, draws), model.pooled_size),
-    }
+    return TextConditions(
+        text.view(-1, model.text_length, model.text_hidden_size),
+        normal(sample_keys(2, draws), model.pooled_size),
+    )
 
 
-def batches(config: RunConfig) -> Iterator[dict[str, Tensor]]:
+def batches(config: RunConfig) -> Iterator[Batch]:
     """This rank's micro-batches, each sample a function of its draw number."""
     from megatron.core import parallel_state
 
@@ -187,7 +186,7 @@ def batches(config: RunConfig) -> Iterator[dict[str, Tensor]]:
             draws = torch.tensor(list(micro_batch))
             size = (model.in_channels, model.sample_size, model.sample_size)
             latents = normal(sample_keys(3, draws), size[0] * size[1] * size[2]).view(-1, *size)
-            yield {"latents": latents, "sample_index": draws, **conditions(config, draws)}
+            yield Batch(latents, conditions(config, draws), draws)
 
 
 def perturb(chunks: torch.nn.ModuleList, std: float = 0.05) -> None:
@@ -208,7 +207,7 @@ def shards(chunks: torch.nn.ModuleList, values: dict[str, Tensor] | None = None)
     """
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from rmoe_megatron.checkpoint.state import full_state
+    from rmoe_megatron.checkpoint.model_state import full_state
 
     trained = {name for name, _ in chunks.named_parameters()}
     for name, entry in full_state(chunks).items():
@@ -217,9 +216,9 @@ def shards(chunks: torch.nn.ModuleList, values: dict[str, Tensor] | None = None)
             yield entry.key, entry.global_slice(), entry.global_shape, data
 
 
-def whole_gradients(model: Any) -> dict[str, Tensor]:
+def whole_gradients(engine: Any) -> dict[str, Tensor]:
     """This rank's gradients, put together again where the distributed optimizer has sharded them."""
-    for chunk in model.wrapped:
+    for chunk in engine.model.wrapped:
         for buffer in chunk.buffers + chunk.expert_parallel_buffers:
             group = buffer.data_parallel_group
             if not chunk.ddp_config.use_distributed_optimizer or group.size() == 1:
@@ -227,7 +226,7 @@ def whole_gradients(model: Any) -> dict[str, Tensor]:
             for bucket in buffer.buckets:
                 mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
-    return {name: parameter.main_grad for name, parameter in model.modules.named_parameters()}
+    return {name: parameter.main_grad for name, parameter in engine.modules.named_parameters()}
 
 
 def gathered(chunks: torch.nn.ModuleList, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 def shares(config: RunConfig) -> dict[str, float]:
     """Which share of each parameter rank 0 holds."""
-    from rmoe_megatron.checkpoint.state import full_state
+    from rmoe_megatron.checkpoint.model_state import full_state
     from rmoe_megatron.model.build import build_chunks
     from rmoe_megatron.parallel import process_groups
 
@@ -68,6 +68,7 @@ def shares(config: RunConfig) -> dict[str, float]:
 
 def traffic(config: RunConfig) -> dict[str, int]:
     """Elements that collectives give to all ranks together in one forward pass."""
+    from rmoe_megatron.diffusion.loss import model_arguments
     from rmoe_megatron.model.build import build_chunks
     from rmoe_megatron.parallel import process_groups
 
@@ -75,9 +76,10 @@ def traffic(config: RunConfig) -> dict[str, int]:
         chunks = build_chunks(config)
         perturb(chunks)
         batch = next(batches(config))
-        keys = sample_keys(0, batch.pop("sample_index"))
+        keys = sample_keys(0, batch.sample_index)
+        arguments = model_arguments(batch.latents, torch.tensor([5.0, 600.0]), keys, batch.conditions)
         with CollectiveCounter() as counter, torch.no_grad():
-            chunks.train(False)[0](batch.pop("latents"), torch.tensor([5.0, 600.0]), keys, **batch)
+            chunks.train(False)[0](**arguments)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, counter.elements)
         return {name: sum(elements[name] for elements in everyone) for name in everyone[0]}

@@ -1,20 +1,14 @@
-"""Model, optimizer and schedule of a run, from Megatron-Core's parts."""
+"""What a rank has of the model, in Megatron-Core's data parallelism."""
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import FullParamLayout
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from rmoe_megatron.config.run import Precision, RunConfig
-from rmoe_megatron.model.build import build_chunks
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
-from rmoe_megatron.platform import PARAMS_DTYPE
-from rmoe_megatron.training.fine_tuning import start_from_base
 
 # Parameters in a bucket that is reduced while the backward pass goes on; Megatron-Core's default.
 BUCKET_SIZE = 40_000_000
@@ -87,58 +81,12 @@ def _parameter_layout(
     return full
 
 
-def build_model(config: RunConfig, device: torch.device) -> tuple[ModelChunks, str | None]:
-    """Return what this rank has of the model, on ``device``.
-
-    The second value is the fingerprint of the frozen base, None without one.
-    """
-    modules = build_chunks(config, initialise=config.fine_tuning is None)
-    base_fingerprint = start_from_base(modules, config) if config.fine_tuning is not None else None
-    modules.to(device)
-    ddp = DistributedDataParallelConfig(
+def data_parallelism(config: RunConfig) -> DistributedDataParallelConfig:
+    """Return how gradients are reduced and parameters gathered."""
+    return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.optimizer.distributed_optimizer,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
         bucket_size=config.parallel.bucket_size or BUCKET_SIZE,
     )
-    return ModelChunks(modules, ddp), base_fingerprint
-
-
-def build_optimizer(
-    config: RunConfig, model: ModelChunks
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Return AdamW with float32 main parameters and its warm-up and cosine schedule, counted in steps."""
-    optimizer = config.optimizer
-    settings = OptimizerConfig(
-        optimizer="adam",
-        lr=optimizer.learning_rate,
-        min_lr=optimizer.min_learning_rate,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        adam_eps=optimizer.eps,
-        clip_grad=optimizer.clip_grad,
-        bf16=config.precision is Precision.bf16,
-        params_dtype=PARAMS_DTYPE[config.precision],
-        use_distributed_optimizer=optimizer.distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-    )
-    megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
-    schedule = OptimizerParamScheduler(
-        megatron_optimizer,
-        init_lr=0.0,
-        max_lr=optimizer.learning_rate,
-        min_lr=optimizer.min_learning_rate,
-        lr_warmup_steps=optimizer.warmup_steps,
-        lr_decay_steps=config.training.steps,
-        lr_decay_style="cosine",
-        start_wd=optimizer.weight_decay,
-        end_wd=optimizer.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # A resumed run follows its configuration, from the step of the checkpoint on.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return megatron_optimizer, schedule

@@ -1,82 +1,56 @@
-"""One optimizer step: Megatron-Core's forward-backward schedule, gradient finalisation and optimizer."""
+"""Optimizer steps with Megatron-Core: forward-backward schedule, gradient finalisation, optimizer."""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.counter_rng import sample_keys
-from rmoe_megatron.diffusion.build import build_objective
-from rmoe_megatron.diffusion.guidance import Conditions, drop_conditions
+from rmoe_megatron.data.batch import Batch, Conditions
+from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
+from rmoe_megatron.engine.megatron.chunks import ModelChunks, data_parallelism
+from rmoe_megatron.engine.megatron.optimizer import (
+    OPTIMIZER_FORMAT,
+    build_optimizer,
+    create_adam_state,
+    load_optimizer,
+)
+from rmoe_megatron.engine.megatron.routing import load_balancing_loss
+from rmoe_megatron.engine.protocol import StepResult
+from rmoe_megatron.engine.suspects import find_suspects
 from rmoe_megatron.model.family import vision_tokens
 from rmoe_megatron.model.sequence import num_shards, padded_length
-from rmoe_megatron.training.health import Suspect, find_suspects
-from rmoe_megatron.training.setup import ModelChunks
-
-Batch = dict[str, Tensor]  # latents, sample_index, and the model's conditions
 
 
-@dataclass
-class StepResult:
-    """What one optimizer step did; the loss is the mean over the global batch.
-
-    If loss or gradient norm is not finite, the weights are left alone and ``suspects`` are the samples that may have
-    spoilt the step; else it is None.
-    """
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    suspects: list[Suspect] | None = None
-
-
-class TrainingStep:
-    """Runs optimizer steps of one model.
+class MegatronEngine:
+    """The :class:`rmoe_megatron.engine.protocol.Engine` on Megatron-Core.
 
     Args:
-        null_conditions: of the empty caption or the dropped label, each [1, ...].
+        modules: of DiffusionTransformer: this rank's chunk of the model, or with the interleaved schedule several.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: ModelChunks,
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-        null_conditions: Conditions,
-    ) -> None:
-        self.config = config
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.null_conditions = null_conditions
-        self.device = next(iter(null_conditions.values())).device
-        self.objective = build_objective(config)
+    def __init__(self, config: RunConfig, modules: nn.ModuleList, loss: DiffusionLoss) -> None:
+        self.config, self.modules, self.loss = config, modules, loss
+        self.device = loss.null_conditions.device
+        self.model = ModelChunks(modules, data_parallelism(config))
+        self.optimizer, self.scheduler = build_optimizer(config, self.model)
         data_parallel = parallel_state.get_data_parallel_world_size()
         training = config.training
         self.num_micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
-        model.config.finalize_model_grads_func = finalize_model_grads
-        model.config.grad_scale_func = optimizer.scale_loss
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = get_forward_backward_func()
+        self.model.train()
 
-    def __call__(
+    def step(
         self, micro_batches: Iterator[Batch], before_update: Callable[[], None] = lambda: None
     ) -> StepResult:
-        """Consume the micro-batches of one step and update the weights.
-
-        Args:
-            before_update: called when the gradients are there. Only then are the parameters of the previous update
-                surely here: with ``overlap_param_gather`` they arrive during the forward pass.
-        """
+        """Consume the micro-batches of one step and update the weights; see the protocol."""
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -101,24 +75,25 @@ class TrainingStep:
         return mean_over_data_parallel(losses)
 
     @torch.no_grad()
-    def denoise(self, latents: Tensor, timestep: Tensor, sample_keys: Tensor, **conditions: Tensor) -> Tensor:
-        """Return the model's output float32 [B, C or 2 C, height, width] on every rank, through all pipeline stages.
-
-        Arguments are the model's; every rank gives the same ones.
-        """
+    def denoise(self, latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions) -> Tensor:
+        """Return the model's output float32 [B, C or 2 C, height, width] on every rank, through all pipeline stages."""
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         size = -(-len(latents) // stages)  # one micro-batch per stage, as the interleaved schedule needs
         padded = torch.arange(stages * size, device=latents.device).clamp(max=len(latents) - 1)
-        inputs = {"latents": latents, "timestep": timestep, "sample_keys": sample_keys, **conditions}
+        inputs = model_arguments(latents, timestep, keys, conditions)
         parts = {name: values[padded].split(size) for name, values in inputs.items()}
         batches = [{name: values[number] for name, values in parts.items()} for number in range(stages)]
 
-        def forward_step(batches: Iterator[Batch], model: Callable[..., Tensor]) -> tuple[Tensor, Any]:
+        def forward_step(
+            batches: Iterator[dict[str, Tensor]], model: Callable[..., Tensor]
+        ) -> tuple[Tensor, Any]:
             return model(**next(batches)), lambda output, non_loss_data: output
 
+        self.model.train(False)
         outputs = self._run_schedule(
             forward_step, batches, size, forward_only=True, collect_non_loss_data=True
         )
+        self.model.train()
         if stages == 1:
             return outputs[0]
         channels = latents.shape[1] * (2 if self.config.model.learned_sigma else 1)
@@ -129,6 +104,25 @@ class TrainingStep:
         torch.distributed.broadcast(output, last, group=parallel_state.get_pipeline_model_parallel_group())
         return output[: len(latents)]
 
+    def gather_parameters(self) -> None:
+        """Wait until the parameters of the last update have come from the other ranks."""
+        self.model.gather_parameters()
+
+    def routing_metrics(self) -> dict[str, float]:
+        """Return the load-balancing loss of the last step's gates and clear it."""
+        return load_balancing_loss(self.config, self.num_micro_batches, self.device)
+
+    def sharded_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+        """Describe optimizer and schedule to dist_checkpointing, so that any parallel layout can load them."""
+        create_adam_state(self.optimizer)  # before the first update, or after steps that were all left out
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+        return {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+
+    def load_state(self, loaded: dict[str, Any]) -> None:
+        """Take over optimizer and schedule; learning rates, betas and eps stay those of the configuration."""
+        load_optimizer(self.optimizer, loaded["optimizer"], loaded["scheduler"])
+        self.scheduler.load_state_dict(loaded["scheduler"])
+
     def _losses(self, batches: list[Batch], forward_only: bool) -> list[Tensor]:
         """Return the losses of micro-batches on the last pipeline stage, nothing before it."""
         size = self.config.training.micro_batch_size
@@ -138,7 +132,7 @@ class TrainingStep:
     def _run_schedule(
         self,
         forward_step: Callable[..., Any],
-        batches: list[Batch],
+        batches: list[Any],
         micro_batch_size: int,
         forward_only: bool,
         collect_non_loss_data: bool = False,
@@ -160,19 +154,14 @@ class TrainingStep:
         self, micro_batches: Iterator[Batch], model: Callable[..., Tensor]
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
         """Noise one micro-batch and answer it (Megatron-Core's ``forward_step_func``)."""
-        batch = {name: tensor.to(self.device) for name, tensor in next(micro_batches).items()}
-        keys = sample_keys(self.config.seed, batch["sample_index"])
-        example = self.objective.add_noise(batch["latents"], keys)
-        conditions = {name: batch[name] for name in self.null_conditions}
-        conditions = drop_conditions(self.config.diffusion, conditions, self.null_conditions, keys)
-        output = model(example.noisy_latents, example.timestep, keys, **conditions)
+        question = self.loss.ask(next(micro_batches).to(self.device))
 
         def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            value = self.objective.loss(output, example)
+            value = question.loss(output)
             # A copy: Megatron-Core's schedule divides the loss by the number of micro-batches in place.
             return value, {"loss": value.detach().clone()}
 
-        return output, loss
+        return model(**question.arguments()), loss
 
 
 def mean_over_data_parallel(losses: list[Tensor]) -> float:

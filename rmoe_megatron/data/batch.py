@@ -1,0 +1,103 @@
+"""What a batch is: the values that go from shards and encoders through the objective into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What to draw: tensors with the batch first, under the names of the model's arguments."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by the names of the model's arguments."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to every tensor."""
+        return type(self)(*(function(tensor) for tensor in self.tensors().values()))
+
+    def combine(self, other: Self, function: Callable[[Tensor, Tensor], Tensor]) -> Self:
+        """Apply a function to every tensor and its counterpart in ``other``."""
+        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
+        return type(self)(*(function(mine, theirs) for mine, theirs in pairs))
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the tensors are."""
+        return next(iter(self.tensors().values())).device
+
+
+@dataclass(frozen=True)
+class TextConditions(Conditions):
+    """Embedded captions."""
+
+    text_hidden_states: Tensor  # float32 [B, L, text_hidden_size]
+    text_pooled: Tensor  # float32 [B, pooled_size]
+
+
+@dataclass(frozen=True)
+class ClassConditions(Conditions):
+    """Classes; the number after the last one stands for the dropped label."""
+
+    class_labels: Tensor  # int64 [B]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What to draw: captions or class labels, their conditions [N, ...] and those of nothing [1, ...]."""
+
+    captions: list[str]
+    conditions: Conditions
+    null_conditions: Conditions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as the objective takes them."""
+
+    latents: Tensor  # float32 [B, C, height, width]
+    conditions: Conditions
+    sample_index: (
+        Tensor  # int64 [B], the number of the draw, which all random numbers of the sample depend on
+    )
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``."""
+        conditions = self.conditions.map(lambda tensor: tensor.to(device))
+        return Batch(self.latents.to(device), conditions, self.sample_index.to(device))
+
+    def not_finite(self) -> dict[str, Tensor]:
+        """Return for every floating-point input which samples have values that are not finite, bool [B]."""
+        inputs = {"latents": self.latents, **self.conditions.tensors()}
+        return {
+            name: ~tensor.isfinite().flatten(1).all(dim=1)
+            for name, tensor in inputs.items()
+            if tensor.is_floating_point()
+        }
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Samples that the frozen encoders have yet to see; one of captions and labels is there."""
+
+    images: Tensor  # uint8 [B, 3, H, W]
+    captions: list[str] | None
+    class_labels: Tensor | None  # int64 [B]
+    sample_index: Tensor  # int64 [B]
+
+
+def typed_batch(collated: dict[str, Any]) -> Batch | RawBatch:
+    """Return a batch of what the loader yields for samples of a :class:`rmoe_megatron.data.shards.TrainingDataset`."""
+    draws, labels = collated["sample_index"], collated.get("class_labels")
+    if "latents" not in collated:
+        return RawBatch(collated["image"], collated.get("caption"), labels, draws)
+    if labels is not None:
+        return Batch(collated["latents"], ClassConditions(labels), draws)
+    text = TextConditions(collated["text_hidden_states"], collated["text_pooled"])
+    return Batch(collated["latents"], text, draws)

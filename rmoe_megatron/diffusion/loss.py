@@ -1,0 +1,57 @@
+"""From a batch to what the model sees, and from its answer to the loss. Knows no engine."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rmoe_megatron.config.model import ModelDescription
+from rmoe_megatron.counter_rng import sample_keys
+from rmoe_megatron.data.batch import Batch, Conditions
+from rmoe_megatron.diffusion.build import build_objective
+from rmoe_megatron.diffusion.guidance import drop_conditions
+from rmoe_megatron.diffusion.objective import TrainingExample, TrainingObjective
+
+
+@dataclass(frozen=True)
+class Question:
+    """A noised batch as the model is asked about it."""
+
+    example: TrainingExample
+    keys: Tensor  # int64 [B], of the counter-based random numbers
+    conditions: Conditions
+    objective: TrainingObjective
+
+    def arguments(self) -> dict[str, Tensor]:
+        """Return the model's arguments."""
+        noisy, timestep = self.example.noisy_latents, self.example.timestep
+        return model_arguments(noisy, timestep, self.keys, self.conditions)
+
+    def loss(self, output: Tensor) -> Tensor:
+        """Return the mean loss of the model's output [B, C or 2 C, H, W], a float32 scalar."""
+        return self.objective.loss(output, self.example)
+
+
+class DiffusionLoss:
+    """Noises batches and drops conditions, by numbers that depend on seed and draw alone.
+
+    Args:
+        null_conditions: of the empty caption or the dropped label, each [1, ...].
+    """
+
+    def __init__(self, description: ModelDescription, seed: int, null_conditions: Conditions) -> None:
+        self.diffusion, self.seed, self.null_conditions = description.diffusion, seed, null_conditions
+        self.objective = build_objective(description)
+
+    def ask(self, batch: Batch) -> Question:
+        """Return the question that a batch is to the model."""
+        keys = sample_keys(self.seed, batch.sample_index)
+        example = self.objective.add_noise(batch.latents, keys)
+        conditions = drop_conditions(self.diffusion, batch.conditions, self.null_conditions, keys)
+        return Question(example, keys, conditions, self.objective)
+
+
+def model_arguments(
+    latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions
+) -> dict[str, Tensor]:
+    """Return the arguments of a DiffusionTransformer; see its ``forward``."""
+    return {"latents": latents, "timestep": timestep, "sample_keys": keys, **conditions.tensors()}

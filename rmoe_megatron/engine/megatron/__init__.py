@@ -1,0 +1,1 @@
+"""The engine on Megatron-Core: its schedules, data parallelism and distributed optimizer."""

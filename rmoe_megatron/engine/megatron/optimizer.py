@@ -1,0 +1,88 @@
+"""AdamW, its schedule, and what a checkpoint holds of them, from Megatron-Core's parts."""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from rmoe_megatron.config.run import Precision, RunConfig
+from rmoe_megatron.engine.megatron.chunks import ModelChunks
+from rmoe_megatron.platform import PARAMS_DTYPE
+
+# Megatron-Core's format that can be loaded under any other parallel layout.
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def build_optimizer(
+    config: RunConfig, model: ModelChunks
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Return AdamW with float32 main parameters and its warm-up and cosine schedule, counted in steps."""
+    optimizer = config.optimizer
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=config.precision is Precision.bf16,
+        params_dtype=PARAMS_DTYPE[config.precision],
+        use_distributed_optimizer=optimizer.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
+    schedule = OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=0.0,
+        max_lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        lr_warmup_steps=optimizer.warmup_steps,
+        lr_decay_steps=config.training.steps,
+        lr_decay_style="cosine",
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # A resumed run follows its configuration, from the step of the checkpoint on.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return megatron_optimizer, schedule
+
+
+def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Load moments and counters; learning rates, betas and eps stay those of the configuration."""
+    configured = [
+        {name: group[name] for name in ("max_lr", "min_lr", "betas", "eps") if name in group}
+        for group in optimizer.param_groups
+    ]
+    for group in optimizer.param_groups:
+        # Megatron-Core finds a group's saved counterpart by these.
+        group.update({name: scheduler[name] for name in ("max_lr", "min_lr")})
+    optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, configured, strict=True):
+        group.update(values)
+    for adam in _adam_optimizers(optimizer):
+        for state in adam.state.values():
+            # Megatron-Core gives all parameters the same counter, which each of them would then advance.
+            state["step"] = state["step"].clone()
+
+
+def create_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give PyTorch's Adam the state it makes at its first update: Megatron-Core saves and loads what is there."""
+    for adam in _adam_optimizers(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if parameter not in adam.state:
+                    adam.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def _adam_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]

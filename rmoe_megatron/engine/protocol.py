@@ -1,0 +1,85 @@
+"""What an engine does. Each has a folder of its own and one line in :func:`build_engine`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.data.batch import Batch, Conditions
+from rmoe_megatron.diffusion.loss import DiffusionLoss
+from rmoe_megatron.engine.suspects import Suspect
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did; the loss is the mean over the global batch.
+
+    If loss or gradient norm is not finite, the weights are left alone and ``suspects`` are the samples that may have
+    spoilt the step; else it is None.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    suspects: list[Suspect] | None = None
+
+
+class Engine(Protocol):
+    """Trains, evaluates and asks one model. Every rank calls every method.
+
+    Attributes:
+        modules: what this rank has of the model; Megatron-Core's ``sharded_state_dict`` describes it.
+        num_micro_batches: that a step takes on this rank.
+    """
+
+    modules: nn.ModuleList
+    num_micro_batches: int
+
+    def step(
+        self, micro_batches: Iterator[Batch], before_update: Callable[[], None] = lambda: None
+    ) -> StepResult:
+        """Consume the micro-batches of one step and update the weights.
+
+        Args:
+            before_update: called when the gradients are there. Only then are the parameters of the previous update
+                surely here; they may arrive during the forward pass.
+        """
+        ...
+
+    def evaluate(self, micro_batches: Iterator[Batch], num_micro_batches: int) -> float:
+        """Return the mean loss over ``num_micro_batches`` micro-batches per rank without updating anything."""
+        ...
+
+    def denoise(self, latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions) -> Tensor:
+        """Return the model's output float32 [B, C or 2 C, height, width] on every rank; every rank gives the same."""
+        ...
+
+    def gather_parameters(self) -> None:
+        """Wait until the parameters of the last update have come from the other ranks."""
+        ...
+
+    def routing_metrics(self) -> dict[str, float]:
+        """Return what the gates of the last step report, and clear it."""
+        ...
+
+    def sharded_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+        """Describe optimizer and schedule to Megatron-Core's dist_checkpointing.
+
+        Args:
+            model: description of the model's trained tensors.
+            is_loading: the description names where loaded values go.
+        """
+        ...
+
+    def load_state(self, loaded: dict[str, Any]) -> None:
+        """Take over what was loaded into :meth:`sharded_state`; learning rates and betas stay those of the run."""
+        ...
+
+
+def build_engine(config: RunConfig, modules: nn.ModuleList, loss: DiffusionLoss) -> Engine:
+    """Return the engine that trains ``modules``: this rank's part of the model, on its device, frozen where it is."""
+    from rmoe_megatron.engine.megatron.engine import MegatronEngine
+
+    return MegatronEngine(config, modules, loss)
