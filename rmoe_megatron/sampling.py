@@ -1,9 +1,7 @@
 """Images from prompts or class labels with a diffusers pipeline: its sampler, guidance interval and per-image noise."""
 
 import inspect
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,37 +13,14 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-import rmoe_megatron.hf as hf
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.pipeline_folder import load_pipeline
+from rmoe_megatron.hf.pretrained import refusal
+
+__all__ = ["load_pipeline", "sample_images", "set_scheduler"]
 
 # StableDiffusion3Pipeline drops the unconditional half at a scale of 1 and cannot take it up again.
 ALMOST_NO_GUIDANCE = 1.0 + 1.0e-6
-
-
-def load_pipeline(folder: Path) -> DiffusionPipeline:
-    """Load an exported folder, or any of diffusers', as a pipeline that shows no bar of its own.
-
-    Raises:
-        UserError: the folder is none, or carries code that only ``trust_remote_code`` would run.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(
-            f"{folder} is not a diffusers folder (no model_index.json); make one with `rmoe convert to-hf`."
-        )
-    name = json.loads(index.read_text()).get("_class_name")
-    if isinstance(name, list):
-        raise UserError(
-            f"{folder} was exported with --remote-code for users without this package; export it again without."
-        )
-    pipeline_class = getattr(hf, name, DiffusionPipeline)
-    try:
-        pipeline = pipeline_class.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} cannot be loaded as a {name} ({reason}).") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
@@ -97,7 +72,7 @@ def sample_images(
         uint8 [N, H, W, 3].
 
     Raises:
-        UserError: a class label is none of the model's.
+        UserError: a class label is none of the model's, or the pipeline's components do not fit together.
     """
     arguments: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
     arguments |= _guidance(pipeline, guidance, guidance_interval)
@@ -108,7 +83,8 @@ def sample_images(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-        result = pipeline(conditions[part], generator=generators, **arguments).images
+        with refusal("The model cannot be sampled: its parts do not fit together"):
+            result = pipeline(conditions[part], generator=generators, **arguments).images
         images.append((result * 255).round().astype(np.uint8))
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))

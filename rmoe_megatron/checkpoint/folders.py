@@ -8,21 +8,48 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NotRequired, TypedDict
+
+from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.unpickling import METADATA, find_untrusted
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.typed_files import CLOSED, OPEN, read_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 REQUIRED = {METADATA, "config.yaml", "run_state.json", "metadata.json"}
 _NAME = re.compile(r"step-(\d{8})")
+
+
+@with_config(CLOSED)
+class ManifestEntry(TypedDict):
+    """What the manifest says of one file."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@with_config(OPEN)
+class RunState(TypedDict):
+    """``run_state.json``: optimizer steps done, samples drawn, and what belongs to the kind of checkpoint."""
+
+    step: Annotated[int, Field(ge=0, lt=100_000_000)]
+    samples: Annotated[int, Field(ge=0, lt=1 << 40)]
+    skipped_steps: NotRequired[Annotated[int, Field(ge=0)]]
+    imported: NotRequired[bool]  # weights alone
+    base_fingerprint: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+
+
+MANIFEST_MODEL = TypeAdapter(dict[str, ManifestEntry])
+RUN_STATE = TypeAdapter(RunState)
 
 
 @dataclass(frozen=True)
@@ -39,12 +66,24 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[CheckpointFolder]:
-    """Return the published checkpoints of a run, newest first; unfinished ones have other names."""
+    """Return the published checkpoints of a run, newest first; unfinished ones have other names.
+
+    Raises:
+        UserError: a file lies where a folder belongs.
+    """
     folder = run_dir / "checkpoints"
-    if not folder.is_dir():
+    if not os.path.lexists(folder):
         return []
-    matches = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir()]
+    try:
+        matches = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir()]
+    except OSError as error:
+        raise UserError(
+            f"{folder} is no folder of checkpoints ({error.strerror}); move it away or choose another run."
+        ) from error
     found = [CheckpointFolder(path, int(match.group(1))) for path, match in matches if match]
+    for checkpoint in found:
+        if not checkpoint.path.is_dir():
+            raise UserError(f"{checkpoint.path} is no folder, as a checkpoint is; move it away.")
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
@@ -81,10 +120,10 @@ def verify(path: Path) -> str | None:
     Whole: the manifest lists every file of the folder, and each is there with its size and checksum.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        return f"{path} is half-written (no readable {MANIFEST})"
+        manifest = read_json(path / MANIFEST, MANIFEST_MODEL)
+    except UserError as error:
+        return f"{path} is half-written (no readable {MANIFEST}: {str(error).rstrip('.')})"
+    expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     found = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
     unlisted = sorted((found | REQUIRED) - expected.keys())
     if unlisted:
@@ -114,9 +153,21 @@ def publish(partial: Path, final: Path) -> None:
     durable.sync(final.parent)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return ``run_state.json`` of a checkpoint: step, samples, and what else belongs to its kind."""
-    return json.loads((path / "run_state.json").read_text())
+def start_partial(final: Path) -> Path:
+    """Return a new folder to write the checkpoint ``final`` in; what an unfinished save left there is removed."""
+    partial = final.with_name(final.name + ".partial")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def read_state(path: Path) -> RunState:
+    """Return ``run_state.json`` of a checkpoint.
+
+    Raises:
+        UserError: the file is malformed.
+    """
+    return read_json(path / "run_state.json", RUN_STATE)
 
 
 def remove_old(run_dir: Path, keep_last: int) -> None:
@@ -124,7 +175,14 @@ def remove_old(run_dir: Path, keep_last: int) -> None:
     for checkpoint in list_checkpoints(run_dir)[keep_last:]:
         shutil.rmtree(checkpoint.path)
     for partial in (run_dir / "checkpoints").glob("*.partial"):
-        shutil.rmtree(partial)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sha256(file: Path) -> str:

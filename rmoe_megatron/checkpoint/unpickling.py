@@ -58,11 +58,11 @@ def find_untrusted(path: Path) -> str | None:
     except (OSError, pickle.UnpicklingError) as error:
         return f"{path} is not loaded ({METADATA}: {error})"
     for index, place in metadata.storage_data.items():
-        is_index = isinstance(index, MetadataIndex)
-        described = metadata.state_dict_metadata.get(index.fqn) if is_index else None
-        if described is not None and not isinstance(described, BytesStorageMetadata):
-            continue  # a tensor, which PyTorch loads restricted
         try:
+            is_index = isinstance(index, MetadataIndex)
+            described = metadata.state_dict_metadata.get(index.fqn) if is_index else None
+            if described is not None and not isinstance(described, BytesStorageMetadata):
+                continue  # a tensor, which PyTorch loads restricted
             name = place.relative_path
             if described is None or name != Path(name).name or getattr(place, "transform_descriptors", None):
                 raise ValueError("no plain entry")
@@ -72,7 +72,7 @@ def find_untrusted(path: Path) -> str | None:
             with torch.serialization.safe_globals([io.BytesIO]):
                 torch.load(io.BytesIO(content), weights_only=True)
         except Exception as error:  # pickle's, zip's and torch's, and those of wrong offsets
-            key = index.fqn if is_index else index
+            key = getattr(index, "fqn", index)
             return f"{path} is not loaded (the object {key!r} is no plain data: {_first_sentence(error)})"
     return None
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from rmoe_megatron.checkpoint.unpickling import read_metadata
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.architecture import check_described_model
+from rmoe_megatron.hf.pretrained import refusal
 
 # Prefixes of what is not a weight of the model.
 NOT_WEIGHTS = ("optimizer.", "ema.", "rng.", "chained_")
@@ -69,12 +72,25 @@ class CheckpointReader:
         metadata = self._reader.read_metadata().state_dict_metadata
         return {key: value for key, value in metadata.items() if isinstance(value, TensorStorageMetadata)}
 
+    @cached_property
+    def _bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.path.glob("*.distcp"))
+
     def read(self, key: str) -> Tensor:
-        """Load the whole tensor ``key``."""
+        """Load the whole tensor ``key``.
+
+        Raises:
+            UserError: the files don't hold what the metadata says of it.
+        """
         described = self.tensors[key]
-        tensor = torch.empty(described.size, dtype=described.properties.dtype)
-        with warnings.catch_warnings(action="ignore"):  # that it loads in a single process, as it is asked to
-            dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+        with refusal(f"{key} in {self.path} cannot be read"):
+            if prod(described.size) > self._bytes:  # nothing is allocated for a tensor that cannot be there
+                raise ValueError(f"its shape {tuple(described.size)} is larger than all files")
+            tensor = torch.empty(described.size, dtype=described.properties.dtype)
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # that it loads in a single process, as it is asked to
+                dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
 
@@ -88,8 +104,8 @@ class RunWeights:
         base: where the base lies if not where the run's configuration says.
 
     Raises:
-        UserError: there is no complete checkpoint, or the base is missing or another one than in training, or
-            given for a run without a frozen one.
+        UserError: there is no complete checkpoint, its configuration describes no model, or the base is missing or
+            another one than in training, or given for a run without a frozen one.
     """
 
     def __init__(
@@ -99,6 +115,7 @@ class RunWeights:
             raise UserError(f"There is no run at {run_dir}; give the run_dir of an earlier run.")
         self.checkpoint = find_checkpoint(run_dir, step)
         self.config: RunConfig = load_config(self.checkpoint.path / "config.yaml", [])
+        check_described_model(self.config, str(self.checkpoint.path / "config.yaml"))
         reader = CheckpointReader(self.checkpoint)
         names = [name for name in reader.tensors if not name.startswith(NOT_WEIGHTS)]
         self.locations: dict[str, TensorLocation] = {}

@@ -7,6 +7,7 @@ from torch import Tensor
 from rmoe_megatron.encoders.pixel_codec import PixelCodec
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.pretrained import load_autoencoder_folder
 
 type Autoencoder = PixelCodec | AutoencoderKL
 
@@ -15,18 +16,17 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """Load ``pixel``, or a diffusers AutoencoderKL from its folder, a pipeline's folder or the hub.
 
     Raises:
-        UserError: the folder holds no autoencoder.
+        UserError: the folder holds no autoencoder, or a malformed one.
     """
     if name == "pixel":
         return PixelCodec().to(device)
     folder = model_folder(name, ["vae/*", "config.json", "*.safetensors"])
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise UserError(
             f"There is no autoencoder in {name} (no config.json); give a diffusers folder or `pixel`."
         )
-    autoencoder = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    return autoencoder.eval().requires_grad_(False).to(device)
+    return load_autoencoder_folder(folder, AutoencoderKL).requires_grad_(False).to(device)
 
 
 @torch.no_grad()

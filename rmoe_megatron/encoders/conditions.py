@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file
 
-from rmoe_megatron.config.model import ModelDescription
+from rmoe_megatron.config.model import ModelConfig, ModelDescription
 from rmoe_megatron.data.batch import ClassConditions, Conditions, RawBatch, TextConditions
 from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder
+from rmoe_megatron.typed_files import shown
 
 NULL_TEXT = "null_text.safetensors"  # beside precomputed shards
 
@@ -81,7 +83,20 @@ def build_condition_encoder(
         return LabelConditions(config.model.num_classes, device)
     encoder = load_text_encoder(config.encoders, config.model.text_length, device)
     null = None
-    if precomputed is not None and (precomputed.parent / NULL_TEXT).is_file():
-        stored = load_file(precomputed.parent / NULL_TEXT)
-        null = TextConditions(**stored).map(lambda tensor: tensor.to(device))
+    if precomputed is not None and (precomputed.parent / NULL_TEXT).exists():
+        null = _read_null_text(precomputed.parent, config.model, device)
     return CaptionConditions(encoder, null)
+
+
+def _read_null_text(folder: Path, model: ModelConfig, device: torch.device) -> Conditions:
+    expected = {
+        "text_hidden_states": (1, model.text_length, model.text_hidden_size),
+        "text_pooled": (1, model.pooled_size),
+    }
+    source = SafetensorsFolder(folder, NULL_TEXT)
+    if source.shapes != expected:
+        raise UserError(
+            f"{folder / NULL_TEXT} holds {shown(source.shapes)} but the model of this configuration needs "
+            f"{shown(expected)}; precompute the data again with this configuration."
+        )
+    return TextConditions(*(source.read(name).to(device) for name in expected))

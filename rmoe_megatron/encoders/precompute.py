@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,8 +33,10 @@ from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.encoders.text import TEXT_FILES, CaptionEncoder, load_text_encoder, minilm_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.platform import select_device
+from rmoe_megatron.typed_files import read_json
 
 BATCH = 256
+DESCRIPTION = TypeAdapter(dict[str, Any])
 
 
 def precompute(
@@ -163,7 +166,9 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def _describe(config: RunConfig, source: Path, building: Path) -> None:
     """Write ``dataset.json``: that of the source, and which encoders made the embeddings."""
     path = source / "dataset.json"
-    description = json.loads(path.read_text()) if path.is_file() else {"name": source.name}
+    description: dict[str, Any] = {"name": source.name}
+    if path.exists():
+        description = read_json(path, DESCRIPTION)
     encoders = config.encoders
     described: dict[str, Any] = {"autoencoder": encoders.autoencoder}
     if not config.model.is_class_conditional:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     PreTrainedModel,
@@ -18,6 +17,7 @@ from transformers import (
 
 from rmoe_megatron.encoders.caption_encoder import TextEmbeddings
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.pretrained import load_text_encoder_config, load_text_encoder_folder, load_tokenizer
 
 CLIP_LENGTH = 77
 # name -> (number of the component in a diffusers pipeline's folder, model class, configuration class)
@@ -101,7 +101,7 @@ def load_sd3_text_encoders(
     """Load the text encoders of a diffusers Stable Diffusion 3 folder in the precision of their files.
 
     Raises:
-        UserError: a part of the folder is missing, or ``text_length`` leaves T5 no token.
+        UserError: a part of the folder is missing or malformed, or ``text_length`` leaves T5 no token.
     """
     if text_length <= CLIP_LENGTH:
         raise UserError(
@@ -115,17 +115,17 @@ def load_sd3_text_encoders(
 def _load(folder: Path, name: str, dropped: bool, device: torch.device) -> Encoder:
     number, model_class, config_class = ENCODERS[name]
     path = folder / f"text_encoder{number}"
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         raise UserError(
             f"{folder} has no text_encoder{number} ({name}); its config.json is needed even when "
             f"encoders.dropped names {name}."
         )
-    config = config_class.from_pretrained(path, local_files_only=True)
+    config = load_text_encoder_config(path, config_class)
     is_clip = config_class is CLIPTextConfig
     width = config.hidden_size if is_clip else config.d_model
     pooled_width = config.projection_dim if is_clip else 0
     if dropped:
         return Encoder(name, width, pooled_width, None, None)
-    tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{number}", local_files_only=True)
-    model = model_class.from_pretrained(path, local_files_only=True, dtype="auto", use_safetensors=True)
-    return Encoder(name, width, pooled_width, model.eval().requires_grad_(False).to(device), tokenizer)
+    tokenizer = load_tokenizer(folder / f"tokenizer{number}")
+    model = load_text_encoder_folder(path, model_class, "auto")
+    return Encoder(name, width, pooled_width, model.to(device), tokenizer)

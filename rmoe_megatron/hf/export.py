@@ -23,12 +23,14 @@ from rmoe_megatron.encoders.text import TEXT_FILES, load_text_encoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.approximation import output_errors
 from rmoe_megatron.hf.architecture import beyond_diffusers, empty_transformer, with_diffusers_timesteps
+from rmoe_megatron.hf.config_files import OBJECT
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.mapping import Copies, weight_rules
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.remote_code import add_remote_code
 from rmoe_megatron.hf.safetensors_folder import MAX_SHARD_SIZE, parse_size, write_model
 from rmoe_megatron.model.registry import ADDITIONS
+from rmoe_megatron.typed_files import read_json
 
 TRANSFORMER_CLASSES = ("auto", "diffusers", "rmoe")
 IMAGENET_CLASSES = 1000  # diffusers' DiTPipeline takes this number for the dropped label
@@ -126,13 +128,26 @@ class DiffusersWeights:
         self.weights = weights
         self.dtype = dtype or _common_dtype(location.dtype for location in weights.locations.values())
         names = [name for name in weights.locations if not any(f".{each.name}." in name for each in MERGED)]
-        self.rules = weight_rules(names, weights.config.model)
+        try:
+            self.rules = weight_rules(names, weights.config.model)
+        except KeyError as error:
+            raise UserError(
+                f"{weights.checkpoint.path} holds {error.args[0]}, which its model lacks."
+            ) from error
         self.sources = {target: name for name, rule in self.rules.items() for target in rule.names}
         self._pending: dict[str, Tensor] = {}
 
     def read(self, target: str) -> Tensor:
-        """Return the tensor of a diffusers name."""
-        name = self.sources[target]
+        """Return the tensor of a diffusers name.
+
+        Raises:
+            UserError: the run has none.
+        """
+        name = self.sources.get(target)
+        if name is None:
+            raise UserError(
+                f"{self.weights.checkpoint.path} lacks {target}, which its configuration describes."
+            )
         rule = self.rules[name]
         if target not in self._pending:
             self._pending |= dict(zip(rule.names, rule.split(self._converted(name)), strict=True))
@@ -200,7 +215,7 @@ def _has_sd3_encoders(config: RunConfig) -> bool:
 def _write_sd3_pipeline(config: RunConfig, transformer: ModelMixin, folder: Path) -> None:
     """Copy the text encoders of diffusers' own StableDiffusion3Pipeline; they can be larger than memory."""
     source = model_folder(config.encoders.text_encoder, TEXT_FILES)
-    index: dict[str, Any] = json.loads((source / "model_index.json").read_text())
+    index: dict[str, Any] = read_json(source / "model_index.json", OBJECT)
     index["_class_name"] = "StableDiffusion3Pipeline"
     dropped_t5 = "t5" in config.encoders.dropped
     for name in SD3_COMPONENTS:

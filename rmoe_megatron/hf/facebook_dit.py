@@ -1,10 +1,8 @@
 """The original DiT's checkpoint layout (facebookresearch/DiT), seen under diffusers' names."""
 
 import math
-import pickle
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +10,10 @@ from torch import Tensor
 from rmoe_megatron.config.model import Architecture, DiffusionConfig, ModelConfig, Objective
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.architecture import ImportedArchitecture
+from rmoe_megatron.hf.config_files import MAX_LAYERS
+from rmoe_megatron.hf.pretrained import refusal
+from rmoe_megatron.hf.safetensors_folder import list_problems
+from rmoe_megatron.typed_files import check_regular, shown
 
 _TIMESTEP_MODULES = {"0": "linear_1", "2": "linear_2"}
 _BLOCK_MODULES = {
@@ -32,10 +34,49 @@ _EMBEDDINGS = {
 } | {"norm1.emb.class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight"}
 _QKV = ("to_q", "to_k", "to_v")  # of attn1
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
-# What tells the architecture.
-_TELLING = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.bias")
+# What tells the architecture: tensors with the number of their axes.
+_TELLING = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.bias": 1}
+_NUMBERED = re.compile(r"blocks\.(0|[1-9]\d{0,3})\..+", re.ASCII)
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Attention heads are not in the file; published DiTs have these.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint by name, the averaged ones where there are both."""
+    check_regular(path)
+    with refusal(f"{path} cannot be read as a file of plain tensors"):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    tensors = content
+    for name in ("model", "ema"):
+        if isinstance(content, dict) and name in content:
+            tensors = content[name]
+    if not isinstance(tensors, dict):
+        raise UserError(
+            f"{path} is not a DiT checkpoint: it holds a {type(tensors).__name__} and no tensors."
+        )
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path} is not a DiT checkpoint: its entry {shown(name)} is no named tensor.")
+        if not _is_plain(value):
+            raise UserError(
+                f"{path} is not a DiT checkpoint: {shown(name)} is no plain tensor of floating point."
+            )
+    return {name: value.detach() for name, value in tensors.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has values of floating point, each with a place of its own in memory."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    if tensor.device.type != "cpu" or tensor.dtype not in FLOATING or tensor.numel() == 0:
+        return False
+    # A small file can describe a huge tensor whose values lie on top of each other.
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _projection(name: str) -> str:
+    return name.rpartition(".")[0].partition(".attn1.")[2]
 
 
 class FacebookDiT:
@@ -51,28 +92,22 @@ class FacebookDiT:
 
     def __init__(self, path: Path, num_attention_heads: int | None = None) -> None:
         self.path = path
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path} cannot be read as a file of plain tensors ({reason}).") from error
-        content = content if isinstance(content, dict) else {}
-        tensors: Any = content.get("ema", content.get("model", content))
-        self.tensors: dict[str, Tensor] = {
-            name: value for name, value in tensors.items() if isinstance(value, Tensor)
-        }
-        for name in _TELLING:
+        self.tensors = _read_tensors(path)
+        for name, rank in _TELLING.items():
             if name not in self.tensors:
                 raise UserError(f"{path} is not a DiT checkpoint: missing {name}.")
+            if self.tensors[name].dim() != rank:
+                shape = tuple(self.tensors[name].shape)
+                raise UserError(f"{path} is not a DiT checkpoint: {name} has shape {shape}, not {rank} axes.")
         self.model = self._architecture(num_attention_heads)
         self.tensors.pop("pos_embed", None)  # a function of the size
         self._keys = {name: self._key(name) for name in self._names()}
         expected = set(self._keys.values())
         problems = [f"missing {key}" for key in sorted(expected - self.tensors.keys())]
-        problems += [f"unexpected {key}" for key in sorted(self.tensors.keys() - expected)]
+        problems += [f"unexpected {shown(key)[1:-1]}" for key in sorted(self.tensors.keys() - expected)]
         if problems:
-            raise UserError(f"{path} does not hold a DiT and nothing else: {'; '.join(problems)}.")
-        self.shapes = {name: tuple(self.read(name).shape) for name in self._keys}
+            raise UserError(f"{path} does not hold a DiT and nothing else: {list_problems(problems)}.")
+        self.shapes = {name: self._shape(name) for name in self._keys}
 
     @property
     def architecture(self) -> ImportedArchitecture:
@@ -81,21 +116,35 @@ class FacebookDiT:
 
     def read(self, name: str) -> Tensor:
         """Return the tensor under a name of diffusers."""
-        tensor = self.tensors[self._keys[name]]
-        projection = name.rpartition(".")[0].partition(".attn1.")[2]
+        tensor, projection = self.tensors[self._keys[name]], _projection(name)
         return tensor.chunk(3)[_QKV.index(projection)] if projection in _QKV else tensor
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape under a name of diffusers; one that is no three projections stays, to be refused as it is."""
+        shape = tuple(self.tensors[self._keys[name]].shape)
+        if _projection(name) in _QKV and shape and shape[0] % 3 == 0:
+            return (shape[0] // 3, *shape[1:])
+        return shape
 
     def _architecture(self, num_attention_heads: int | None) -> ModelConfig:
         hidden_size, in_channels, patch_size, _ = self.tensors["x_embedder.proj.weight"].shape
-        numbers = [int(name.split(".")[1]) for name in self.tensors if name.startswith("blocks.")]
+        numbers = [int(match.group(1)) for name in self.tensors if (match := _NUMBERED.fullmatch(name))]
         heads = num_attention_heads or HEADS.get(hidden_size)
         outputs = self.tensors["final_layer.linear.bias"].shape[0] // patch_size**2
         positions = self.tensors.get("pos_embed")
         # Without positions: latents of images of 256 pixels.
-        sample_size = 32 if positions is None else math.isqrt(positions.shape[1]) * patch_size
+        sample_size = 32
+        if positions is not None:
+            if positions.dim() != 3:
+                raise UserError(f"{self.path} is not a DiT checkpoint: pos_embed has not 3 axes.")
+            sample_size = math.isqrt(positions.shape[1]) * patch_size
         if heads is None:
             raise UserError(
                 f"{self.path} has hidden size {hidden_size}, which is no published DiT; give --num-attention-heads."
+            )
+        if max(numbers, default=MAX_LAYERS) >= MAX_LAYERS:
+            raise UserError(
+                f"{self.path} is not a DiT checkpoint: it has no blocks, or more than {MAX_LAYERS}."
             )
         return ModelConfig(
             architecture=Architecture.dit,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints, publish
+from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints, publish, start_partial
 from rmoe_megatron.checkpoint.model_state import full_state
 from rmoe_megatron.checkpoint.saving import save_sharded
 from rmoe_megatron.config.layout_checks import check_layout
@@ -27,13 +27,18 @@ from rmoe_megatron.config.run import (
 )
 from rmoe_megatron.durable import check_writable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.architecture import ImportedArchitecture, empty_transformer, read_architecture
+from rmoe_megatron.hf.architecture import (
+    ImportedArchitecture,
+    check_described_model,
+    empty_transformer,
+    read_architecture,
+)
+from rmoe_megatron.hf.config_files import AUTOENCODERS, SCHEDULERS, read_config
 from rmoe_megatron.hf.facebook_dit import FacebookDiT
 from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
 from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
 from rmoe_megatron.launch import world_size
 from rmoe_megatron.model.build import build_chunks
-from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.parallel import process_groups
 
 Progress = Callable[[int, int], None]
@@ -83,14 +88,14 @@ def _encoders_of(folder: Path) -> EncodersConfig:
     if (folder / "text_encoder_2" / "config.json").is_file():
         encoders.text_encoder = str(folder.resolve())
     vae = folder / "vae" / "config.json"
-    if vae.is_file() and json.loads(vae.read_text()).get("_class_name") == "AutoencoderKL":
+    if vae.exists() and read_config(vae, AUTOENCODERS)["_class_name"] == "AutoencoderKL":
         encoders.autoencoder = str(folder.resolve())
     return encoders
 
 
 def _with_scheduler(architecture: ImportedArchitecture, path: Path) -> ImportedArchitecture:
     """Take the shift of sigma from the pipeline's scheduler."""
-    values = json.loads(path.read_text()) if path.is_file() else {}
+    values = read_config(path, SCHEDULERS) if path.exists() else {}
     key = "flow_shift" if values.get("use_flow_sigmas") else "shift"  # DPM-Solver's name, Euler's
     shift = values.get(key, architecture.diffusion.shift)
     return replace(architecture, diffusion=replace(architecture.diffusion, shift=shift))
@@ -122,7 +127,7 @@ def _import(
         optimizer=OptimizerConfig(learning_rate=0.0),
         training=TrainingConfig(steps=0, micro_batch_size=0, global_batch_size=0),
     )
-    check_model(config)
+    check_described_model(config, where)
     check_layout(config, world_size())
     if parallel.virtual_pipeline_model_parallel_size > 1:
         raise UserError(
@@ -174,7 +179,7 @@ def _save(state: Mapping[str, object], config: RunConfig, run_dir: Path, is_rank
     final = checkpoint_path(run_dir, step=0)
     partial = final.with_name(final.name + ".partial")
     if is_rank0:
-        partial.mkdir(parents=True)
+        start_partial(final)
     dist.barrier()
     save_sharded({"model": dict(state)}, partial)
     if is_rank0:

@@ -4,20 +4,36 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol, TypedDict
 
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import split_torch_state_dict_into_shards
+from pydantic import Field, TypeAdapter, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.typed_files import OPEN, check_regular, read_json, shown
 
 MAX_SHARD_SIZE = "5GB"
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]B)", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+FLOATING = ("F64", "F32", "F16", "BF16")
+MAX_PROBLEMS = 5  # tensors that a message names
+
+
+@with_config(OPEN)
+class Index(TypedDict):
+    """What says in which of several files a tensor lies."""
+
+    weight_map: Annotated[
+        dict[str, Annotated[str, Field(pattern=r"^\w[\w.-]*\.safetensors$")]], Field(min_length=1)
+    ]
+
+
+INDEX = TypeAdapter(Index)
 
 
 class WeightSource(Protocol):
@@ -31,21 +47,30 @@ class WeightSource(Protocol):
 
 
 class SafetensorsFolder:
-    """The weights of a diffusers model folder, in one file or in several.
+    """The weights of a model folder, in one file or in several.
+
+    Args:
+        single: name of the file if there is one; diffusers' or transformers'.
 
     Raises:
-        UserError: there are no weights, or a file cannot be read.
+        UserError: there are no weights, a file cannot be read, or a tensor is not of floating point.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str = SAFETENSORS_WEIGHTS_NAME) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
-        for path in _weight_files(folder):
+        for path in _weight_files(folder, single):
+            check_regular(path)
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118  # no mapping
-                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        part = file.get_slice(name)
+                        self.shapes[name] = tuple(part.get_shape())
                         self._files[name] = path
+                        if single == SAFETENSORS_WEIGHTS_NAME and part.get_dtype() not in FLOATING:
+                            raise UserError(
+                                f"{path} has {name} of type {part.get_dtype()}; weights are {', '.join(FLOATING)}."
+                            )
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} cannot be read ({error}); download it again.") from error
 
@@ -55,21 +80,18 @@ class SafetensorsFolder:
             return file.get_tensor(name)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
-    single = folder / SAFETENSORS_WEIGHTS_NAME
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is no index of safetensors files; download it again.") from error
-        return [folder / Path(name).name for name in sorted(names)]
-    if single.is_file():
-        return [single]
-    variants = sorted(folder.glob("diffusion_pytorch_model.*.safetensors"))
+def _weight_files(folder: Path, single: str) -> list[Path]:
+    index = folder / f"{single}.index.json"
+    if index.exists():
+        # Plain names alone: diffusers would unpickle a shard of another kind.
+        names = set(read_json(index, INDEX)["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    if (folder / single).exists():
+        return [folder / single]
+    variants = sorted(folder.glob(f"{single.partition('.')[0]}.*.safetensors"))
     if len(variants) == 1:
         return variants
-    raise UserError(f"There is no {SAFETENSORS_WEIGHTS_NAME} (or its index) in {folder}.")
+    raise UserError(f"There is no {single} (or its index) in {folder}.")
 
 
 def check_tensors(source: WeightSource, model: ModelMixin, where: str) -> None:
@@ -84,14 +106,20 @@ def check_tensors(source: WeightSource, model: ModelMixin, where: str) -> None:
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"missing {name}" for name in expected if name not in source.shapes]
-    problems += [f"unexpected {name}" for name in source.shapes if name not in expected]
+    problems += [f"unexpected {shown(name)[1:-1]}" for name in source.shapes if name not in expected]
     problems += [
         f"{name} has shape {source.shapes[name]} instead of {shape}"
         for name, shape in expected.items()
         if source.shapes.get(name, shape) != shape
     ]
     if problems:
-        raise UserError(f"{where} does not hold the weights of its architecture: {'; '.join(problems)}.")
+        raise UserError(f"{where} does not hold the weights of its architecture: {list_problems(problems)}.")
+
+
+def list_problems(problems: list[str]) -> str:
+    """Return the first of several problems with tensors, and how many more there are."""
+    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+    return "; ".join([*problems[:MAX_PROBLEMS], *more])
 
 
 def parse_size(size: str) -> int:
@@ -122,6 +150,9 @@ def write_model(
         model: gives names, shapes, data types and the configuration; may lie on the meta device.
         read: returns the tensor of a name.
         max_shard_bytes: weights above it are written as several files.
+
+    Raises:
+        UserError: a tensor has another shape than in the model.
     """
     model.save_config(folder)
     empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
@@ -134,6 +165,9 @@ def write_model(
         tensors = {}
         for name in names:
             tensors[name] = read(name)
+            if tensors[name].shape != empty[name].shape:
+                found, expected = tuple(tensors[name].shape), tuple(empty[name].shape)
+                raise UserError(f"{name} has shape {found}, but its model in {folder} needs {expected}.")
             done += 1
             if progress is not None:
                 progress(done, len(empty))

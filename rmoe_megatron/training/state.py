@@ -1,7 +1,6 @@
 """Everything of a run that changes while it trains, and how it is saved and resumed."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from rmoe_megatron.checkpoint.folders import (
     publish,
     read_state,
     remove_old,
+    start_partial,
 )
 from rmoe_megatron.checkpoint.model_state import model_state
 from rmoe_megatron.checkpoint.saving import save_sharded
@@ -101,8 +101,7 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
     partial = final.with_name(final.name + ".partial")
     is_rank0 = dist.get_rank() == 0
     if is_rank0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        start_partial(final)
     dist.barrier()
     save_sharded(state.sharded_state_dict(is_loading=False), partial)
     if is_rank0:

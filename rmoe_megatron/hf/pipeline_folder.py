@@ -1,0 +1,169 @@
+"""A pipeline's folder, component by component: what model_index.json names is among known classes, or is not loaded."""
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    StableDiffusion3Pipeline,
+)
+from pydantic import Field, TypeAdapter
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rmoe_megatron.config.model import ModelDescription
+from rmoe_megatron.encoders.pixel_codec import PixelCodec
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.architecture import CLASSES, check_described_model, empty_transformer, read_architecture
+from rmoe_megatron.hf.config_files import OBJECT, TRANSFORMERS, read_config
+from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
+from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
+from rmoe_megatron.hf.pretrained import (
+    check_class,
+    load_autoencoder_folder,
+    load_diffusers_model,
+    load_scheduler,
+    load_text_encoder_folder,
+    load_tokenizer,
+    refusal,
+)
+from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder, check_tensors
+from rmoe_megatron.typed_files import check_value, read_json, shown
+
+PIPELINES: dict[str, type[DiffusionPipeline]] = {
+    cls.__name__: cls
+    for cls in (RecurrentSD3Pipeline, RecurrentDiTPipeline, StableDiffusion3Pipeline, DiTPipeline)
+}
+COMPONENTS: dict[str, dict[str, type]] = {
+    "transformer": CLASSES,
+    "vae": {cls.__name__: cls for cls in (AutoencoderKL, PixelCodec)},
+    "scheduler": {
+        cls.__name__: cls
+        for cls in (
+            FlowMatchEulerDiscreteScheduler,
+            DPMSolverMultistepScheduler,
+            DDPMScheduler,
+            DDIMScheduler,
+        )
+    },
+}
+# SD3 can do without T5: zeros stand for it.
+NEEDED = {*COMPONENTS, "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"}
+PAIR = TypeAdapter(Annotated[list[str | None], Field(min_length=2, max_length=2)])
+# What else a pipeline takes from model_index.json.
+SETTINGS: dict[str, TypeAdapter[Any]] = {
+    "text_length": TypeAdapter(Annotated[int, Field(ge=1, le=4096)]),
+    "id2label": TypeAdapter(dict[str, str] | None),
+}
+
+
+def load_pipeline(folder: Path) -> DiffusionPipeline:
+    """Load an exported folder, or diffusers' own of Stable Diffusion 3 or DiT, as a pipeline without a bar of its own.
+
+    Raises:
+        UserError: the folder is none, names a class that is not known here, carries code that only
+            ``trust_remote_code`` would run, or a file in it is malformed.
+    """
+    path = folder / "model_index.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} is not a diffusers folder (no model_index.json); make one with `rmoe convert to-hf`."
+        )
+    index = read_json(path, OBJECT)
+    name = index.get("_class_name")
+    if isinstance(name, list):
+        raise UserError(
+            f"{folder} was exported with --remote-code for users without this package; export it again without."
+        )
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise UserError(f"{path} describes a {shown(name)}; supported are {', '.join(PIPELINES)}.")
+    parameters = inspect.signature(PIPELINES[name].__init__).parameters
+    parts = {key: value for key, value in index.items() if not key.startswith("_")}
+    arguments: dict[str, Any] = {}
+    for key, value in parts.items():
+        if key in SETTINGS and key in parameters:
+            arguments[key] = check_value(value, SETTINGS[key], f"{key} in {path}")
+        elif key in parameters or isinstance(value, list):
+            arguments[key] = _component_class(path, key, value)
+    unknown = sorted(key for key, found in arguments.items() if key not in parameters and found is not None)
+    if unknown:
+        raise UserError(f"{path} names the component {unknown[0]}, which a {name} does not have.")
+    for key, parameter in parameters.items():
+        if key not in ("self", *arguments) and parameter.default is parameter.empty:
+            raise UserError(f"{path} has no value for {key}, which a {name} needs.")
+    loaded = {
+        key: value if key in SETTINGS else _load_component(folder / key, key, value)
+        for key, value in arguments.items()
+        if key in parameters
+    }
+    with refusal(f"{folder} cannot be loaded as a {name}"):
+        pipeline = PIPELINES[name](**loaded)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _component_class(path: Path, key: str, value: object) -> type | None:
+    """Return the class that an entry [library, class] of model_index.json names, None for [null, null]."""
+    library, name = check_value(value, PAIR, f"{key} in {path}")
+    known = COMPONENTS.get(key)
+    if library is None and name is None and key not in NEEDED:
+        return None
+    found = None
+    if library is not None and name is not None:
+        found = known.get(name) if known is not None else _transformers_class(key, name)
+    if found is None or library != _library(found):
+        allowed = ", ".join(known) if known is not None else "encoders and tokenizers of transformers"
+        raise UserError(f"{path} has {key} {shown(value)}; supported are {allowed}.")
+    return found
+
+
+def _transformers_class(key: str, name: str) -> type | None:
+    """Return transformers' public class of a name if it is what a component of this name can be."""
+    base = {"text": PreTrainedModel, "tokenizer": PreTrainedTokenizerBase}.get(key.partition("_")[0])
+    if base is None or not name.isidentifier() or name.startswith("_"):
+        return None
+    with refusal(f"transformers has no usable {name}"):
+        found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, base) else None
+
+
+def _library(cls: type) -> str:
+    """Return what model_index.json calls the library of a class."""
+    top = cls.__module__.partition(".")[0]
+    return top if top in ("diffusers", "transformers") else cls.__module__
+
+
+def _load_component(folder: Path, key: str, cls: type | None) -> Any:
+    if cls is None:
+        return None
+    if key == "transformer":
+        return _load_transformer(folder, cls)
+    if key == "vae":
+        return load_autoencoder_folder(folder, cls)
+    if key == "scheduler":
+        return load_scheduler(folder, cls)
+    if key.startswith("tokenizer"):
+        return load_tokenizer(folder)
+    return load_text_encoder_folder(folder, cls, dtype=None)
+
+
+def _load_transformer(folder: Path, transformer_class: type[ModelMixin]) -> ModelMixin:
+    """Load a transformer after the checks of an import."""
+    path = folder / "config.json"
+    check_class(read_config(path, TRANSFORMERS), transformer_class, folder)
+    architecture = read_architecture(folder, text_length=1)
+    config = ModelDescription(
+        model=architecture.model, recurrence=architecture.recurrence, diffusion=architecture.diffusion
+    )
+    check_described_model(config, str(path))
+    empty = empty_transformer(config)
+    check_tensors(SafetensorsFolder(folder), empty, str(folder))
+    return load_diffusers_model(folder, transformer_class, empty)
