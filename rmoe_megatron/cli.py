@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from rmoe_megatron import durable, launch
 from rmoe_megatron.errors import RunFailure, UserError
+from rmoe_megatron.typed_files import read_text
 
 # Rich markup would swallow the [brackets] of the help texts.
 app = typer.Typer(
@@ -332,14 +333,13 @@ def check_guidance(guidance: float, interval: tuple[float, float] = (0.0, 1.0)) 
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
-    """Return the prompts of the command line and those of the file."""
+    """Return the prompts of the command line and those of the file.
+
+    Raises:
+        UserError: the file is no text, or there is no prompt.
+    """
     if file is not None:
-        try:
-            prompts = [*prompts, *(line.strip() for line in file.read_text().splitlines() if line.strip())]
-        except OSError as error:
-            raise UserError(
-                f"Cannot read the prompts file {file} ({error.strerror}); check the path."
-            ) from error
+        prompts = [*prompts, *(line.strip() for line in read_text(file).splitlines() if line.strip())]
     if not prompts:
         raise UserError("There is no prompt; give --prompt TEXT or --prompts-file FILE.")
     return prompts

@@ -83,7 +83,7 @@ def sample_images(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-        with refusal("The model cannot be sampled: its parts do not fit together"):
+        with refusal(f"The parts of {pipeline.name_or_path or 'the model'} do not fit together"):
             result = pipeline(conditions[part], generator=generators, **arguments).images
         images.append((result * 255).round().astype(np.uint8))
         if progress is not None:

@@ -6,6 +6,7 @@ Nothing here hangs on a pipe, reads without bound or recurses without bound.
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -135,12 +136,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(where: str, error: ValidationError) -> NoReturn:
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])[: 2 * MAX_SHOWN]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
+    key = "".join(parts).removeprefix(".")[: 2 * MAX_SHOWN]
     if first["type"] == "missing":
         raise UserError(f"{where} has no value for {key}.") from error
     if first["type"] == "extra_forbidden":
         raise UserError(f"{where} has the unknown key {shown(key)}.") from error
-    rule = first["msg"].replace("Input should", "it must").replace("Value error, ", "")
+    rule = re.sub(r"^(Input|\w+) should", "it must", first["msg"])
     subject = (
         f"{where} has {key} {shown(first['input'])}" if key else f"{where} holds {shown(first['input'])}"
     )

@@ -18,16 +18,19 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
+from rmoe_megatron.encoders.conditions import NULL_TEXT, read_null_text
 from rmoe_megatron.encoders.pixel_codec import PixelCodec
-from rmoe_megatron.encoders.text import load_text_encoder
+from rmoe_megatron.encoders.text import encode_captions, load_text_encoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentSD3Pipeline
 from rmoe_megatron.hf.architecture import read_architecture
+from rmoe_megatron.hf.facebook_dit import FacebookDiT
+from rmoe_megatron.hf.safetensors_folder import check_tensors
 from rmoe_megatron.sampling import load_pipeline, sample_images
-from tests.configurations import randomise
-from tests.diffusers_models import SD3
+from tests.configurations import randomise, tiny_config
+from tests.diffusers_models import SD3, make_model
 from tests.sd3_pipeline import TEXT_LENGTH
-from tests.test_import_export import RECURRENCE_SETTINGS
+from tests.test_import_export import RECURRENCE_SETTINGS, facebook_state
 from tests.test_pipelines import recurrent_dit, recurrent_sd3
 
 PROMPTS = {"own": "a cat", "dit": "3", "sd3": "a cat"}
@@ -252,7 +255,7 @@ def import_parts(folder: Path) -> None:
 def encoder_parts(folder: Path) -> None:
     """What training loads of a folder."""
     cpu = torch.device("cpu")
-    load_text_encoder(EncodersConfig(text_encoder=str(folder)), TEXT_LENGTH, cpu).encode(["a cat"])
+    encode_captions(load_text_encoder(EncodersConfig(text_encoder=str(folder)), TEXT_LENGTH, cpu), ["a cat"])
     load_autoencoder(str(folder), cpu)
 
 
@@ -342,3 +345,120 @@ def test_a_changed_file_is_loaded_or_refused(name: str, data: st.DataObject, wor
     finally:
         replace_file(work / name / file, original)
     assert not (valid / "executed").exists()
+
+
+@functools.cache
+def dit_state() -> dict[str, torch.Tensor]:
+    return facebook_state(make_model("dit"))
+
+
+@st.composite
+def odd_tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Tensors that no checkpoint of a DiT has."""
+    shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 32, 1152]), max_size=5))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64]))
+    if draw(st.booleans()):
+        return torch.zeros(1, dtype=dtype).expand(shape or [10**6] * 3)
+    shape = shape if all(shape) and len(shape) < 3 else [2] * len(shape)
+    tensor = torch.zeros(shape, dtype=dtype)
+    return tensor.to_sparse() if tensor.dim() and draw(st.booleans()) else tensor
+
+
+@st.composite
+def odd_states(draw: st.DrawFn) -> object:
+    """The weights of a DiT, changed in one or two places."""
+    state: dict[Any, Any] = dict(dit_state())
+    for _ in range(draw(st.integers(1, 2))):
+        name = draw(st.sampled_from(sorted(map(str, state))))
+        kind = draw(st.sampled_from(["value", "tensor", "name", "delete", "add", "whole"]))
+        if kind == "delete":
+            state.pop(name, None)
+        elif kind == "value":
+            state[name] = draw(VALUES)
+        elif kind == "tensor":
+            state[name] = draw(odd_tensors())
+        elif kind == "whole":
+            return draw(VALUES | st.dictionaries(st.sampled_from(["ema", "model"]), VALUES))
+        else:
+            number = st.sampled_from(["x", "-1", "9999", "99999999999", "٣", "1.0", ""])
+            odd = draw(st.integers() | st.text(max_size=6) | number.map(lambda n: f"blocks.{n}.mlp.fc1.bias"))
+            state[odd] = state.get(name) if kind == "add" else state.pop(name, None)
+    return draw(st.sampled_from([state, {"ema": state}, {"model": state, "ema": state}]))
+
+
+@given(content=odd_states())
+@cheap
+def test_a_changed_dit_file_is_read_or_refused(content: object, work: Path) -> None:
+    path = work / "dit.pt"
+    torch.save(content, path)
+
+    def read() -> None:
+        source = FacebookDiT(path, 2)
+        check_tensors(source, empty_dit(), str(path))
+        for name in source.shapes:
+            source.read(name)
+
+    outcome(read)
+
+
+@functools.cache
+def empty_dit() -> torch.nn.Module:
+    return make_model("dit").to("meta")
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"pos_embed": 3}, "no named tensor"),
+        ({3: torch.zeros(1)}, "no named tensor"),
+        ({"x_embedder.proj.weight": torch.zeros(())}, "not 4 axes"),
+        ({"x_embedder.proj.weight": torch.zeros(1).expand(10**6, 10**6, 2, 2)}, "no plain tensor"),
+        ({"y_embedder.embedding_table.weight": torch.zeros(0, 32)}, "no plain tensor"),
+        ({"final_layer.linear.bias": torch.zeros(32, dtype=torch.int64)}, "no plain tensor"),
+        ({"pos_embed": torch.zeros(16)}, "pos_embed has not 3 axes"),
+        ({"blocks.x.mlp.fc1.bias": torch.zeros(1)}, "unexpected blocks.x.mlp"),
+        ({"blocks.9999.mlp.fc1.bias": torch.zeros(1)}, "more than 256"),
+        ({"blocks.99999999999.mlp.fc1.bias": torch.zeros(1)}, "unexpected blocks.999"),
+        ({"blocks.0.attn.qkv.bias": torch.zeros(2)}, "to_q.bias has shape"),
+        ({"blocks.0.attn.qkv.weight": torch.zeros(())}, "to_q.weight has shape"),
+    ],
+)
+def test_wrong_entries_of_a_dit_file_are_refused(
+    values: dict[Any, Any], complaint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "dit.pt"
+    for content in (dit_state() | values, {"ema": dit_state() | values, "model": {}}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=complaint) as raised:
+            check_tensors(FacebookDiT(path, 2), empty_dit(), str(path))
+        assert_one_sentence(raised.value)
+        assert str(path) in str(raised.value)
+    for content in (3, [1], {"ema": None}, {"ema": [torch.zeros(1)]}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="is not a DiT checkpoint"):
+            FacebookDiT(path, 2)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="no regular file"):
+        FacebookDiT(path, 2)
+
+
+def test_the_empty_caption_of_precomputed_shards_has_the_model_s_shape(tmp_path: Path) -> None:
+    config = tiny_config()
+    shapes = {"text_hidden_states": (1, 5, 12), "text_pooled": (1, 10)}
+    right = {name: torch.ones(shape) for name, shape in shapes.items()}
+    path = tmp_path / NULL_TEXT
+    save_file(right, path)
+    read = read_null_text(tmp_path, config.model, torch.device("cpu"))
+    assert {name: tuple(tensor.shape) for name, tensor in read.items()} == shapes
+    for wrong in (
+        {"text_pooled": right["text_pooled"]},
+        right | {"x": torch.ones(1)},
+        right | {"text_pooled": torch.ones(10)},
+    ):
+        save_file(wrong, path)
+        with pytest.raises(UserError, match="precompute the data again"):
+            read_null_text(tmp_path, config.model, torch.device("cpu"))
+    path.write_bytes(b"junk")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_null_text(tmp_path, config.model, torch.device("cpu"))

@@ -16,19 +16,20 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from pydantic import TypeAdapter, with_config
 from tqdm import tqdm
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import RunConfig
-
-SPLITS = ("seen", "heldout")
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.typed_files import OPEN, read_json
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,32 @@ class Variant:
 
     name: str
     overrides: tuple[str, ...]
+
+
+@with_config(OPEN)
+class SplitResults(TypedDict):
+    """What ``results.json`` says of one split."""
+
+    overall: float
+    skills: dict[str, float]
+
+
+@with_config(OPEN)
+class Splits(TypedDict):
+    """Prompts with (colour, shape) pairs of training and with others."""
+
+    seen: SplitResults
+    heldout: SplitResults
+
+
+@with_config(OPEN)
+class Results(TypedDict):
+    """``results.json`` of ``rmoe eval shapes``."""
+
+    splits: Splits
+
+
+RESULTS = TypeAdapter(Results)
 
 
 @dataclass(frozen=True)
@@ -91,8 +118,8 @@ def score(run: Path, folder: Path, shapes: Path, limit: int) -> Score:
         rmoe(
             "eval", "shapes", str(folder / "model"), "--data", str(shapes), "--out", scores, *options, log=log
         )
-    splits = json.loads(results.read_text())["splits"]
-    seen, heldout = (splits[split] for split in SPLITS)
+    splits = read_json(results, RESULTS)["splits"]
+    seen, heldout = splits["seen"], splits["heldout"]
     return Score(seen["overall"], heldout["overall"], seen["skills"])
 
 
@@ -185,4 +212,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

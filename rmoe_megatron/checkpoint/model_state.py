@@ -12,6 +12,7 @@ from torch import nn
 
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.pretrained import refusal
 
 
 def full_state(chunks: nn.ModuleList) -> ShardedStateDict:
@@ -55,7 +56,8 @@ def load_weights(chunks: nn.ModuleList, weights: RunWeights, fresh: Callable[[st
         part = {
             name: replace(entry, key=keys[entry.key]) for name, entry in wanted.items() if entry.key in keys
         }
-        loaded = dist_checkpointing.load(part, str(reader.path))
+        with refusal(f"{reader.path} cannot be loaded"):
+            loaded = dist_checkpointing.load(part, str(reader.path))
         chunks.load_state_dict({name: loaded[name] for name in part}, strict=False)
 
 

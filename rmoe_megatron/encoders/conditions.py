@@ -7,7 +7,7 @@ import torch
 
 from rmoe_megatron.config.model import ModelConfig, ModelDescription
 from rmoe_megatron.data.batch import ClassConditions, Conditions, RawBatch, TextConditions
-from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
+from rmoe_megatron.encoders.text import CaptionEncoder, encode_captions, load_text_encoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder
 from rmoe_megatron.typed_files import shown
@@ -46,7 +46,7 @@ class CaptionConditions:
 
     def encode_prompts(self, prompts: list[str]) -> Conditions:
         """Encode captions."""
-        text = self.encoder.encode(prompts)
+        text = encode_captions(self.encoder, prompts)
         return TextConditions(text.hidden_states, text.pooled)
 
 
@@ -84,11 +84,16 @@ def build_condition_encoder(
     encoder = load_text_encoder(config.encoders, config.model.text_length, device)
     null = None
     if precomputed is not None and (precomputed.parent / NULL_TEXT).exists():
-        null = _read_null_text(precomputed.parent, config.model, device)
+        null = read_null_text(precomputed.parent, config.model, device)
     return CaptionConditions(encoder, null)
 
 
-def _read_null_text(folder: Path, model: ModelConfig, device: torch.device) -> Conditions:
+def read_null_text(folder: Path, model: ModelConfig, device: torch.device) -> Conditions:
+    """Return the embedding of the empty caption that lies beside precomputed shards.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the model.
+    """
     expected = {
         "text_hidden_states": (1, model.text_length, model.text_hidden_size),
         "text_pooled": (1, model.pooled_size),

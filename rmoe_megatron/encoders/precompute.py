@@ -30,7 +30,13 @@ from rmoe_megatron.durable import check_writable
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT
 from rmoe_megatron.encoders.source import model_folder
-from rmoe_megatron.encoders.text import TEXT_FILES, CaptionEncoder, load_text_encoder, minilm_folder
+from rmoe_megatron.encoders.text import (
+    TEXT_FILES,
+    CaptionEncoder,
+    encode_captions,
+    load_text_encoder,
+    minilm_folder,
+)
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.platform import select_device
 from rmoe_megatron.typed_files import read_json
@@ -77,7 +83,7 @@ def precompute(
         if progress is not None:
             progress(done + 1, len(shards))
     if captions is not None:
-        null_text = captions.text_encoder.encode([""])
+        null_text = encode_captions(captions.text_encoder, [""])
         tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
         save_file(tensors, building / NULL_TEXT)
     _describe(config, source, building)
@@ -100,7 +106,7 @@ class CaptionCache:
         new = sorted(captions - self.encoded.keys(), key=lambda caption: (len(caption), caption))
         for start in range(0, len(new), BATCH):
             batch = new[start : start + BATCH]
-            text = self.text_encoder.encode(batch)
+            text = encode_captions(self.text_encoder, batch)
             # Copies: a view would keep the whole batch alive.
             rows = zip(text.hidden_states.half(), text.pooled.half(), strict=True)
             self.encoded |= {

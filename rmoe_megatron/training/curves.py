@@ -1,10 +1,17 @@
 """The metrics of a run as a picture."""
 
 import io
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from pydantic import TypeAdapter
+
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.typed_files import parse_json, read_text
+
+MAX_BYTES = 1 << 30  # some million records
+MAX_STEP = 100_000_000
+RECORD = TypeAdapter(dict[str, float | None])
 
 PANELS = {
     ("loss", "validation_loss"): "log",
@@ -13,16 +20,37 @@ PANELS = {
 }
 
 
+def read_records(metrics: Path) -> list[tuple[int, dict[str, float | None]]]:
+    """Return the records of ``metrics.jsonl``, each with its step; a torn last line is none.
+
+    Raises:
+        UserError: the file cannot be read, or another line is no record; names the line.
+    """
+    text = read_text(metrics, MAX_BYTES)
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):  # a killed run tore it
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        where = f"Line {number} of {metrics}"
+        record = parse_json(line, RECORD, where)
+        step = record.get("step")
+        if step is None or not 0 <= step < MAX_STEP:
+            raise UserError(f"{where} has no step; move the file away.")
+        records.append((int(step), record))
+    return records
+
+
 def draw_curves(metrics: Path) -> bytes:
     """Draw ``metrics.jsonl`` over the optimizer steps, one panel for each group of ``PANELS``; returns a PNG.
 
     Values that were not finite are null in the file and gaps in the picture.
     """
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = read_records(metrics)
     figure = Figure(figsize=(5 * len(PANELS), 4), layout="constrained")
     for axes, (names, scale) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for name in names:
-            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            points = [(step, record[name]) for step, record in records if record.get(name) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
         axes.set_xlabel("step")

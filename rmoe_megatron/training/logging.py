@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from tqdm import tqdm
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.run import LoggingConfig
-from rmoe_megatron.training.curves import draw_curves
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.training.curves import MAX_BYTES, draw_curves, read_records
+from rmoe_megatron.typed_files import read_text
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -138,21 +141,18 @@ def _without_nan(value: Any) -> Any:
 def _wandb_id(run_dir: Path) -> str:
     """Return the id of the run, made once, so that a resumed run continues it."""
     path = run_dir / WANDB_ID
-    if not path.is_file():
+    if not path.exists():
         durable.write(path, secrets.token_hex(4))
-    return path.read_text().strip()
+    name = read_text(path, max_bytes=1000).strip()
+    if re.fullmatch(r"[\w-]{1,64}", name, re.ASCII) is None:
+        raise UserError(f"{path} holds no id of wandb's; remove it to log as a new one.")
+    return name
 
 
 def _drop_records_after(path: Path, step: int) -> None:
     """Keep the whole records up to ``step``; a killed run may have left later ones and a torn line."""
-    if not path.is_file():
+    if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line)
+    records, lines = read_records(path), read_text(path, MAX_BYTES).splitlines()
+    kept = [line for (recorded, _), line in zip(records, lines, strict=False) if recorded <= step]
     durable.write(path, "".join(line + "\n" for line in kept))

@@ -27,6 +27,7 @@ from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.errors import RunFailure, UserError
+from rmoe_megatron.hf.pretrained import refusal
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 
 
@@ -146,9 +147,11 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
             "(fingerprints differ); restore the original base."
         )
     sharded = state.sharded_state_dict(is_loading=True)
-    saved_keys = dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).keys()
+    with refusal(f"{checkpoint.path} cannot be loaded"):
+        saved_keys = dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).keys()
     sharded["rng"] = {name: tensor for name, tensor in sharded["rng"].items() if tensor.key in saved_keys}
-    loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
+    with refusal(f"{checkpoint.path} cannot be loaded"):
+        loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
     state.engine.modules.load_state_dict(loaded["model"], strict=state.base_fingerprint is None)
     state.engine.load_state(loaded)
     for name, average in loaded["ema"].items():
