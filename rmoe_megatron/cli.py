@@ -99,7 +99,7 @@ def precompute_command(
 ) -> None:
     """Encode raw shards once into latents and text embeddings."""
     from rmoe_megatron.config.loading import load_config
-    from rmoe_megatron.encoders.precompute import precompute
+    from rmoe_megatron.precompute import precompute
 
     precompute(load_config(config, overrides or []), source, out, progress=_Bar("precompute", "shard"))
 
@@ -181,7 +181,7 @@ def to_hf(
     """Export a run to a diffusers folder."""
     import torch
 
-    from rmoe_megatron.hf.export import export_run
+    from rmoe_megatron.conversion.export import export_run
 
     dtypes = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if dtype not in dtypes:
@@ -207,7 +207,7 @@ def from_hf(
     overrides: ParallelOverrides = None,
 ) -> None:
     """Import SD3, SD3.5 or DiT weights; with torchrun and parallel.* settings each rank imports its part."""
-    from rmoe_megatron.hf.importing import import_diffusers
+    from rmoe_megatron.conversion.importing import import_diffusers
 
     parallel = _parse_parallel(overrides)
     import_diffusers(folder, run_dir, text_length, parallel, _Bar("import", "tensor"))
@@ -224,7 +224,7 @@ def from_facebook_dit(
     overrides: ParallelOverrides = None,
 ) -> None:
     """Import a DiT in its original layout."""
-    from rmoe_megatron.hf.importing import import_facebook_dit
+    from rmoe_megatron.conversion.importing import import_facebook_dit
 
     parallel = _parse_parallel(overrides)
     import_facebook_dit(file, run_dir, num_attention_heads, parallel, _Bar("import", "tensor"))

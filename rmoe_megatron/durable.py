@@ -1,7 +1,10 @@
 """Files that are there whole or not at all, also after a crash."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rmoe_megatron.errors import UserError
@@ -25,14 +28,55 @@ def write(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
-def publish(building: Path, final: Path) -> None:
-    """Put a finished folder on the disk and rename it; ``final`` may exist if it is empty."""
-    for path in [*building.rglob("*"), building]:
-        sync(path)
-    if final.is_dir():
-        final.rmdir()
-    building.rename(final)
+def require_empty(folder: Path, name: str) -> None:
+    """Check that ``folder`` can be made: it is not there or empty, and can be written.
+
+    Raises:
+        UserError: it holds something, is a file, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; choose another one or remove it first.")
+    check_writable(folder, name)
+
+
+def unfinished(final: Path) -> Path:
+    """Return where the folder ``final`` is built."""
+    return final.with_name(f"{final.name}.partial")
+
+
+@contextmanager
+def building(final: Path, replace: bool = False) -> Iterator[Path]:
+    """Build the folder ``final`` under another name; it is there whole when the context ends, or not at all.
+
+    What an earlier, unfinished attempt left is removed, and what this one has built if it raises.
+
+    Args:
+        replace: ``final`` may hold something, which gives way at the end; else it may exist if it is empty.
+    """
+    partial = unfinished(final)
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        if replace:
+            remove(final)
+        elif final.is_dir():
+            final.rmdir()
+        partial.rename(final)
+    except BaseException:
+        remove(partial)
+        raise
     sync(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that it holds, or a file, or nothing if there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, name: str) -> None:

@@ -14,8 +14,8 @@ from diffusers import (
 )
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.pipeline_folder import load_pipeline
-from rmoe_megatron.hf.pretrained import refusal
+from rmoe_megatron.pretrained.pipeline_folder import load_pipeline
+from rmoe_megatron.refusal import refusal
 
 __all__ = ["load_pipeline", "sample_images", "set_scheduler"]
 

@@ -11,11 +11,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from rmoe_megatron.config.model import DiffusionConfig, Prediction, RecurrenceConfig
-from rmoe_megatron.encoders.pixel_codec import PixelCodec
+from rmoe_megatron.conversion.weight_names import to_diffusers
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentSD3Pipeline
-from rmoe_megatron.hf.architecture import transformer_arguments, transformer_class
-from rmoe_megatron.hf.mapping import to_diffusers
+from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.pretrained.architecture import transformer_arguments, transformer_class
 from tests.configurations import MODEL, RECURRENCE, TEXT_LENGTH, one_rank, randomise, tiny_config
 from tests.diffusers_models import run_ours
 
@@ -130,3 +130,27 @@ def test_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     alone = sample_images(pipeline, prompts, seeds, steps=3, guidance=2.0, batch_size=1)
     assert abs(together.astype(int) - alone.astype(int)).max() <= 1
     assert (together[0] != together[1]).any()
+
+
+def test_gradient_checkpointing_and_compiled_blocks_change_nothing() -> None:
+    """What diffusers offers by class attributes holds for recurrent blocks, too."""
+    config = tiny_config()
+    model = transformer_class(config)(**transformer_arguments(config)).train()
+    randomise(model)
+
+    def run() -> list[torch.Tensor]:
+        model.zero_grad()
+        output = model(**inputs()).sample
+        output.square().sum().backward()
+        return [output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = run()
+    model.enable_gradient_checkpointing()
+    for ours, theirs in zip(run(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    model.disable_gradient_checkpointing()
+    model.compile_repeated_blocks(backend="eager")
+    compiled = [block for block in model.transformer_blocks if block._compiled_call_impl is not None]
+    assert len(compiled) == len(model.transformer_blocks)
+    for ours, theirs in zip(run(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from rmoe_megatron.config.model import EncodersConfig
+from rmoe_megatron.conversion.facebook_dit import FacebookDiT
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT, read_null_text
-from rmoe_megatron.encoders.pixel_codec import PixelCodec
 from rmoe_megatron.encoders.text import encode_captions, load_text_encoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentSD3Pipeline
-from rmoe_megatron.hf.architecture import read_architecture
-from rmoe_megatron.hf.facebook_dit import FacebookDiT
-from rmoe_megatron.hf.safetensors_folder import check_tensors
+from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.pretrained.architecture import read_architecture
+from rmoe_megatron.pretrained.safetensors_folder import check_tensors
 from rmoe_megatron.sampling import load_pipeline, sample_images
 from tests.configurations import randomise, tiny_config
 from tests.diffusers_models import SD3, make_model
@@ -245,7 +245,7 @@ def test_no_file_of_a_folder_may_be_a_pipe_or_a_folder(door: str, work: Path, va
 
 def import_parts(folder: Path) -> None:
     """What `rmoe convert from-hf` reads of a pipeline's folder before it builds a model."""
-    from rmoe_megatron.hf.importing import _encoders_of, _with_scheduler
+    from rmoe_megatron.conversion.importing import _encoders_of, _with_scheduler
 
     architecture = read_architecture(folder / "transformer", TEXT_LENGTH)
     _encoders_of(folder)
@@ -450,7 +450,7 @@ def test_the_empty_caption_of_precomputed_shards_has_the_model_s_shape(tmp_path:
     path = tmp_path / NULL_TEXT
     save_file(right, path)
     read = read_null_text(tmp_path, config.model, torch.device("cpu"))
-    assert {name: tuple(tensor.shape) for name, tensor in read.items()} == shapes
+    assert {name: tuple(tensor.shape) for name, tensor in read.tensors().items()} == shapes
     for wrong in (
         {"text_pooled": right["text_pooled"]},
         right | {"x": torch.ones(1)},

@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from rmoe_megatron.checkpoint.folders import (
     find_checkpoint,
     list_checkpoints,
-    publish,
     read_state,
     remove_old,
-    start_partial,
+    write_manifest,
 )
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.cli import read_prompts
 from rmoe_megatron.config.run import LoggingConfig
+from rmoe_megatron.conversion.export import export_run
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.export import export_run
 from rmoe_megatron.training.curves import draw_curves, read_records
 from rmoe_megatron.training.logging import CURVES, METRICS, WANDB_ID, RunLogger
 from tests.diffusers_models import save_model
@@ -49,9 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sign(path: Path) -> None:
     """Give a changed checkpoint a manifest that fits, as its author would."""
-    (path / "manifest.json").unlink()
-    partial = path.rename(path.with_name("changed"))
-    publish(partial, path)
+    write_manifest(path)
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(run: Path, tmp_path: Path) -> None:
@@ -71,15 +68,6 @@ def test_a_file_in_the_place_of_a_folder_is_named(run: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match="checkpoints is no folder"):
             list_checkpoints(tmp_path / "other")
         (tmp_path / "other" / "checkpoints").unlink()
-
-
-def test_an_unfinished_save_is_in_nobody_s_way(tmp_path: Path) -> None:
-    final = tmp_path / "checkpoints" / "step-00000001"
-    (start_partial(final) / "left").write_text("")
-    assert list(start_partial(final).iterdir()) == []
-    final.with_name(final.name + ".partial").rmdir()
-    final.with_name(final.name + ".partial").write_text("")
-    assert start_partial(final).is_dir()
 
 
 @pytest.mark.parametrize(

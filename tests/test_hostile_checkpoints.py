@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmoe_megatron.checkpoint.folders import find_checkpoint, list_checkpoints, publish, verify
+from rmoe_megatron.checkpoint.folders import find_checkpoint, list_checkpoints, verify, write_manifest
 from rmoe_megatron.checkpoint.unpickling import read_metadata
 from rmoe_megatron.errors import UserError
 from tests.runs import make_run, rmoe
@@ -46,9 +46,7 @@ def checkpoint(folder: Path) -> Path:
 
 def sign(path: Path) -> None:
     """Give the changed folder a manifest that fits, as its author would."""
-    (path / "manifest.json").unlink()
-    partial = path.rename(path.with_name("changed"))
-    publish(partial, path)
+    write_manifest(path)
 
 
 def poison_metadata(folder: Path) -> Path:

@@ -17,10 +17,10 @@ from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.cli import main
 from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.config.run import Precision, RunConfig
+from rmoe_megatron.conversion.export import export_run
+from rmoe_megatron.conversion.weight_names import to_diffusers
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentDiTTransformer2DModel, RecurrentSD3Transformer2DModel
-from rmoe_megatron.hf.export import export_run
-from rmoe_megatron.hf.mapping import to_diffusers
 from rmoe_megatron.platform import PARAMS_DTYPE
 from tests.configurations import one_rank, randomise
 from tests.diffusers_models import ARCHITECTURES, TEXT_LENGTH, inputs, make_model, run_ours, save_model
@@ -54,7 +54,7 @@ def make_own_model(name: str, recurrence: dict[str, Any] | None) -> ModelMixin:
 
 def import_model(folder: Path, run: Path) -> RunWeights:
     from rmoe_megatron.config.run import ParallelConfig
-    from rmoe_megatron.hf.importing import import_diffusers
+    from rmoe_megatron.conversion.importing import import_diffusers
 
     import_diffusers(folder, run, TEXT_LENGTH, ParallelConfig())
     return RunWeights(run)
@@ -359,7 +359,7 @@ def test_conversion_holds_one_layer_at_a_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rmoe_megatron.checkpoint.weights import CheckpointReader
-    from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder
+    from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder
 
     model = save_model(name, tmp_path / "model")
     layer = sum(value.nbytes for value in model.transformer_blocks[0].parameters())
@@ -399,7 +399,7 @@ def facebook_state(model: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
 
 def test_the_original_dit_layout_is_imported(tmp_path: Path) -> None:
     from rmoe_megatron.config.run import ParallelConfig
-    from rmoe_megatron.hf.importing import import_facebook_dit
+    from rmoe_megatron.conversion.importing import import_facebook_dit
 
     model = make_model("dit")
     torch.save(facebook_state(model), tmp_path / "dit.pt")
@@ -418,7 +418,7 @@ class Runs:
 
 
 def test_a_dit_file_with_code_or_without_a_tensor_is_refused(tmp_path: Path) -> None:
-    from rmoe_megatron.hf.facebook_dit import FacebookDiT
+    from rmoe_megatron.conversion.facebook_dit import FacebookDiT
 
     torch.save({"x_embedder.proj.weight": Runs()}, tmp_path / "code.pt")
     with pytest.raises(UserError, match="plain tensors"):
@@ -439,7 +439,7 @@ def test_published_sizes() -> None:
     from rmoe_megatron.config.model import Architecture, ModelConfig
     from rmoe_megatron.config.presets import PRESETS
     from rmoe_megatron.config.run import DataConfig, OptimizerConfig, TrainingConfig
-    from rmoe_megatron.hf.architecture import empty_transformer
+    from rmoe_megatron.pretrained.architecture import empty_transformer
 
     counts = {}
     for name in ("sd3_medium", "sd3.5_medium", "sd3.5_large", "dit_s_8", "dit_xl_2"):

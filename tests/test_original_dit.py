@@ -10,9 +10,9 @@ from diffusers import DiTTransformer2DModel
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.model import DiffusionConfig, Prediction
 from rmoe_megatron.config.run import ParallelConfig
+from rmoe_megatron.conversion.export import export_run, exported_config
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentDiTTransformer2DModel
-from rmoe_megatron.hf.export import export_run, exported_config
 from tests.configurations import RECURRENCE, one_rank, randomise
 from tests.original_dit import OriginalDiT
 
@@ -31,7 +31,7 @@ def make_original() -> OriginalDiT:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``run`` imported from a file as the original's training writes it, and ``exported`` from it."""
-    from rmoe_megatron.hf.importing import import_facebook_dit
+    from rmoe_megatron.conversion.importing import import_facebook_dit
 
     folder = tmp_path_factory.mktemp("original")
     state = make_original().state_dict()
@@ -69,7 +69,7 @@ def test_outputs_equal_the_originals_equations(timestep: int, folder: Path) -> N
 
 
 def test_an_exported_original_is_imported_as_it_was(folder: Path, tmp_path: Path) -> None:
-    from rmoe_megatron.hf.importing import import_diffusers
+    from rmoe_megatron.conversion.importing import import_diffusers
 
     import_diffusers(folder / "exported", tmp_path / "again", 0, ParallelConfig())
     first, again = RunWeights(folder / "run"), RunWeights(tmp_path / "again")
@@ -112,7 +112,7 @@ def test_what_cannot_be_approximated_is_refused(folder: Path) -> None:
 
 def test_our_class_can_be_asked_for(folder: Path, tmp_path: Path) -> None:
     """A model that diffusers' own class can express, in ours: the same outputs."""
-    from rmoe_megatron.hf.importing import import_diffusers
+    from rmoe_megatron.conversion.importing import import_diffusers
 
     export_run(folder / "run", tmp_path / "stock", transformer_class="diffusers", approximate=True)
     import_diffusers(tmp_path / "stock", tmp_path / "run", 0, ParallelConfig())

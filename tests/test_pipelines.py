@@ -22,16 +22,17 @@ from diffusers import (
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.model import Architecture, DiffusionConfig, ModelConfig, Objective
 from rmoe_megatron.config.run import ParallelConfig, RunConfig
+from rmoe_megatron.conversion.export import build_pipeline, export_run, write_pipeline
+from rmoe_megatron.conversion.remote_code import add_remote_code
+from rmoe_megatron.conversion.weight_names import to_diffusers
+from rmoe_megatron.data.batch import Conditions, Prompts
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import (
     RecurrentDiTPipeline,
     RecurrentDiTTransformer2DModel,
     RecurrentSD3Transformer2DModel,
 )
-from rmoe_megatron.hf.architecture import transformer_arguments, transformer_class
-from rmoe_megatron.hf.export import build_pipeline, export_run, write_pipeline
-from rmoe_megatron.hf.mapping import to_diffusers
-from rmoe_megatron.hf.remote_code import add_remote_code
+from rmoe_megatron.pretrained.architecture import transformer_arguments, transformer_class
 from rmoe_megatron.sampling import sample_images, set_scheduler
 from tests.configurations import RECURRENCE, one_rank, randomise, tiny_config
 from tests.diffusers_models import ARCHITECTURES, make_model
@@ -48,7 +49,7 @@ DIT_RECURRENCE = {
 
 
 def import_folder(folder: Path, run: Path, text_length: int = TEXT_LENGTH) -> RunConfig:
-    from rmoe_megatron.hf.importing import import_diffusers
+    from rmoe_megatron.conversion.importing import import_diffusers
 
     import_diffusers(folder, run, text_length, ParallelConfig())
     return RunWeights(run).config
@@ -213,11 +214,11 @@ def test_pipeline_equals_the_training_model_along_a_trajectory(
         encoder = build_condition_encoder(config, device, precomputed=None)
         first: list[torch.Tensor] = []
 
-        def recorded(latents: torch.Tensor, *arguments: Any, **conditions: Any) -> torch.Tensor:
+        def recorded(latents: torch.Tensor, timestep: Any, keys: Any, conditions: Conditions) -> torch.Tensor:
             (ours if first else first).append(latents.chunk(2)[0])
-            return model(latents, *arguments, **conditions)
+            return model(latents, timestep, keys, **conditions.tensors())
 
-        embedded = samples.Prompts(prompts, encoder.encode_prompts(prompts), encoder.null)
+        embedded = Prompts(prompts, encoder.encode_prompts(prompts), encoder.null)
         ours_last = samples.sample_latents(recorded, embedded, config, steps=10, guidance=2.0)
     pipeline = build_pipeline(config, transformer)
     inputs = {"prompt": prompts} if kind == "mmdit" else {"class_labels": [int(label) for label in prompts]}

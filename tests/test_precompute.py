@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rmoe_megatron.data.shards import LATENTS, ShardDataset
-from rmoe_megatron.encoders.pixel_codec import PixelCodec
-from rmoe_megatron.encoders.precompute import encode_shard, precompute
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.precompute import encode_shard, precompute
 from tests.configurations import tiny_config
 from tests.runs import write_shard
 from tests.test_shards import picture, png

@@ -37,7 +37,7 @@ def build_block(recurrence: RecurrenceConfig, qk_norm: bool, layer: int):  # typ
 
 def reference_weights(block: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The block's weights under diffusers' names, as float64 leaves."""
-    from rmoe_megatron.hf.mapping import to_diffusers
+    from rmoe_megatron.conversion.weight_names import to_diffusers
 
     named = {f"transformer.layers.0.{name}": value for name, value in block.state_dict().items()}
     prefix = "transformer_blocks.0.attn."
@@ -133,7 +133,7 @@ def test_outputs_and_gradients_equal_the_reference(changes: dict, switches: dict
 
 def reference_gradients(block: torch.nn.Module) -> dict[str, torch.Tensor | None]:
     """The block's gradients under diffusers' names."""
-    from rmoe_megatron.hf.mapping import to_diffusers
+    from rmoe_megatron.conversion.weight_names import to_diffusers
 
     named = {
         f"transformer.layers.0.{name}": torch.zeros_like(value) if value.grad is None else value.grad

@@ -100,7 +100,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
 
 def test_a_used_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="not an empty folder"):
         build_shapes(tmp_path, train=1, val=1, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -28,11 +28,11 @@ from rmoe_megatron.data.batch import Batch, TextConditions
 from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.protocol import build_engine
-from rmoe_megatron.hf.architecture import transformer_arguments
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.platform import PARAMS_DTYPE, synchronize
+from rmoe_megatron.pretrained.architecture import transformer_arguments
 
 Step = Callable[[int], None]
 

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
@@ -137,28 +136,14 @@ def verify(path: Path) -> str | None:
     return find_untrusted(path)
 
 
-def publish(partial: Path, final: Path) -> None:
-    """Write the manifest of a finished ``partial`` folder, put everything on the disk and rename it to ``final``."""
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
+def write_manifest(folder: Path) -> None:
+    """Write down size and checksum of every file of a finished checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     manifest = {
-        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in files
     }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, partial / MANIFEST, partial]:
-        durable.sync(path)
-    if final.exists():
-        shutil.rmtree(final)  # a damaged checkpoint of the same step, passed over at resume
-    partial.rename(final)
-    durable.sync(final.parent)
-
-
-def start_partial(final: Path) -> Path:
-    """Return a new folder to write the checkpoint ``final`` in; what an unfinished save left there is removed."""
-    partial = final.with_name(final.name + ".partial")
-    _remove(partial)
-    partial.mkdir(parents=True)
-    return partial
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def read_state(path: Path) -> RunState:
@@ -173,16 +158,9 @@ def read_state(path: Path) -> RunState:
 def remove_old(run_dir: Path, keep_last: int) -> None:
     """Remove all but the newest ``keep_last`` checkpoints, and what unfinished saves left."""
     for checkpoint in list_checkpoints(run_dir)[keep_last:]:
-        shutil.rmtree(checkpoint.path)
+        durable.remove(checkpoint.path)
     for partial in (run_dir / "checkpoints").glob("*.partial"):
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        durable.remove(partial)
 
 
 def _sha256(file: Path) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.pretrained import refusal
+from rmoe_megatron.refusal import refusal
 
 
 def full_state(chunks: nn.ModuleList) -> ShardedStateDict:

@@ -1,7 +1,10 @@
-"""Writes a sharded state dict in Megatron-Core's torch_dist format, in the calling process alone."""
+"""Writes a checkpoint in Megatron-Core's torch_dist format: published whole, and in the calling process alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -12,6 +15,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
+
+from rmoe_megatron import durable
+from rmoe_megatron.checkpoint.folders import write_manifest
 
 
 class _Writer(FileSystemWriter):
@@ -37,6 +43,25 @@ class _SynchronousStrategy(TorchDistSaveShardedStrategy):
             storage_writer=_Writer(checkpoint_dir),
             planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         )
+
+
+@contextmanager
+def new_checkpoint(final: Path) -> Iterator[Path]:
+    """Write the checkpoint folder ``final``, which is there whole or not at all; every rank takes part.
+
+    Yields:
+        Where to write. When all ranks leave the context, rank 0 adds the manifest and publishes the folder.
+    """
+    if dist.get_rank() > 0:
+        dist.barrier()
+        yield durable.unfinished(final)
+        dist.barrier()
+    else:
+        with durable.building(final, replace=True) as partial:  # a damaged one of the same step gives way
+            dist.barrier()
+            yield partial
+            write_manifest(partial)
+        dist.barrier()
 
 
 def save_sharded(sharded_state_dict: ShardedStateDict, folder: Path) -> None:

@@ -4,10 +4,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from rmoe_megatron.encoders.pixel_codec import PixelCodec
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.pretrained import load_autoencoder_folder
+from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.pretrained.loading import load_autoencoder_folder
 
 type Autoencoder = PixelCodec | AutoencoderKL
 

@@ -15,9 +15,13 @@ from transformers import (
     T5EncoderModel,
 )
 
-from rmoe_megatron.encoders.caption_encoder import TextEmbeddings
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.pretrained import load_text_encoder_config, load_text_encoder_folder, load_tokenizer
+from rmoe_megatron.hf.caption_encoder import TextEmbeddings
+from rmoe_megatron.pretrained.loading import (
+    load_text_encoder_config,
+    load_text_encoder_folder,
+    load_tokenizer,
+)
 
 CLIP_LENGTH = 77
 # name -> (number of the component in a diffusers pipeline's folder, model class, configuration class)

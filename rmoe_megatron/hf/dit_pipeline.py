@@ -4,19 +4,17 @@ That one takes 1000 classes, DDPM's samplers and autoencoders without a shift fo
 need diffusers alone: an exported folder can carry them (``--remote-code``).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from rmoe_megatron.carried_code import CarriesCode
+from rmoe_megatron.hf.carried_code import CarriesCode
+from rmoe_megatron.hf.denoising import DenoisingLoop, StepCallback
 
 
-class RecurrentDiTPipeline(CarriesCode, DiffusionPipeline):
+class RecurrentDiTPipeline(CarriesCode, DenoisingLoop, DiffusionPipeline):
     """Sampling with classifier-free guidance; of a learned variance the noise alone is used, as in DiTPipeline.
 
     Args:
@@ -31,9 +29,7 @@ class RecurrentDiTPipeline(CarriesCode, DiffusionPipeline):
     def __init__(self, transformer: ModelMixin, vae: ModelMixin, scheduler: SchedulerMixin) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        channels = getattr(vae.config, "block_out_channels", (1,))
-        self.vae_scale_factor = 2 ** (len(channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.build_image_processor()
 
     @torch.no_grad()
     def __call__(
@@ -46,8 +42,7 @@ class RecurrentDiTPipeline(CarriesCode, DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
-        | None = None,
+        callback_on_step_end: StepCallback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Make images.
 
@@ -59,44 +54,18 @@ class RecurrentDiTPipeline(CarriesCode, DiffusionPipeline):
             latents: initial noise [B, C, H, W]; drawn from ``generator`` if not given.
             output_type: ``pil``, ``np`` (float [B, H, W, C] in [0, 1]), ``pt`` or ``latent``.
         """
-        config, device = self.transformer.config, self._execution_device
-        labels = torch.tensor(class_labels, device=device)
-        null = torch.full_like(labels, config.num_embeds_ada_norm)
-        shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            guided = guidance_scale != 1.0 and guidance_interval[0] <= timestep / 1000 <= guidance_interval[1]
-            output = self._predict(latents, timestep, labels, null if guided else None, guidance_scale)
-            latents = self.scheduler.step(output, timestep, latents, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, index, timestep, {"latents": latents}).get(
-                    "latents", latents
-                )
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        labels = torch.tensor(class_labels, device=self._execution_device)
+        null = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
+        final = self.denoise(
+            {"class_labels": labels},
+            {"class_labels": null},
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            generator,
+            latents,
+            callback_on_step_end,
+        )
+        images = self.decode(final, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _predict(
-        self, latents: Tensor, timestep: Tensor, labels: Tensor, null: Tensor | None, guidance: float
-    ) -> Tensor:
-        """Predict noise or velocity float32 [B, C, H, W], guided if there are null labels."""
-        inputs = latents if null is None else latents.repeat(2, 1, 1, 1)
-        output = self.transformer(
-            inputs.to(self.transformer.dtype),
-            timestep=timestep.float().expand(inputs.shape[0]),
-            class_labels=labels if null is None else torch.cat((labels, null)),
-            return_dict=False,
-        )[0].float()
-        output = output[:, : latents.shape[1]]
-        if null is None:
-            return output
-        conditional, unconditional = output.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
-
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        unscaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + shift
-        image = self.vae.decode(unscaled, return_dict=False)[0].float()
-        return self.image_processor.postprocess(image, output_type=output_type)

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from rmoe_megatron.carried_code import CarriesCode
+from rmoe_megatron.hf.carried_code import CarriesCode
 
 from .recurrence import Recurrence
 
@@ -66,6 +66,9 @@ class RecurrentDiTTransformer2DModel(CarriesCode, DiTTransformer2DModel):
     """
 
     _no_split_modules = ["BasicTransformerBlock", "RecurrentDiTBlock"]
+    _repeated_blocks = ["BasicTransformerBlock", "RecurrentDiTBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate"]
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(

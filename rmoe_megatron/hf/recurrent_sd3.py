@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from rmoe_megatron.carried_code import CarriesCode
+from rmoe_megatron.hf.carried_code import CarriesCode
 
 from .recurrence import Recurrence
 
@@ -80,6 +80,9 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
     """
 
     _no_split_modules = ["JointTransformerBlock", "RecurrentJointTransformerBlock"]
+    _repeated_blocks = ["JointTransformerBlock", "RecurrentJointTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate"]
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(

@@ -16,18 +16,16 @@ from torch import Tensor, nn
 from rmoe_megatron.checkpoint.folders import (
     CheckpointFolder,
     checkpoint_path,
-    publish,
     read_state,
     remove_old,
-    start_partial,
 )
 from rmoe_megatron.checkpoint.model_state import model_state
-from rmoe_megatron.checkpoint.saving import save_sharded
+from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.errors import RunFailure, UserError
-from rmoe_megatron.hf.pretrained import refusal
+from rmoe_megatron.refusal import refusal
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 
 
@@ -98,22 +96,17 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
         RunFailure: weights or averages are not finite; nothing is published and nothing removed.
     """
     check_finite([*state.engine.modules.named_parameters(), *state.ema.averages.items()], state.progress.step)
-    final = checkpoint_path(run_dir, state.progress.step)
-    partial = final.with_name(final.name + ".partial")
-    is_rank0 = dist.get_rank() == 0
+    final, is_rank0 = checkpoint_path(run_dir, state.progress.step), dist.get_rank() == 0
+    with new_checkpoint(final) as partial:
+        save_sharded(state.sharded_state_dict(is_loading=False), partial)
+        if is_rank0:
+            save_config(config, partial / "config.yaml")
+            run_state: dict[str, int | str] = asdict(state.progress)
+            if state.base_fingerprint is not None:
+                run_state["base_fingerprint"] = state.base_fingerprint
+            (partial / "run_state.json").write_text(json.dumps(run_state))
     if is_rank0:
-        start_partial(final)
-    dist.barrier()
-    save_sharded(state.sharded_state_dict(is_loading=False), partial)
-    if is_rank0:
-        save_config(config, partial / "config.yaml")
-        run_state: dict[str, int | str] = asdict(state.progress)
-        if state.base_fingerprint is not None:
-            run_state["base_fingerprint"] = state.base_fingerprint
-        (partial / "run_state.json").write_text(json.dumps(run_state))
-        publish(partial, final)
         remove_old(run_dir, config.checkpoint.keep_last)
-    dist.barrier()
     return final
 
 

@@ -21,7 +21,7 @@ from tests.configurations import MODEL, RECURRENCE, tiny_config
 
 # Ranks are forked from a server that has imported everything and run nothing: a fork of this process, whose threads and
 # communication state may be anything by now, can hang.
-multiprocessing.set_forkserver_preload(["rmoe_megatron.training.run", "rmoe_megatron.hf.importing"])
+multiprocessing.set_forkserver_preload(["rmoe_megatron.training.run", "rmoe_megatron.conversion.importing"])
 
 STEPS = 10
 TIMEOUT = 300

@@ -7,8 +7,6 @@ shards are byte for byte the same each time.
 
 import io
 import json
-import os
-import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,40 +76,29 @@ def build_shapes(
     """
     _check_request(out, train, val, seed, heldout)
     counts = {"train": train, "val": val, "val_heldout": val // 4 if heldout else 0}
-    out = out.absolute()
-    temporary = out.parent / f".{out.name}.building-{os.getpid()}"
     done, total = 0, sum(counts.values())
     splits: dict[str, Any] = {}
-    try:
-        temporary.mkdir(parents=True)
+    description = {
+        "name": "shapes",
+        "toy": True,
+        "seed": seed,
+        "splits": splits,
+        "heldout_pairs": [list(pair) for pair in heldout],
+    }
+    with durable.building(out) as partial:
         for split, samples in counts.items():
-            (temporary / split).mkdir()
+            (partial / split).mkdir()
             shards = []
             for start in range(0, samples, SAMPLES_PER_SHARD):
                 name = f"{split}/shapes-{start // SAMPLES_PER_SHARD:06d}.tar"
                 indices = range(start, min(start + SAMPLES_PER_SHARD, samples))
-                _write_shard(temporary / name, seed, split, indices, frozenset(heldout))
+                _write_shard(partial / name, seed, split, indices, frozenset(heldout))
                 shards.append(name)
                 done += len(indices)
                 if progress is not None:
                     progress(done, total)
             splits[split] = {"samples": samples, "shards": shards}
-            durable.sync(temporary / split)
-        description = {
-            "name": "shapes",
-            "toy": True,
-            "seed": seed,
-            "splits": splits,
-            "heldout_pairs": [list(pair) for pair in heldout],
-        }
-        durable.write(temporary / "dataset.json", (json.dumps(description, indent=1) + "\n").encode())
-        durable.sync(temporary)
-        temporary.rename(out)
-        durable.sync(out.parent)
-    except OSError as error:
-        raise UserError(f"Cannot write to {out} ({error.strerror}); choose a writable folder.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (partial / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
     return description
 
 
@@ -130,11 +117,7 @@ def _check_request(out: Path, train: int, val: int, seed: int, heldout: Sequence
     seen = seen_pairs(frozenset(heldout))
     if {shape for _, shape in seen} != set(SHAPES) or {color for color, _ in seen} != set(COLORS):
         raise UserError("The held-out pairs leave a shape or color out of training; hold out fewer pairs.")
-    if out.is_dir():
-        if any(out.iterdir()):
-            raise UserError(f"The folder {out} is not empty; choose another one or remove it first.")
-    elif out.exists():
-        raise UserError(f"{out} is a file; choose a folder.")
+    durable.require_empty(out, "The output")
 
 
 def _write_shard(path: Path, seed: int, split: str, indices: range, heldout: frozenset[Pair]) -> None:

@@ -15,21 +15,24 @@ from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.model import Architecture, Objective
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.conversion.approximation import output_errors
+from rmoe_megatron.conversion.remote_code import add_remote_code
+from rmoe_megatron.conversion.weight_names import Copies, weight_rules
 from rmoe_megatron.diffusion.build import build_scheduler
-from rmoe_megatron.durable import check_writable
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.encoders.text import TEXT_FILES, load_text_encoder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.approximation import output_errors
-from rmoe_megatron.hf.architecture import beyond_diffusers, empty_transformer, with_diffusers_timesteps
-from rmoe_megatron.hf.config_files import OBJECT
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
-from rmoe_megatron.hf.mapping import Copies, weight_rules
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
-from rmoe_megatron.hf.remote_code import add_remote_code
-from rmoe_megatron.hf.safetensors_folder import MAX_SHARD_SIZE, parse_size, write_model
 from rmoe_megatron.model.registry import ADDITIONS
+from rmoe_megatron.pretrained.architecture import (
+    beyond_diffusers,
+    empty_transformer,
+    with_diffusers_timesteps,
+)
+from rmoe_megatron.pretrained.config_files import OBJECT
+from rmoe_megatron.pretrained.safetensors_folder import MAX_SHARD_SIZE, parse_size, write_model
 from rmoe_megatron.typed_files import read_json
 
 TRANSFORMER_CLASSES = ("auto", "diffusers", "rmoe")
@@ -72,25 +75,21 @@ def export_run(
         UserError: the run has no complete checkpoint, the class cannot express its model, ``base`` is none of it, the
             shard size is none, or ``out`` is not empty or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; choose another one or remove it first.")
-    check_writable(out, "The output")
+    durable.require_empty(out, "The output")
     shard_bytes = parse_size(max_shard_size)
     weights = RunWeights(run_dir, step, averaged, base)
     config = exported_config(weights.config, transformer_class, approximate)
-    building = out.with_name(f".{out.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    (building / "transformer").mkdir(parents=True)
     reader = DiffusersWeights(weights, dtype)
     transformer = empty_transformer(config, reader.dtype, own=transformer_class == "rmoe")
-    write_model(transformer, reader.read, building / "transformer", shard_bytes, progress)
-    write_pipeline(config, transformer, building)
-    if remote_code:
-        add_remote_code(building)
     exact = weights.config.model.downscale_freq_shift
-    is_exact = config.model.downscale_freq_shift == exact
-    errors = {} if is_exact else output_errors(building / "transformer", exact)
-    durable.publish(building, out)
+    with durable.building(out) as partial:
+        (partial / "transformer").mkdir()
+        write_model(transformer, reader.read, partial / "transformer", shard_bytes, progress)
+        write_pipeline(config, transformer, partial)
+        if remote_code:
+            add_remote_code(partial)
+        is_exact = config.model.downscale_freq_shift == exact
+        errors = {} if is_exact else output_errors(partial / "transformer", exact)
     return errors
 
 

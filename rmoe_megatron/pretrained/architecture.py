@@ -16,13 +16,13 @@ from rmoe_megatron.config.model import (
     Prediction,
     RecurrenceConfig,
 )
-from rmoe_megatron.config.model_checks import check_model
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.rectified_flow import MIN_SIGMA
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.config_files import TRANSFORMERS, read_config
 from rmoe_megatron.hf.recurrent_dit import RecurrentDiTTransformer2DModel
 from rmoe_megatron.hf.recurrent_sd3 import RecurrentSD3Transformer2DModel
+from rmoe_megatron.model.checks import check_model
+from rmoe_megatron.pretrained.config_files import TRANSFORMERS, read_config
 
 CLASSES: dict[str, type[ModelMixin]] = {
     cls.__name__: cls

@@ -24,7 +24,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.config_files import (
+from rmoe_megatron.pretrained.config_files import (
     AUTOENCODERS,
     OBJECT,
     SCHEDULERS,
@@ -32,36 +32,13 @@ from rmoe_megatron.hf.config_files import (
     read_text_encoder_config,
     read_tokenizer_config,
 )
-from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder
+from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder
+from rmoe_megatron.refusal import refusal
 from rmoe_megatron.typed_files import read_json
 
 TRANSFORMERS_WEIGHTS_NAME = "model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
-MAX_REASON = 200  # characters of another library's reason
-
-
-@contextmanager
-def refusal(action: str) -> Iterator[None]:
-    """Turn whatever another library raises into a UserError with the first sentence of its reason.
-
-    Args:
-        action: the beginning of the message, like ``FOLDER cannot be loaded``.
-    """
-    try:
-        yield
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a panic of the tokenizers' Rust code is no Exception
-        raise UserError(f"{action} ({reason(error)}).") from error
-
-
-def reason(error: BaseException) -> str:
-    """Return the first sentence of an exception's message, with the type's name unless it says enough."""
-    text = " ".join(str(error).split()).partition(". ")[0].rstrip(".")[:MAX_REASON]
-    if isinstance(error, ValueError | OSError | RuntimeError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def load_scheduler(folder: Path, scheduler_class: type[SchedulerMixin]) -> SchedulerMixin:

@@ -6,7 +6,7 @@ diffusers loads such a folder only if its user passes ``trust_remote_code=True``
 import json
 from pathlib import Path
 
-from rmoe_megatron.carried_code import PACKAGE, copy_code
+from rmoe_megatron.hf.carried_code import PACKAGE, copy_code
 
 
 def add_remote_code(folder: Path) -> None:

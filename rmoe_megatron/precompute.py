@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,6 @@ from rmoe_megatron.data.shards import (
     TEXT_POOLED,
     ShardDataset,
 )
-from rmoe_megatron.durable import check_writable
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT
 from rmoe_megatron.encoders.source import model_folder
@@ -66,28 +64,24 @@ def precompute(
     shards = sorted(source.rglob("*.tar"))
     if not shards:
         raise UserError(f"There are no .tar shards in or below {source}; build or download the data first.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; choose another one or remove it first.")
-    check_writable(out, "The output")
+    durable.require_empty(out, "The output")
     device = select_device(config.device)
     captions = None
     if not config.model.is_class_conditional:
         captions = CaptionCache(load_text_encoder(config.encoders, config.model.text_length, device))
     autoencoder = load_autoencoder(config.encoders.autoencoder, device)
-    building = out.with_name(f".{out.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    for done, shard in enumerate(shards):
-        target = building / shard.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        encode_shard(shard, target, captions, autoencoder)
-        if progress is not None:
-            progress(done + 1, len(shards))
-    if captions is not None:
-        null_text = encode_captions(captions.text_encoder, [""])
-        tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
-        save_file(tensors, building / NULL_TEXT)
-    _describe(config, source, building)
-    durable.publish(building, out)
+    with durable.building(out) as partial:
+        for done, shard in enumerate(shards):
+            target = partial / shard.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            encode_shard(shard, target, captions, autoencoder)
+            if progress is not None:
+                progress(done + 1, len(shards))
+        if captions is not None:
+            null_text = encode_captions(captions.text_encoder, [""])
+            tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
+            save_file(tensors, partial / NULL_TEXT)
+        _describe(config, source, partial)
 
 
 class CaptionCache:
@@ -169,7 +163,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(header, io.BytesIO(content))
 
 
-def _describe(config: RunConfig, source: Path, building: Path) -> None:
+def _describe(config: RunConfig, source: Path, folder: Path) -> None:
     """Write ``dataset.json``: that of the source, and which encoders made the embeddings."""
     path = source / "dataset.json"
     description: dict[str, Any] = {"name": source.name}
@@ -185,7 +179,7 @@ def _describe(config: RunConfig, source: Path, building: Path) -> None:
             "text_length": config.model.text_length,
         }
     description["encoders"] = described
-    (building / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+    (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
 def _text_encoder_sha256(name: str) -> str:

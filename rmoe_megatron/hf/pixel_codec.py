@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
-from rmoe_megatron.carried_code import CarriesCode
+from rmoe_megatron.hf.carried_code import CarriesCode
 
 # DiffusionPipeline.from_pretrained loads a class of another library only if that module also names ModelMixin.
 __all__ = ["ModelMixin", "PixelCodec"]

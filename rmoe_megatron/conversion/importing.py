@@ -10,12 +10,12 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints, publish, start_partial
+from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints
 from rmoe_megatron.checkpoint.model_state import full_state
-from rmoe_megatron.checkpoint.saving import save_sharded
+from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
 from rmoe_megatron.config.layout_checks import check_layout
 from rmoe_megatron.config.loading import save_config
-from rmoe_megatron.config.model import Architecture, EncodersConfig
+from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.config.run import (
     DataConfig,
     Device,
@@ -25,21 +25,21 @@ from rmoe_megatron.config.run import (
     RunConfig,
     TrainingConfig,
 )
+from rmoe_megatron.conversion.facebook_dit import FacebookDiT
+from rmoe_megatron.conversion.weight_names import Copies, Rule, weight_rules
 from rmoe_megatron.durable import check_writable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.architecture import (
+from rmoe_megatron.launch import world_size
+from rmoe_megatron.model.build import build_chunks
+from rmoe_megatron.parallel import process_groups
+from rmoe_megatron.pretrained.architecture import (
     ImportedArchitecture,
     check_described_model,
     empty_transformer,
     read_architecture,
 )
-from rmoe_megatron.hf.config_files import AUTOENCODERS, SCHEDULERS, read_config
-from rmoe_megatron.hf.facebook_dit import FacebookDiT
-from rmoe_megatron.hf.mapping import Copies, Rule, weight_rules
-from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
-from rmoe_megatron.launch import world_size
-from rmoe_megatron.model.build import build_chunks
-from rmoe_megatron.parallel import process_groups
+from rmoe_megatron.pretrained.config_files import AUTOENCODERS, SCHEDULERS, read_config
+from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
 
 Progress = Callable[[int, int], None]
 
@@ -163,7 +163,7 @@ def _filled(entry: ShardedTensor, rule: Rule, source: WeightSource) -> ShardedTe
 
 def _shares_conditioning(source: WeightSource, config: RunConfig) -> bool:
     """Whether all blocks of a DiT have the same timestep and label embeddings."""
-    if config.model.architecture is not Architecture.dit:
+    if not config.model.is_class_conditional:
         return True
     first = "transformer_blocks.0.norm1.emb."
     for name in [name for name in source.shapes if name.startswith(first)]:
@@ -176,16 +176,10 @@ def _shares_conditioning(source: WeightSource, config: RunConfig) -> bool:
 
 
 def _save(state: Mapping[str, object], config: RunConfig, run_dir: Path, is_rank0: bool) -> None:
-    final = checkpoint_path(run_dir, step=0)
-    partial = final.with_name(final.name + ".partial")
-    if is_rank0:
-        start_partial(final)
-    dist.barrier()
-    save_sharded({"model": dict(state)}, partial)
-    if is_rank0:
-        config = replace(config, parallel=ParallelConfig())
-        save_config(config, partial / "config.yaml")
-        save_config(config, run_dir / "config.yaml")
-        (partial / "run_state.json").write_text(json.dumps({"step": 0, "samples": 0, "imported": True}))
-        publish(partial, final)
-    dist.barrier()
+    with new_checkpoint(checkpoint_path(run_dir, step=0)) as partial:
+        save_sharded({"model": dict(state)}, partial)
+        if is_rank0:
+            config = replace(config, parallel=ParallelConfig())
+            save_config(config, partial / "config.yaml")
+            save_config(config, run_dir / "config.yaml")
+            (partial / "run_state.json").write_text(json.dumps({"step": 0, "samples": 0, "imported": True}))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rmoe_megatron.config.model import Architecture, DiffusionConfig, ModelConfig, Objective
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.architecture import ImportedArchitecture
-from rmoe_megatron.hf.config_files import MAX_LAYERS
-from rmoe_megatron.hf.pretrained import refusal
-from rmoe_megatron.hf.safetensors_folder import list_problems
+from rmoe_megatron.pretrained.architecture import ImportedArchitecture
+from rmoe_megatron.pretrained.config_files import MAX_LAYERS
+from rmoe_megatron.pretrained.safetensors_folder import list_problems
+from rmoe_megatron.refusal import refusal
 from rmoe_megatron.typed_files import check_regular, shown
 
 _TIMESTEP_MODULES = {"0": "linear_1", "2": "linear_2"}

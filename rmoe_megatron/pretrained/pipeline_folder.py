@@ -20,22 +20,27 @@ from pydantic import Field, TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rmoe_megatron.config.model import ModelDescription
-from rmoe_megatron.encoders.pixel_codec import PixelCodec
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.architecture import CLASSES, check_described_model, empty_transformer, read_architecture
-from rmoe_megatron.hf.config_files import OBJECT, TRANSFORMERS, read_config
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
-from rmoe_megatron.hf.pretrained import (
+from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.pretrained.architecture import (
+    CLASSES,
+    check_described_model,
+    empty_transformer,
+    read_architecture,
+)
+from rmoe_megatron.pretrained.config_files import OBJECT, TRANSFORMERS, read_config
+from rmoe_megatron.pretrained.loading import (
     check_class,
     load_autoencoder_folder,
     load_diffusers_model,
     load_scheduler,
     load_text_encoder_folder,
     load_tokenizer,
-    refusal,
 )
-from rmoe_megatron.hf.safetensors_folder import SafetensorsFolder, check_tensors
+from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, check_tensors
+from rmoe_megatron.refusal import refusal
 from rmoe_megatron.typed_files import check_value, read_json, shown
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {

@@ -1,0 +1,1 @@
+"""From runs to diffusers folders and back, and from the original DiT."""
