@@ -17,7 +17,7 @@ from rmoe_megatron.config.run import CheckpointConfig
 from rmoe_megatron.data.batch import TextConditions
 from rmoe_megatron.data.loader import GlobalOrder
 from rmoe_megatron.diffusion.loss import DiffusionLoss
-from rmoe_megatron.engine.protocol import build_engine
+from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import RunFailure
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.training.ema import ExponentialMovingAverage

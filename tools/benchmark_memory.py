@@ -35,7 +35,7 @@ from rmoe_megatron.conversion.export import export_run
 from rmoe_megatron.conversion.importing import import_diffusers
 from rmoe_megatron.data.batch import Batch, TextConditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
-from rmoe_megatron.engine.protocol import build_engine
+from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.pretrained.architecture import empty_transformer

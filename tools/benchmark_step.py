@@ -27,7 +27,7 @@ from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.data.batch import Batch, TextConditions
 from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.loss import DiffusionLoss
-from rmoe_megatron.engine.protocol import build_engine
+from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.parallel import process_groups

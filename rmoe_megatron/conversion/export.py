@@ -13,8 +13,7 @@ from torch import Tensor
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.config.model import Architecture, Objective
-from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.model import ModelDescription, Objective
 from rmoe_megatron.conversion.approximation import output_errors
 from rmoe_megatron.conversion.remote_code import add_remote_code
 from rmoe_megatron.conversion.weight_names import Copies, weight_rules
@@ -93,7 +92,7 @@ def export_run(
     return errors
 
 
-def exported_config(config: RunConfig, transformer_class: str, approximate: bool) -> RunConfig:
+def exported_config[M: ModelDescription](config: M, transformer_class: str, approximate: bool) -> M:
     """Return the configuration of the model that an export holds: the run's, or what approximates it.
 
     Raises:
@@ -172,7 +171,7 @@ def _common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def write_pipeline(config: RunConfig, transformer: ModelMixin, folder: Path) -> None:
+def write_pipeline(config: ModelDescription, transformer: ModelMixin, folder: Path) -> None:
     """Write all of a pipeline but the transformer's weights: frozen encoders, sampler and model_index.json."""
     if _has_sd3_encoders(config):
         _write_sd3_pipeline(config, transformer, folder)
@@ -184,11 +183,11 @@ def write_pipeline(config: RunConfig, transformer: ModelMixin, folder: Path) -> 
     pipeline.save_config(folder)
 
 
-def build_pipeline(config: RunConfig, transformer: ModelMixin) -> DiffusionPipeline:
+def build_pipeline(config: ModelDescription, transformer: ModelMixin) -> DiffusionPipeline:
     """Put a transformer together with the frozen encoders and the sampler of a run without SD3's text encoders."""
     cpu = torch.device("cpu")
     scheduler, vae = build_scheduler(config), load_autoencoder(config.encoders.autoencoder, cpu)
-    if config.model.architecture is Architecture.dit:
+    if config.model.is_class_conditional:
         stock = config.diffusion.objective is Objective.ddpm and config.model.num_classes == IMAGENET_CLASSES
         pipeline_class = (
             DiTPipeline if stock and vae.config.get("shift_factor") is None else RecurrentDiTPipeline
@@ -204,14 +203,14 @@ def build_pipeline(config: RunConfig, transformer: ModelMixin) -> DiffusionPipel
     )
 
 
-def _has_sd3_encoders(config: RunConfig) -> bool:
+def _has_sd3_encoders(config: ModelDescription) -> bool:
     name = config.encoders.text_encoder
-    if config.model.architecture is not Architecture.mmdit or name == "minilm":
+    if config.model.is_class_conditional or name == "minilm":
         return False
     return (model_folder(name, TEXT_FILES) / "model_index.json").is_file()
 
 
-def _write_sd3_pipeline(config: RunConfig, transformer: ModelMixin, folder: Path) -> None:
+def _write_sd3_pipeline(config: ModelDescription, transformer: ModelMixin, folder: Path) -> None:
     """Copy the text encoders of diffusers' own StableDiffusion3Pipeline; they can be larger than memory."""
     source = model_folder(config.encoders.text_encoder, TEXT_FILES)
     index: dict[str, Any] = read_json(source / "model_index.json", OBJECT)

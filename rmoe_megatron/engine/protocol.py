@@ -1,4 +1,4 @@
-"""What an engine does. Each has a folder of its own and one line in :func:`build_engine`."""
+"""What an engine does. Each has a folder of its own and one line in :mod:`rmoe_megatron.engine.registry`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,9 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Conditions
-from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.suspects import Suspect
 
 
@@ -76,10 +74,3 @@ class Engine(Protocol):
     def load_state(self, loaded: dict[str, Any]) -> None:
         """Take over what was loaded into :meth:`sharded_state`; learning rates and betas stay those of the run."""
         ...
-
-
-def build_engine(config: RunConfig, modules: nn.ModuleList, loss: DiffusionLoss) -> Engine:
-    """Return the engine that trains ``modules``: this rank's part of the model, on its device, frozen where it is."""
-    from rmoe_megatron.engine.megatron.engine import MegatronEngine
-
-    return MegatronEngine(config, modules, loss)

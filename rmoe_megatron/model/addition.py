@@ -2,21 +2,17 @@
 
 An addition is one section of the configuration, one module of a block (under the addition's name, after which its
 parameters are called) and the numbers and names below. It can be asked without Megatron-Core being imported. Each has a
-folder of its own and one entry in :mod:`rmoe_megatron.model.registry`.
+folder of its own with its layers beside it, and one entry in :mod:`rmoe_megatron.model.registry`;
+:mod:`rmoe_megatron.model.layer_specs` names its layers.
 """
-
-from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from rmoe_megatron.config.model import ModelConfig, ModelDescription
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
 
 # Makes the rows of the block's query, key and value projection of three weights.
 Join = Any
@@ -59,10 +55,6 @@ class Addition[Section](ABC):
     def transformer_settings(self, section: Section) -> dict[str, Any]:
         """Return what Megatron-Core's TransformerConfig must know of it."""
         return {}
-
-    @abstractmethod
-    def spec(self, section: Section) -> ModuleSpec:
-        """Return the module, which takes the place of attention for the block that has it."""
 
     @property
     @abstractmethod

@@ -8,11 +8,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
+from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.rectified_flow import to_velocity
+from rmoe_megatron.model.block import BlockSettings
 from rmoe_megatron.model.layer_specs import stage_spec
 from rmoe_megatron.model.modulation import Modulation, modulate
 from rmoe_megatron.model.sequence import gather, mark_partial
@@ -34,6 +37,11 @@ class DiffusionTransformer(MegatronModule):
     """
 
     conditioning_module: str  # name of the module that every pipeline stage has a copy of
+
+    @staticmethod
+    def block(model: ModelConfig, layer: int, settings: BlockSettings) -> ModuleSpec:
+        """Return class, parts and settings of block ``layer``, without what is added to it."""
+        raise NotImplementedError
 
     def __init__(
         self,
@@ -64,7 +72,7 @@ class DiffusionTransformer(MegatronModule):
                 self.build_embeddings()
             self.transformer = TransformerBlock(
                 transformer,
-                stage_spec(config, transformer, groups.pp.rank(), vp_stage),
+                stage_spec(config, self.block, transformer, groups.pp.rank(), vp_stage),
                 pre_process=pre_process,
                 post_process=post_process,
                 pg_collection=groups,

@@ -1,23 +1,14 @@
 """What a family of transformers is: all that differs between MM-DiT, DiT and whichever comes next.
 
-A family can be asked without Megatron-Core being imported; its layers are imported when they are built. Each has a folder
-of its own and one entry in :mod:`rmoe_megatron.model.registry`.
+A family can be asked without Megatron-Core being imported. Each has a folder of its own with its layers beside it, and one
+entry in :mod:`rmoe_megatron.model.registry`; :mod:`rmoe_megatron.model.build` names its layers.
 """
-
-from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from rmoe_megatron.config.model import ModelConfig, ModelDescription
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    from rmoe_megatron.model.block import BlockSettings
-    from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 
 TIMESTEP_CHANNELS = 256  # sinusoidal features of diffusers' timestep embedding
 
@@ -70,14 +61,6 @@ class Family(ABC):
     @abstractmethod
     def block_parameters(self, model: ModelConfig, layer: int) -> int:
         """Return the number of parameters of block ``layer`` without what is added to it."""
-
-    @abstractmethod
-    def transformer(self) -> type[DiffusionTransformer]:
-        """Return the class of the model."""
-
-    @abstractmethod
-    def block(self, model: ModelConfig, layer: int, settings: BlockSettings) -> ModuleSpec:
-        """Return class, parts and settings of block ``layer``, without what is added to it."""
 
 
 def attention_multiply_adds(queries: int, keys: int, hidden: int) -> float:

@@ -1,17 +1,33 @@
 """The layers of a pipeline stage: which block stands where, with which addition."""
 
+from collections.abc import Callable
+from typing import Any
+
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import Recompute, RunConfig
 from rmoe_megatron.model.block import BlockSettings
-from rmoe_megatron.model.registry import addition_in, family_of
+from rmoe_megatron.model.lora.lora import lora_spec
+from rmoe_megatron.model.recurrence.recurrence import recurrence_spec
+from rmoe_megatron.model.registry import addition_in
+
+# Makes class, parts and settings of a family's block without what is added to it, of the model, the block's number (from 0)
+# and what is the same in all families.
+BlockSpec = Callable[[ModelConfig, int, BlockSettings], ModuleSpec]
+
+ADDITION_SPECS: dict[str, Callable[[Any], ModuleSpec]] = {"recurrence": recurrence_spec, "lora": lora_spec}
 
 
 def stage_spec(
-    config: RunConfig, transformer: TransformerConfig, pipeline_rank: int, vp_stage: int | None
+    config: RunConfig,
+    block: BlockSpec,
+    transformer: TransformerConfig,
+    pipeline_rank: int,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """Return the specs of the layers of this pipeline stage; the final norm belongs to the model, not to the block.
 
@@ -21,10 +37,10 @@ def stage_spec(
     layers_per_stage = transformer.num_layers // (transformer.pipeline_model_parallel_size * chunks)
     offset = get_transformer_layer_offset(transformer, vp_stage, pipeline_rank)
     layers = range(offset, offset + layers_per_stage)
-    return TransformerBlockSubmodules(layer_specs=[block_spec(config, layer) for layer in layers])
+    return TransformerBlockSubmodules(layer_specs=[block_spec(config, block, layer) for layer in layers])
 
 
-def block_spec(config: RunConfig, layer: int) -> ModuleSpec:
+def block_spec(config: RunConfig, block: BlockSpec, layer: int) -> ModuleSpec:
     """Return the spec of block ``layer`` (from 0)."""
     model, added = config.model, addition_in(config, layer)
     settings = BlockSettings(
@@ -35,8 +51,8 @@ def block_spec(config: RunConfig, layer: int) -> ModuleSpec:
         recompute=config.training.recompute is Recompute.full,
         addition=added[0].name if added else None,
     )
-    spec = family_of(config).block(model, layer, settings)
+    spec = block(model, layer, settings)
     if added is not None:
         addition, section = added
-        spec.submodules.addition = addition.spec(section)
+        spec.submodules.addition = ADDITION_SPECS[addition.name](section)
     return spec

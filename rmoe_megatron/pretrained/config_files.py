@@ -63,37 +63,6 @@ class TransformerConfig(TypedDict):
 
 
 @with_config(OPEN)
-class SD3Config(TransformerConfig):
-    """SD3Transformer2DModel and RecurrentSD3Transformer2DModel."""
-
-    joint_attention_dim: Width
-    pooled_projection_dim: Width
-    pos_embed_max_size: Annotated[int, Field(ge=1, le=2048)]
-    caption_projection_dim: NotRequired[Width]
-    dual_attention_layers: NotRequired[
-        Annotated[list[Annotated[int, Field(ge=0, lt=MAX_LAYERS)]], Field(max_length=MAX_LAYERS)] | None
-    ]
-    qk_norm: NotRequired[str | None]
-    min_sigma: NotRequired[Annotated[float, Field(gt=0, le=1)] | None]
-
-
-@with_config(OPEN)
-class DiTConfig(TransformerConfig):
-    """DiTTransformer2DModel and RecurrentDiTTransformer2DModel."""
-
-    num_embeds_ada_norm: Rows
-    norm_eps: NotRequired[Annotated[float, Field(gt=0, le=1)]]
-    downscale_freq_shift: NotRequired[Fraction]
-    norm_num_groups: NotRequired[Heads]
-    attention_bias: NotRequired[bool]
-    norm_elementwise_affine: NotRequired[bool]
-    upcast_attention: NotRequired[bool]
-    activation_fn: NotRequired[str]
-    norm_type: NotRequired[str]
-    dropout: NotRequired[Fraction]
-
-
-@with_config(OPEN)
 class AutoencoderConfig(TypedDict, total=False):
     """AutoencoderKL."""
 
@@ -240,12 +209,6 @@ class TokenizerConfig(TypedDict, total=False):
     model_max_length: Annotated[float, Field(ge=1, le=1e31)]  # 1e30 where there is none
 
 
-TRANSFORMERS: dict[str, TypeAdapter[Any]] = {
-    "SD3Transformer2DModel": TypeAdapter(SD3Config),
-    "RecurrentSD3Transformer2DModel": TypeAdapter(SD3Config),
-    "DiTTransformer2DModel": TypeAdapter(DiTConfig),
-    "RecurrentDiTTransformer2DModel": TypeAdapter(DiTConfig),
-}
 AUTOENCODERS: dict[str, TypeAdapter[Any]] = {
     "AutoencoderKL": TypeAdapter(AutoencoderConfig),
     "PixelCodec": TypeAdapter(PixelCodecConfig),

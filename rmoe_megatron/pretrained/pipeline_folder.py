@@ -26,11 +26,12 @@ from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.pretrained.architecture import (
     CLASSES,
+    TRANSFORMERS,
     check_described_model,
     empty_transformer,
     read_architecture,
 )
-from rmoe_megatron.pretrained.config_files import OBJECT, TRANSFORMERS, read_config
+from rmoe_megatron.pretrained.config_files import OBJECT, read_config
 from rmoe_megatron.pretrained.loading import (
     check_class,
     load_autoencoder_folder,

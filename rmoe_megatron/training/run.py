@@ -8,7 +8,7 @@ from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, 
 from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
-from rmoe_megatron.engine.protocol import build_engine
+from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import RunFailure, UserError
 from rmoe_megatron.launch import rank, ranks_on_host, world_size
 from rmoe_megatron.model.build import build_chunks

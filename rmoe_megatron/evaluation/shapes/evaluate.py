@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,13 @@ from numpy.typing import NDArray
 from rmoe_megatron.data.shapes.vocabulary import Skill
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.evaluation.shapes.detector import detect, matches_scene
-from rmoe_megatron.evaluation.shapes.report import write_report
-from rmoe_megatron.evaluation.shapes.rules import Verdict, judge
+from rmoe_megatron.evaluation.shapes.report import JudgedImage, write_report
+from rmoe_megatron.evaluation.shapes.rules import judge
 
 SPLITS = {"seen": "val", "heldout": "val_heldout"}
 CHUNK = 512  # images between two reports of progress
 
 Generate = Callable[[list[str], list[int]], NDArray[np.uint8]]
-
-
-@dataclass(frozen=True)
-class JudgedImage:
-    """One generated image and its verdict."""
-
-    split: str
-    skill: str
-    caption: str
-    image: NDArray[np.uint8]
-    verdict: Verdict
 
 
 def evaluate_shapes(

@@ -3,22 +3,33 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from rmoe_megatron import durable
+from rmoe_megatron.evaluation.shapes.rules import Verdict
 from rmoe_megatron.pictures import labelled_grid, png
-
-if TYPE_CHECKING:
-    from rmoe_megatron.evaluation.shapes.evaluate import JudgedImage
 
 PER_SKILL = 3  # right and wrong examples each
 
 
-def write_report(results: dict[str, Any], judged: Sequence["JudgedImage"], out: Path) -> None:
+@dataclass(frozen=True)
+class JudgedImage:
+    """One generated image and its verdict."""
+
+    split: str
+    skill: str
+    caption: str
+    image: NDArray[np.uint8]
+    verdict: Verdict
+
+
+def write_report(results: dict[str, Any], judged: Sequence[JudgedImage], out: Path) -> None:
     """Write the results to ``out`` and print the table."""
     out.mkdir(parents=True, exist_ok=True)
     picture = examples(judged)
@@ -47,7 +58,7 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def examples(judged: Sequence["JudgedImage"]) -> Image.Image:
+def examples(judged: Sequence[JudgedImage]) -> Image.Image:
     """Return right images above wrong ones, a few of every skill, with caption and verdict."""
     chosen: dict[tuple[bool, str], list[JudgedImage]] = defaultdict(list)
     for item in judged:

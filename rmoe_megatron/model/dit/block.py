@@ -3,14 +3,15 @@
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
+from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.model.attention import SelfAttention
 from rmoe_megatron.model.block import Block, BlockSettings, BlockSubmodules
 from rmoe_megatron.model.layers import core_attention, mlp
 from rmoe_megatron.model.modulation import Modulation, modulate
 
 
-def dit_block(settings: BlockSettings) -> ModuleSpec:
-    """Return the spec of a block."""
+def dit_block(model: ModelConfig, layer: int, settings: BlockSettings) -> ModuleSpec:
+    """Return the spec of block ``layer``; all are alike."""
     attention = ModuleSpec(module=SelfAttention, submodules=core_attention())
     submodules = BlockSubmodules(attention=attention, mlp=mlp())
     return ModuleSpec(module=DiTBlock, params={"settings": settings}, submodules=submodules)

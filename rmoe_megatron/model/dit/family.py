@@ -1,9 +1,5 @@
 """DiT without its layers: keys, FLOPs, parameters, names of weights."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from rmoe_megatron.config.model import ModelConfig, ModelDescription, Prediction
 from rmoe_megatron.config.requirements import require
 from rmoe_megatron.model.family import (
@@ -15,12 +11,6 @@ from rmoe_megatron.model.family import (
     timestep_parameters,
     vision_tokens,
 )
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    from rmoe_megatron.model.block import BlockSettings
-    from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 
 TEXT_KEYS = ("text_length", "text_hidden_size", "pooled_size", "pos_embed_max_size")
 
@@ -78,15 +68,3 @@ class DiTFamily(Family):
     def block_parameters(self, model: ModelConfig, layer: int) -> int:
         """Return the number of parameters of a block."""
         return stream_parameters(model)
-
-    def transformer(self) -> type[DiffusionTransformer]:
-        """Return the class of the model."""
-        from rmoe_megatron.model.dit.transformer import DiT
-
-        return DiT
-
-    def block(self, model: ModelConfig, layer: int, settings: BlockSettings) -> ModuleSpec:
-        """Return the spec of a block."""
-        from rmoe_megatron.model.dit.block import dit_block
-
-        return dit_block(settings)

@@ -6,6 +6,7 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import Tensor, nn
 
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
+from rmoe_megatron.model.dit.block import dit_block
 from rmoe_megatron.model.sequence import scatter
 
 
@@ -17,6 +18,7 @@ class DiT(DiffusionTransformer):
     """
 
     conditioning_module = "conditioning"
+    block = staticmethod(dit_block)
 
     def build_conditioning(self) -> None:
         """Build the embedding of timestep and class label, for all blocks or one for each."""

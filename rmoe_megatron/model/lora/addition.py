@@ -1,9 +1,6 @@
 """LoRA without its layers: keys, FLOPs, parameters, and how it is merged."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +9,6 @@ from rmoe_megatron.config.model import LoraConfig, ModelConfig
 from rmoe_megatron.config.requirements import require
 from rmoe_megatron.model.addition import Addition, Join
 from rmoe_megatron.model.family import vision_tokens
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 class LoraAddition(Addition[LoraConfig]):
@@ -38,14 +32,6 @@ class LoraAddition(Addition[LoraConfig]):
     def parameters(self, model: ModelConfig, section: LoraConfig) -> int:
         """Return the number of parameters of both factors."""
         return 6 * model.hidden_size * section.rank
-
-    def spec(self, section: LoraConfig) -> ModuleSpec:
-        """Return the module."""
-        from megatron.core.transformer.spec_utils import ModuleSpec
-
-        from rmoe_megatron.model.lora.lora import Lora
-
-        return ModuleSpec(module=Lora, params={"lora": section})
 
     def merged(self, weight: Tensor, added: Mapping[str, Tensor], join: Join) -> Tensor:
         """Add ``up @ down`` of q, k and v (down [3 r, H], up [3, H, r]) to the projection [3 H, H] of a block."""

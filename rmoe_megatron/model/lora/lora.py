@@ -10,12 +10,18 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from rmoe_megatron.config.model import LoraConfig
 from rmoe_megatron.model.attention import Attention, QueryKeyValue
+
+
+def lora_spec(lora: LoraConfig) -> ModuleSpec:
+    """Return the module that takes the place of attention in a block with LoRA."""
+    return ModuleSpec(module=Lora, params={"lora": lora})
 
 
 class Lora(MegatronModule):

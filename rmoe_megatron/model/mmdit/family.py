@@ -1,9 +1,5 @@
 """MM-DiT without its layers: keys, FLOPs, parameters, names of weights."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from rmoe_megatron.config.model import ModelConfig, ModelDescription
 from rmoe_megatron.config.requirements import require
 from rmoe_megatron.model.family import (
@@ -18,12 +14,6 @@ from rmoe_megatron.model.family import (
     timestep_parameters,
     vision_tokens,
 )
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    from rmoe_megatron.model.block import BlockSettings
-    from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 
 
 class MMDiTFamily(Family):
@@ -114,15 +104,3 @@ class MMDiTFamily(Family):
             return 2 * stream + dual
         last_text = linear_parameters(hidden, 3 * hidden) + qk_norm_parameters(model)
         return stream + dual + last_text + linear_parameters(hidden, 2 * hidden)
-
-    def transformer(self) -> type[DiffusionTransformer]:
-        """Return the class of the model."""
-        from rmoe_megatron.model.mmdit.transformer import MMDiT
-
-        return MMDiT
-
-    def block(self, model: ModelConfig, layer: int, settings: BlockSettings) -> ModuleSpec:
-        """Return the spec of a joint block."""
-        from rmoe_megatron.model.mmdit.block import joint_block
-
-        return joint_block(model, layer, settings)

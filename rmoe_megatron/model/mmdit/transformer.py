@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
+from rmoe_megatron.model.mmdit.block import joint_block
 from rmoe_megatron.model.sequence import mark_partial, num_shards, padded_length, scatter
 
 
@@ -14,6 +15,7 @@ class MMDiT(DiffusionTransformer):
     """Predicts the velocity of noisy latents from text and timestep."""
 
     conditioning_module = "time_text_embed"
+    block = staticmethod(joint_block)
 
     def build_conditioning(self) -> None:
         """Build the embedding of timestep and pooled text."""

@@ -1,16 +1,11 @@
 """The recurrence without its layers: keys, FLOPs, parameters, names of weights."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rmoe_megatron.config.model import ModelConfig, RecurrenceConfig
 from rmoe_megatron.config.requirements import require
 from rmoe_megatron.model.addition import Addition
 from rmoe_megatron.model.family import attention_multiply_adds, linear_parameters, vision_tokens
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
 
 GATE_INPUTS = ("tokens", "conditioning")
 
@@ -75,13 +70,3 @@ class RecurrenceAddition(Addition[RecurrenceConfig]):
             "moe_aux_loss_coeff": section.aux_loss_coeff,
             "moe_z_loss_coeff": section.z_loss_coeff or None,
         }
-
-    def spec(self, section: RecurrenceConfig) -> ModuleSpec:
-        """Return the module with its grouped projections."""
-        from megatron.core.transformer.spec_utils import ModuleSpec
-
-        from rmoe_megatron.model.recurrence.experts import Experts
-        from rmoe_megatron.model.recurrence.recurrence import Recurrence, RecurrenceSubmodules
-
-        submodules = RecurrenceSubmodules(experts=Experts)
-        return ModuleSpec(module=Recurrence, submodules=submodules, params={"recurrence": section})

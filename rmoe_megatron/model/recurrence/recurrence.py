@@ -27,6 +27,7 @@ from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.model.attention import Attention, QueryKeyValue
 from rmoe_megatron.model.modulation import Modulation, layer_norm, modulate
 from rmoe_megatron.model.recurrence.dispatch import QueryKeyValueDispatcher
+from rmoe_megatron.model.recurrence.experts import Experts
 from rmoe_megatron.model.recurrence.gate import Gate
 from rmoe_megatron.model.sequence import sequence_to_heads
 
@@ -36,6 +37,12 @@ class RecurrenceSubmodules:
     """The grouped projections of the modules."""
 
     experts: ModuleSpec | type
+
+
+def recurrence_spec(recurrence: RecurrenceConfig) -> ModuleSpec:
+    """Return the module that takes the place of attention in a block with recurrence."""
+    submodules = RecurrenceSubmodules(experts=Experts)
+    return ModuleSpec(module=Recurrence, submodules=submodules, params={"recurrence": recurrence})
 
 
 class Recurrence(MegatronModule):

@@ -1,0 +1,70 @@
+"""MM-DiT in diffusers: SD3Transformer2DModel and what this package adds to it."""
+
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from diffusers import SD3Transformer2DModel
+from pydantic import Field, with_config
+
+from rmoe_megatron.config.model import Architecture, ModelDescription, Objective, Prediction
+from rmoe_megatron.diffusion.rectified_flow import MIN_SIGMA
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.recurrent_sd3 import RecurrentSD3Transformer2DModel
+from rmoe_megatron.pretrained.config_files import MAX_LAYERS, TransformerConfig, Width
+from rmoe_megatron.pretrained.transformer_format import TransformerFormat, require_fixed
+from rmoe_megatron.typed_files import OPEN
+
+
+@with_config(OPEN)
+class SD3Config(TransformerConfig):
+    """SD3Transformer2DModel and RecurrentSD3Transformer2DModel."""
+
+    joint_attention_dim: Width
+    pooled_projection_dim: Width
+    pos_embed_max_size: Annotated[int, Field(ge=1, le=2048)]
+    caption_projection_dim: NotRequired[Width]
+    dual_attention_layers: NotRequired[
+        Annotated[list[Annotated[int, Field(ge=0, lt=MAX_LAYERS)]], Field(max_length=MAX_LAYERS)] | None
+    ]
+    qk_norm: NotRequired[str | None]
+    min_sigma: NotRequired[Annotated[float, Field(gt=0, le=1)] | None]
+
+
+class SD3Format(TransformerFormat):
+    """Stable Diffusion 3 and 3.5."""
+
+    stock, own, config = SD3Transformer2DModel, RecurrentSD3Transformer2DModel, SD3Config
+    objective = Objective.rectified_flow
+
+    def arguments(self, description: ModelDescription) -> dict[str, Any]:
+        """Return what says text, positions, norms and second attentions."""
+        model = description.model
+        arguments: dict[str, Any] = {
+            "out_channels": model.in_channels,
+            "joint_attention_dim": model.text_hidden_size,
+            "caption_projection_dim": model.hidden_size,
+            "pooled_projection_dim": model.pooled_size,
+            "pos_embed_max_size": model.pos_embed_max_size,
+            "dual_attention_layers": tuple(model.dual_attention_layers),
+            "qk_norm": "rms_norm" if model.qk_norm else None,
+        }
+        if description.diffusion.prediction is Prediction.sample:
+            arguments["min_sigma"] = MIN_SIGMA
+        return arguments
+
+    def model_settings(self, values: dict[str, Any], path: Path, text_length: int) -> dict[str, Any]:
+        """Return text, positions, norms and second attentions; diffusers does not know the length of the text."""
+        hidden = values["num_attention_heads"] * values["attention_head_dim"]
+        require_fixed(path, values, {"caption_projection_dim": hidden})
+        require_fixed(path, values, {"out_channels": values["in_channels"]})
+        if values.get("qk_norm") not in (None, "rms_norm"):
+            raise UserError(f"{path} has qk_norm {values['qk_norm']}; supported are null and rms_norm.")
+        return {
+            "architecture": Architecture.mmdit,
+            "qk_norm": values.get("qk_norm") == "rms_norm",
+            "text_length": text_length,
+            "text_hidden_size": values["joint_attention_dim"],
+            "pooled_size": values["pooled_projection_dim"],
+            "pos_embed_max_size": values["pos_embed_max_size"],
+            "dual_attention_layers": list(values.get("dual_attention_layers") or ()),
+        }
