@@ -5,13 +5,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from tqdm import tqdm
 
 from rmoe_megatron import durable, launch
 from rmoe_megatron.errors import RunFailure, UserError
+from rmoe_megatron.extras import PACKAGE, extra_of
 from rmoe_megatron.typed_files import read_text
 
 # Rich markup would swallow the [brackets] of the help texts.
@@ -55,9 +56,34 @@ def main() -> None:
     try:
         app()
     except (UserError, RunFailure) as error:
-        if launch.speaks():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        _end(str(error), 2 if isinstance(error, UserError) else 1)
+    except ModuleNotFoundError as error:
+        found = extra_of(error.name or "")
+        if found is None:
+            raise
+        extra, distribution = found
+        _end(
+            f"`{_command_called()}` needs the {extra} extra ({distribution} is not installed); "
+            f"run `pip install '{PACKAGE}[{extra}]'`.",
+            2,
+        )
+
+
+def _end(message: str, code: int) -> NoReturn:
+    if launch.speaks():
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _command_called() -> str:
+    """Return the command as it was typed, without its arguments: ``rmoe convert to-hf``."""
+    command, words = typer.main.get_command(app), ["rmoe"]
+    for word in sys.argv[1:]:
+        commands = getattr(command, "commands", {})
+        if word in commands:
+            command = commands[word]
+            words.append(word)
+    return " ".join(words)
 
 
 class _Bar:

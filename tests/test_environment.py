@@ -3,9 +3,11 @@
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,9 +23,9 @@ def bare_machine(tmp_path: Path) -> dict[str, str]:
     return {**kept, "PATH": str(tools), "HOME": str(tmp_path), "RMOE_VENV": str(tmp_path / "venv")}
 
 
-def source(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def source(environment: dict[str, str], root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-c", f"source {ROOT}/tools/environment.sh"],
+        ["bash", "-c", f"source {root}/tools/environment.sh"],
         env=environment,
         capture_output=True,
         text=True,
@@ -76,3 +78,51 @@ def test_an_environment_of_another_version_is_made_anew(bare_machine: dict[str, 
     (venv / "pyvenv.cfg").write_text("")
     result = source(bare_machine)
     assert f"Updating {venv} (Python 3.12.9)" in result.stdout and venv.exists()
+
+
+def test_what_is_installed_follows_bounds_and_pins(bare_machine: dict[str, str], tmp_path: Path) -> None:
+    """A change of pyproject.toml or of the pins, or another checkout, installs again; nothing else does."""
+    pip = tmp_path / "venv" / "bin" / "pip"
+    write_python(tmp_path / "venv" / "bin" / "python", works=True)
+    pip.write_text(f'#!{shutil.which("bash")}\necho "pip $*"\n')
+    pip.chmod(0o755)
+    (tmp_path / "venv" / "bin" / "activate").touch()
+    checkout, other = tmp_path / "checkout", tmp_path / "other"
+    for name in ("pyproject.toml", "tools/environment.sh", "tools/constraints.txt"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    installs = f"--constraint {checkout}/tools/constraints.txt --editable {checkout}[dev]"
+    assert installs in source(bare_machine, checkout).stdout
+    assert source(bare_machine, checkout).stdout == ""
+    for name in ("pyproject.toml", "tools/constraints.txt"):
+        with (checkout / name).open("a") as file:
+            file.write("# changed\n")
+        assert installs in source(bare_machine, checkout).stdout
+        assert source(bare_machine, checkout).stdout == ""
+    shutil.copytree(checkout, other)
+    assert f"--editable {other}[dev]" in source(bare_machine, other).stdout
+
+
+def test_an_installation_that_fails_is_tried_again(bare_machine: dict[str, str], tmp_path: Path) -> None:
+    write_python(tmp_path / "venv" / "bin" / "python", works=True)
+    write_python(tmp_path / "venv" / "bin" / "pip", works=False)
+    for _ in range(2):
+        result = source(bare_machine)
+        assert result.returncode == 1 and "Updating" in result.stdout
+
+
+def test_every_package_that_is_asked_for_is_pinned_within_its_bounds() -> None:
+    """All but Transformer Engine, which the tests do not run with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "tools" / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    asked = [
+        *project["dependencies"],
+        *(text for extra in project["optional-dependencies"].values() for text in extra),
+    ]
+    for requirement in map(Requirement, asked):
+        if requirement.name not in ("rmoe-megatron", "transformer-engine"):
+            assert pins[requirement.name] in requirement.specifier, requirement

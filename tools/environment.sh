@@ -1,11 +1,12 @@
 # Sourced by the scripts in this folder: makes the virtual environment and activates it.
 # RMOE_VENV names another place than .venv, RMOE_PYTHON the Python to make it with (3.12 or 3.13).
-# A second call finds the stamp of pyproject.toml and does nothing.
+# A second call finds the stamp of pyproject.toml and constraints.txt, of this folder, and does nothing.
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${RMOE_VENV:-$root/.venv}
-stamp=$venv/pyproject.sha256
+constraints=$root/tools/constraints.txt
+stamp=$venv/installed.sha256
 
 is_supported() { # is_supported COMMAND...: run it as a Python and ask for its version; a pyenv shim may exist and fail
     "$@" -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 12), (3, 13)))' > /dev/null 2>&1
@@ -44,7 +45,8 @@ END
     return 2
 }
 
-if ! sha256sum --check --status "$stamp" 2>/dev/null; then
+wanted=$(sha256sum "$root/pyproject.toml" "$constraints")
+if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
     # An environment of a supported Python is brought up to date with that Python, any other is made anew.
     if [[ -z ${RMOE_PYTHON:-} ]] && is_supported "$venv/bin/python"; then
         echo "Updating $venv ($("$venv/bin/python" --version))"
@@ -56,10 +58,9 @@ if ! sha256sum --check --status "$stamp" 2>/dev/null; then
         fi
         "$python" -m venv "$venv"
     fi
-    # torch first: a later, unpinned request could replace a CPU build by gigabytes of CUDA libraries.
-    "$venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --editable "${root}[dev]"
-    sha256sum "$root/pyproject.toml" > "$stamp"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" \
+        --editable "${root}[dev]" || exit 1
+    echo "$wanted" > "$stamp"
 fi
 # shellcheck source=/dev/null
 source "$venv/bin/activate"

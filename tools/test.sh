@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs every check: ruff, mypy, pytest. Arguments go to pytest.
+# Sets up the environment and runs every check: ruff, mypy, shellcheck, pytest. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=tools/environment.sh
@@ -11,5 +11,7 @@ ruff check .
 ruff format --check .
 echo "== mypy"
 mypy
+echo "== shellcheck"
+shellcheck tools/*.sh
 echo "== pytest"
 pytest -v "$@"

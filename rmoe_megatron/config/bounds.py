@@ -11,6 +11,8 @@ from typing import Any, get_args, get_type_hints
 
 from rmoe_megatron.errors import UserError
 
+# OmegaConf's mark of a value that has to be given, written out: sampling reads the schema without OmegaConf.
+MISSING: Any = "???"
 _BOUNDS = "bounds"
 
 

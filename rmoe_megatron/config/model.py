@@ -7,9 +7,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from omegaconf import MISSING
-
-from rmoe_megatron.config.bounds import number
+from rmoe_megatron.config.bounds import MISSING, number
 
 
 class Prediction(Enum):

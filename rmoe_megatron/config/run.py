@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
-
-from rmoe_megatron.config.bounds import number
+from rmoe_megatron.config.bounds import MISSING, number
 from rmoe_megatron.config.model import ModelDescription
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import stat
 import tarfile
 import warnings
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from webdataset.tariterators import base_plus_ext
 
 from rmoe_megatron.errors import UserError
 
@@ -93,6 +93,12 @@ def list_shards(folder: Path) -> list[Path]:
     if not shards:
         raise UserError(f"The folder {folder} has no .tar shards; build or download the data first.")
     return shards
+
+
+def base_plus_ext(path: str) -> tuple[str | None, str]:
+    """Split a member's path into the key of its sample and its extension, as WebDataset does; None is no sample's."""
+    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", path)
+    return (match[1], match[2]) if match else (None, "")
 
 
 def index_shard(shard: Path) -> list[SampleLocation]:
