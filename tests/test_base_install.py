@@ -17,7 +17,7 @@ from rmoe_megatron.conversion.export import build_pipeline
 from rmoe_megatron.data.shards import base_plus_ext
 from rmoe_megatron.extras import extra_of
 from rmoe_megatron.pretrained.architecture import transformer_arguments, transformer_class
-from tests.configurations import MODEL, randomise, tiny_config
+from tests.support.configurations import MODEL, randomise, tiny_config
 
 # A process that finds nothing but the standard library, this package and what its base install requires, all the way
 # down. It runs the command lines of its arguments (JSON) and prints the exit code of each.

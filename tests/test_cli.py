@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import losses, make_run, rmoe, write_shard
+from tests.support.runs import losses, make_run, rmoe, write_shard
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from rmoe_megatron.data.shards import LATENTS, ShardDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.precompute import encode_shard, precompute
-from tests.configurations import tiny_config
-from tests.runs import write_shard
-from tests.test_shards import picture, png
+from tests.data.test_shards import picture, png
+from tests.support.configurations import tiny_config
+from tests.support.runs import write_shard
 
 
 @pytest.mark.parametrize(("source", "out"), [("a", "a"), ("a", "a/b"), ("a/b", "a"), ("a", "c/../a/b")])

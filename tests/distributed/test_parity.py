@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmoe_megatron.config.model import LoraConfig
 from rmoe_megatron.config.run import ParallelConfig, Precision, Recompute, RunConfig
-from tests.distributed.ranks import DIT, MMDIT, RECURRENT, STEPS, Result, configuration, layout, run_on_ranks
+from tests.support.ranks import DIT, MMDIT, RECURRENT, STEPS, Result, configuration, layout, run_on_ranks
 
 MODELS = {
     "mmdit": configuration(MMDIT, recurrent=False),

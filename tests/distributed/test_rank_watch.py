@@ -18,7 +18,7 @@ from dataclasses import replace
 from rmoe_megatron import rank_watch
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.parallel import process_groups, rank, world_size
-from tests.configurations import tiny_config
+from tests.support.configurations import tiny_config
 
 rank_watch.INTERVAL, rank_watch.SILENCE = 0.2, 2.0
 what, config = sys.argv[1], tiny_config()

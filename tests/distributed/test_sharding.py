@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rmoe_megatron.config.model import LoraConfig
 from rmoe_megatron.config.run import ParallelConfig, RunConfig
 from rmoe_megatron.counter_rng import sample_keys
-from tests.distributed.ranks import MMDIT, RECURRENT, batches, configuration, layout, perturb, run_on_ranks
+from tests.support.ranks import MMDIT, RECURRENT, batches, configuration, layout, perturb, run_on_ranks
 
 # Two blocks: SD3's block, and its last one, which has no text output.
 MODEL = replace(MMDIT, num_layers=2, dual_attention_layers=[])

@@ -1,0 +1,94 @@
+"""SD3's text encoders and autoencoder against diffusers' StableDiffusion3Pipeline."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from rmoe_megatron.config.model import EncodersConfig
+from rmoe_megatron.encoders.autoencoder import decode_latents, encode_images, load_autoencoder
+from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
+from rmoe_megatron.errors import UserError
+from tests.support.sd3_pipeline import TEXT_LENGTH, save_pipeline
+
+CAPTIONS = ["two red circles", "", "a cat and a cat and a cat and a cat and a cat " * 12]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd3") / "pipeline"
+    save_pipeline(folder)
+    return folder
+
+
+def diffusers_embeddings(folder: Path, encoder: CaptionEncoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings by diffusers' code from the very encoders that ours has loaded."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **encoder.components())
+    states, _, pooled, _ = pipeline.encode_prompt(
+        CAPTIONS, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH - 77
+    )
+    return states, pooled
+
+
+@pytest.mark.parametrize("dropped", [[], ["t5"]])
+def test_prompt_embeddings_equal_diffusers(folder: Path, dropped: list[str]) -> None:
+    encoders = EncodersConfig(text_encoder=str(folder), dropped=dropped)
+    encoder = load_text_encoder(encoders, TEXT_LENGTH, CPU)
+    states, pooled = diffusers_embeddings(folder, encoder)
+    ours = encoder.encode(CAPTIONS)
+    assert torch.equal(ours.hidden_states, states) and torch.equal(ours.pooled, pooled)
+    assert ours.hidden_states.shape == (3, TEXT_LENGTH, 48) and ours.pooled.shape == (3, 28)
+    assert not torch.equal(ours.hidden_states[0], ours.hidden_states[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "pooled_columns"), [("clip_l", (0, 16), (0, 12)), ("clip_g", (16, 40), (12, 28))]
+)
+def test_a_dropped_clip_leaves_zeros(
+    folder: Path, name: str, columns: tuple[int, int], pooled_columns: tuple[int, int]
+) -> None:
+    whole = load_text_encoder(EncodersConfig(text_encoder=str(folder)), TEXT_LENGTH, CPU)
+    states, pooled = diffusers_embeddings(folder, whole)
+    states[:, :77, slice(*columns)] = 0
+    pooled[:, slice(*pooled_columns)] = 0
+    encoders = EncodersConfig(text_encoder=str(folder), dropped=[name])
+    ours = load_text_encoder(encoders, TEXT_LENGTH, CPU).encode(CAPTIONS)
+    torch.testing.assert_close(ours.hidden_states, states)
+    torch.testing.assert_close(ours.pooled, pooled)
+
+
+@pytest.mark.parametrize("shift", [0.06, None])
+def test_latents_are_shifted_and_scaled_as_in_diffusers(folder: Path, shift: float | None) -> None:
+    """SD3's and FLUX's autoencoders have a shift, older ones none."""
+    autoencoder = load_autoencoder(str(folder), CPU)
+    autoencoder.register_to_config(shift_factor=shift)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), dtype=np.uint8))
+    pixels = images.float() / 127.5 - 1
+    with torch.no_grad():
+        expected = (autoencoder.encode(pixels).latent_dist.mean - (shift or 0)) * 1.5305
+        torch.testing.assert_close(encode_images(autoencoder, images), expected)
+        decoded = autoencoder.decode(expected / 1.5305 + (shift or 0)).sample
+    expected_image = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+    assert (decode_latents(autoencoder, expected).float() - expected_image).abs().max() <= 1
+
+
+def test_missing_encoders_are_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="text_encoder .*clip_l"):
+        load_text_encoder(EncodersConfig(text_encoder=str(tmp_path)), TEXT_LENGTH, CPU)
+    with pytest.raises(UserError, match="text_length is 77"):
+        load_text_encoder(EncodersConfig(text_encoder=str(folder)), 77, CPU)
+    with pytest.raises(UserError, match="no autoencoder"):
+        load_autoencoder(str(tmp_path), CPU)
+    with pytest.raises(UserError, match="no folder /nowhere/at/all"):
+        load_autoencoder("/nowhere/at/all", CPU)
+
+
+def test_a_repository_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="nobody/nothing is no local folder and cannot be had"):
+        load_autoencoder("nobody/nothing", CPU)

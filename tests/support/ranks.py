@@ -1,0 +1,251 @@
+"""Several ranks on this machine that train tiny models from random weights, and report them whole."""
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing
+
+from rmoe_megatron.config.layout_checks import check_layout
+from rmoe_megatron.config.model import Architecture, ModelConfig
+from rmoe_megatron.config.run import ParallelConfig, RunConfig
+from rmoe_megatron.counter_rng import normal, sample_keys, uniform
+from rmoe_megatron.data.batch import Batch, ClassConditions, Conditions, TextConditions
+from tests.support.configurations import MODEL, RECURRENCE, tiny_config
+
+# Ranks are forked from a server that has imported everything and run nothing: a fork of this process, whose threads and
+# communication state may be anything by now, can hang.
+multiprocessing.set_forkserver_preload(["rmoe_megatron.training.run", "rmoe_megatron.conversion.importing"])
+
+STEPS = 10
+TIMEOUT = 300
+
+# Six tokens of text are padded by two under TP4; the last block has no text output.
+MMDIT = replace(MODEL, num_layers=4, num_attention_heads=4, text_length=6, dual_attention_layers=[0])
+DIT = ModelConfig(
+    architecture=Architecture.dit, sample_size=8, patch_size=2, in_channels=3, num_layers=4, hidden_size=32,
+    num_attention_heads=4, qk_norm=False, num_classes=7,
+)  # fmt: skip
+RECURRENT = replace(RECURRENCE, layers=[1, 2], steps=3, z_loss_coeff=0.01)
+
+
+@dataclass
+class Result:
+    """What a run did: per step the loss and the gradient's norm, and the whole model's tensors by name."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    initial: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step, before clipping
+    final: dict[str, Tensor] = field(default_factory=dict)
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    validation_loss: float = 0.0
+    denoised: Tensor | None = None
+
+
+def configuration(model: ModelConfig, recurrent: bool, **changes: Any) -> RunConfig:
+    """A tiny run with four micro-batches of two samples per step on one rank; clipping is active."""
+    config = tiny_config(RECURRENT if recurrent else None, model=model)
+    # Gradients that are zero but for rounding (of the keys' biases) would move weights by the learning rate.
+    config.optimizer = replace(config.optimizer, eps=1e-6, warmup_steps=0, clip_grad=0.05, weight_decay=0.01)
+    training = replace(config.training, micro_batch_size=2, global_batch_size=8)
+    return replace(config, **{"training": training, **changes})
+
+
+def layout(**sizes: Any) -> ParallelConfig:
+    """Sizes by their usual short names (tp, cp, pp, vpp, ep), other settings by their own."""
+    names = {
+        "tp": "tensor_model_parallel_size", "cp": "context_parallel_size", "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
+    }  # fmt: skip
+    settings = {names.get(name, name): value for name, value in sizes.items()}
+    return ParallelConfig(sequence_parallel=sizes.get("tp", 1) > 1, **settings)
+
+
+def run_on_ranks(
+    ranks: int, cases: dict[str, RunConfig], folder: Path, job: Callable[[RunConfig], Any] | None = None
+) -> dict[str, Any]:
+    """Do a job with every configuration on ``ranks`` ranks, one after the other; a time-out kills the ranks.
+
+    Args:
+        job: returns what rank 0 reports; :func:`train` if not given.
+    """
+    for config in cases.values():
+        check_layout(config, ranks)
+    # As torchrun's agent does, this process holds the stores: each case a new one, no port taken twice.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
+    arguments = (ranks, job or train, list(cases.values()), [store.port for store in stores], folder)
+    started = multiprocessing.start_processes(
+        _rank_main, arguments, nprocs=ranks, join=False, start_method="forkserver"
+    )
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not started.join(timeout=5):
+            assert time.monotonic() < deadline, f"{ranks} ranks took longer than {TIMEOUT} s"
+    finally:
+        for process in started.processes:
+            process.kill()
+    return dict(zip(cases, torch.load(folder / "results.pt", weights_only=False), strict=True))
+
+
+def _rank_main(
+    rank: int,
+    ranks: int,
+    job: Callable[[RunConfig], Any],
+    configs: list[RunConfig],
+    ports: list[int],
+    folder: Path,
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    results = []
+    for port, config in zip(ports, configs, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        results.append(job(config))
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+
+
+def train(config: RunConfig) -> Result:
+    """Take ``STEPS`` optimizer steps from weights that are all different from zero."""
+    from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.engine.megatron.engine import MegatronEngine
+    from rmoe_megatron.model.build import build_chunks
+    from rmoe_megatron.parallel import process_groups
+    from rmoe_megatron.training.ema import ExponentialMovingAverage
+
+    result = Result()
+    with process_groups(config) as device:
+        modules = build_chunks(config).to(device)
+        null = conditions(config, torch.zeros(1)).map(torch.zeros_like)
+        result.initial = gathered(modules)
+        perturb(modules)
+        engine = MegatronEngine(config, modules, DiffusionLoss(config, config.seed, null))
+        ema = ExponentialMovingAverage(modules, 0.9)
+        micro_batches = batches(config)
+        for number in range(STEPS):
+
+            def before_update(number: int = number) -> None:
+                if number == 0:
+                    result.gradients = gathered(modules, whole_gradients(engine))
+                else:
+                    ema.update(number - 1)
+
+            outcome = engine.step(micro_batches, before_update)
+            result.losses.append(outcome.loss)
+            result.grad_norms.append(outcome.grad_norm)
+        engine.gather_parameters()
+        ema.update(STEPS - 1)
+        result.final = gathered(modules)
+        result.averages = gathered(modules, ema.averages)
+        result.validation_loss = engine.evaluate(batches(config), engine.num_micro_batches)
+        keys, size = sample_keys(4, torch.arange(3)), config.model.sample_size
+        result.denoised = engine.denoise(
+            normal(keys, config.model.in_channels * size**2).view(3, -1, size, size),
+            torch.tensor([10.0, 500.0, 900.0]),
+            keys,
+            conditions(config, torch.arange(3)),
+        )
+    return result
+
+
+def conditions(config: RunConfig, draws: Tensor) -> Conditions:
+    """Text or labels of the given draws."""
+    model, keys = config.model, sample_keys(1, draws)
+    if model.architecture is Architecture.dit:
+        return ClassConditions((uniform(keys, 1)[:, 0] * model.num_classes).long())
+    text = normal(keys, model.text_length * model.text_hidden_size)
+    return TextConditions(
+        text.view(-1, model.text_length, model.text_hidden_size),
+        normal(sample_keys(2, draws), model.pooled_size),
+    )
+
+
+def batches(config: RunConfig) -> Iterator[Batch]:
+    """This rank's micro-batches, each sample a function of its draw number."""
+    from megatron.core import parallel_state
+
+    from rmoe_megatron.data.loader import BatchLayout
+
+    training, model = config.training, config.model
+    batch_layout = BatchLayout(
+        training.global_batch_size,
+        training.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    for step in range(STEPS):
+        for micro_batch in batch_layout.micro_batches(step * training.global_batch_size):
+            draws = torch.tensor(list(micro_batch))
+            size = (model.in_channels, model.sample_size, model.sample_size)
+            latents = normal(sample_keys(3, draws), size[0] * size[1] * size[2]).view(-1, *size)
+            yield Batch(latents, conditions(config, draws), draws)
+
+
+def perturb(chunks: torch.nn.ModuleList, std: float = 0.05) -> None:
+    """Add numbers to every weight that depend on its name and place in the whole model only."""
+    for key, place, shape, data in shards(chunks):
+        if not key.endswith("pos_embed.pos_embed"):
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            whole = torch.randn(shape, generator=generator) * std
+            with torch.no_grad():
+                data.add_(whole[place].view_as(data))
+
+
+def shards(chunks: torch.nn.ModuleList, values: dict[str, Tensor] | None = None) -> Iterator[tuple]:
+    """This rank's parts of the model's parameters: key, place in the whole tensor, its shape, and the part.
+
+    Args:
+        values: by parameter name, in place of the parameters.
+    """
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from rmoe_megatron.checkpoint.model_state import full_state
+
+    trained = {name for name, _ in chunks.named_parameters()}
+    for name, entry in full_state(chunks).items():
+        if isinstance(entry, ShardedTensor) and name in trained:
+            data = entry.data if values is None else values[name].view_as(entry.data)
+            yield entry.key, entry.global_slice(), entry.global_shape, data
+
+
+def whole_gradients(engine: Any) -> dict[str, Tensor]:
+    """This rank's gradients, put together again where the distributed optimizer has sharded them."""
+    for chunk in engine.model.wrapped:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            group = buffer.data_parallel_group
+            if not chunk.ddp_config.use_distributed_optimizer or group.size() == 1:
+                continue
+            for bucket in buffer.buckets:
+                mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+    return {name: parameter.main_grad for name, parameter in engine.modules.named_parameters()}
+
+
+def gathered(chunks: torch.nn.ModuleList, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """On rank 0 the whole model's tensors in float32, put together from all ranks; replicas must be equal."""
+    mine = [
+        (key, place, shape, data.detach().float().clone())
+        for key, place, shape, data in shards(chunks, values)
+    ]
+    is_rank0 = dist.get_rank() == 0
+    everyone: list[Any] | None = [None] * dist.get_world_size() if is_rank0 else None
+    dist.gather_object(mine, everyone)
+    whole: dict[str, Tensor] = {}
+    for key, place, shape, data in (part for parts in everyone or [] for part in parts):
+        tensor = whole.setdefault(key, torch.full(shape, torch.nan))
+        before = tensor[place].clone()
+        tensor[place] = data.view_as(before)
+        if not before.isnan().all():
+            torch.testing.assert_close(
+                before, tensor[place], rtol=1e-6, atol=1e-8, msg=f"replicas of {key} differ"
+            )
+    assert not any(tensor.isnan().any() for tensor in whole.values())
+    return whole
