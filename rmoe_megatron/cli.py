@@ -11,7 +11,7 @@ import typer
 from tqdm import tqdm
 
 from rmoe_megatron import durable, launch
-from rmoe_megatron.errors import RunFailure, UserError
+from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.extras import PACKAGE, extra_of
 from rmoe_megatron.typed_files import read_text
 
@@ -55,7 +55,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except (UserError, RunFailure) as error:
+    except (UserError, RunError) as error:
         _end(str(error), 2 if isinstance(error, UserError) else 1)
     except ModuleNotFoundError as error:
         found = extra_of(error.name or "")

@@ -13,7 +13,7 @@ class UserError(Exception):
         super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in message))
 
 
-class RunFailure(Exception):
+class RunError(Exception):
     """A run that cannot go on though nothing it was asked for is wrong: its weights or losses are no longer finite.
 
     The message is one sentence that says what happened, at which step, and where more is written. The command line

@@ -131,7 +131,9 @@ def encode_shard(shard: Path, target: Path, captions: CaptionCache | None, autoe
         os.fsync(file.fileno())
 
 
-def _add_sample(tar: tarfile.TarFile, sample: dict, latents: Tensor, captions: CaptionCache | None) -> None:
+def _add_sample(
+    tar: tarfile.TarFile, sample: dict[str, Any], latents: Tensor, captions: CaptionCache | None
+) -> None:
     members = {LATENTS: _array(latents)}
     if captions is not None:
         hidden_states, pooled = captions.encoded[sample["txt"]]
@@ -146,7 +148,7 @@ def _add_sample(tar: tarfile.TarFile, sample: dict, latents: Tensor, captions: C
         _add(tar, f"{sample['__key__']}.{extension}", content)
 
 
-def _image(sample: dict) -> np.ndarray:
+def _image(sample: dict[str, Any]) -> np.ndarray:
     return next(sample[extension] for extension in IMAGES if extension in sample)
 
 

@@ -12,12 +12,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from rmoe_megatron.errors import RunFailure, UserError
+from rmoe_megatron.errors import RunError, UserError
 
 INTERVAL = 2.0  # seconds between heartbeats
 SILENCE = 40.0  # seconds without a heartbeat after which a rank is given up
@@ -92,14 +92,12 @@ class _Watch(threading.Thread):
         """Tell the other ranks why this one ends; the first to do so is the one they hear."""
         reason = (
             str(error)
-            if isinstance(error, (UserError, RunFailure))
+            if isinstance(error, (UserError, RunError))
             else "".join(traceback.format_exception(error))
         )
         message = f"{_exit_code(error)} Rank {self.rank} on {socket.gethostname()} failed: {reason}"
-        try:
+        with suppress(RuntimeError):  # the store is gone, and with it the ranks that could read it
             self.store.compare_set(_FAILURE, "", message)
-        except RuntimeError:
-            pass  # the store is gone, and with it the ranks that could read it
 
     def _end(self, message: str, code: int) -> NoReturn:
         print(f"error: rank {self.rank} ends because another did. {message}", file=sys.stderr, flush=True)

@@ -41,7 +41,7 @@ from tests.support.runs import losses, make_run, rmoe, write_shard
         (["convert", "from-facebook-dit", "{config}", "{folder}/r"], "plain tensors"),
         (["convert", "to-hf", "{folder}/nowhere", "{folder}/m"], "no run"),
         (["convert", "to-hf", "{folder}", "{folder}/m", "--dtype", "fp8"], "--dtype fp8"),
-        (["data", "build-shapes", "{folder}"], "not empty"),
+        (["data", "build-shapes", "{folder}"], "not an empty folder"),
         (["data", "precompute", "{config}", "{folder}/empty", "{folder}/out"], "no .tar shards"),
     ],
 )
@@ -54,7 +54,8 @@ def test_mistakes_get_one_sentence_and_exit_code_2(tmp_path: Path, arguments: li
     code, errors = rmoe(*[argument.format(config=config, folder=tmp_path) for argument in arguments])
     assert code == 2, errors
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and words in lines[0], errors
+    assert len(lines) == 1, errors
+    assert words in lines[0]
     assert "Traceback" not in errors
 
 
@@ -94,7 +95,8 @@ def test_the_whole_chain_on_a_tiny_model(tmp_path: Path) -> None:
     assert losses(tmp_path / "raw") == pytest.approx(losses(tmp_path / "run"), rel=1e-3)
     assert np.asarray(Image.open(tmp_path / "images" / "00000.png")).shape == (32, 32, 3)
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
-    assert results["splits"]["seen"]["images"] == 24 and results["splits"]["heldout"]["images"] == 6
+    assert results["splits"]["seen"]["images"] == 24
+    assert results["splits"]["heldout"]["images"] == 6
     assert results["detector_accuracy_on_ground_truth"] == 1.0
     assert (tmp_path / "run" / "samples" / "step-00000004.png").is_file()
     assert (tmp_path / "run" / "curves.png").is_file()

@@ -20,9 +20,14 @@ def test_a_folder_is_there_when_it_is_finished(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
     final = tmp_path / "final"
-    with pytest.raises(KeyboardInterrupt), durable.building(final) as partial:
-        (partial / "file").write_text("content")
-        raise KeyboardInterrupt
+
+    def interrupt() -> None:
+        with durable.building(final) as partial:
+            (partial / "file").write_text("content")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -41,8 +46,10 @@ def test_what_an_earlier_attempt_left_is_removed(tmp_path: Path, kind: str) -> N
     else:
         os.mkfifo(left)
     with durable.building(final) as partial:
-        assert list(partial.iterdir()) == [] and not partial.is_symlink()
-    assert final.is_dir() and (kept / "file").is_file()
+        assert list(partial.iterdir()) == []
+        assert not partial.is_symlink()
+    assert final.is_dir()
+    assert (kept / "file").is_file()
 
 
 def test_only_a_replacement_takes_the_place_of_something(tmp_path: Path) -> None:
@@ -51,7 +58,7 @@ def test_only_a_replacement_takes_the_place_of_something(tmp_path: Path) -> None
     with durable.building(final):  # an empty folder may be there
         pass
     (final / "old").write_text("")
-    with pytest.raises(OSError), durable.building(final):
+    with pytest.raises(OSError, match="not empty"), durable.building(final):
         pass
     assert (final / "old").is_file()
     with durable.building(final, replace=True) as partial:

@@ -73,8 +73,10 @@ def test_anything_else_is_one_sentence(content: bytes, complaint: str, tmp_path:
     with pytest.raises(UserError) as raised:
         read_json(path, OUTER)
     message = str(raised.value)
-    assert message.startswith(str(path)) and complaint in message
-    assert "\n" not in message and len(message) < len(str(path)) + 200
+    assert message.startswith(str(path))
+    assert complaint in message
+    assert "\n" not in message
+    assert len(message) < len(str(path)) + 200
 
 
 def test_a_pipe_a_folder_and_other_paths_are_refused_at_once(tmp_path: Path) -> None:

@@ -104,9 +104,9 @@ def _merge(tree: DictConfig, values: dict[str, Any], source: str, prefix: str = 
     """Merge ``values`` into ``tree`` key by key, so that every complaint can name its key."""
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if not isinstance(key, str) or (key not in tree.keys() and not _is_free(tree)):
+        if not isinstance(key, str) or (key not in list(tree) and not _is_free(tree)):
             raise UserError(f"Unknown key {path} in {source}{_nearest(str(key), path, prefix, tree)}?")
-        node = tree._get_node(key) if key in tree.keys() else None
+        node = tree._get_node(key) if key in list(tree) else None
         if isinstance(value, dict) and path in OPTIONAL_SECTIONS:
             if tree[key] is None:
                 tree[key] = OmegaConf.structured(OPTIONAL_SECTIONS[path])

@@ -51,13 +51,13 @@ class BatchLayout:
         ]
 
 
-class _Collated(Dataset):
+class _Collated(Dataset[Any]):
     """Micro-batches addressed by the numbers of their draws, which they carry as ``sample_index``.
 
     A user's mistake comes back in the batch's place: raised in a worker it would arrive as the text of a traceback.
     """
 
-    def __init__(self, dataset: Dataset, order: GlobalOrder) -> None:
+    def __init__(self, dataset: Dataset[Any], order: GlobalOrder) -> None:
         self.dataset = dataset
         self.order = order
 
@@ -70,7 +70,7 @@ class _Collated(Dataset):
             return error
 
 
-class _MicroBatches(Sampler):
+class _MicroBatches(Sampler[list[int]]):
     def __init__(self, layout: BatchLayout, first_draw: int, last_draw: int | None) -> None:
         self.layout = layout
         self.first_draw = first_draw
@@ -85,7 +85,7 @@ class _MicroBatches(Sampler):
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Dataset[Any],
     order: GlobalOrder,
     layout: BatchLayout,
     first_draw: int = 0,

@@ -163,7 +163,7 @@ def _is_end_of_archive(file: BinaryIO, offset: int) -> bool:
     return complete and not block
 
 
-class ShardDataset(Dataset):
+class ShardDataset(Dataset[Any]):
     """The samples of all shards of a folder, decoded, as dictionaries from extension to value.
 
     A sample that cannot be read is counted, named in the log and replaced by the next readable one, so that a run
@@ -277,7 +277,7 @@ PRECOMPUTED_TEXT = {"text_hidden_states": TEXT_HIDDEN_STATES, "text_pooled": TEX
 CLASS_LABEL = "cls"
 
 
-class TrainingDataset(Dataset):
+class TrainingDataset(Dataset[Any]):
     """Training samples of a shard folder, raw or precomputed; which one is read off the first sample.
 
     Raw samples are ``{"image": uint8 [3, H, W], "caption": str}``; precomputed ones float32 tensors ``latents``

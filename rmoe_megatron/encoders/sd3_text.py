@@ -44,7 +44,8 @@ class Encoder:
 
     def tokenize(self, captions: list[str], length: int) -> Tensor:
         """Return token numbers [B, length], padded and cut."""
-        assert self.tokenizer is not None and self.model is not None
+        assert self.tokenizer is not None
+        assert self.model is not None
         tokens = self.tokenizer(
             captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )

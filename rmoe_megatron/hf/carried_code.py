@@ -63,5 +63,6 @@ def copy_code(module: str, folder: Path) -> None:
 
 def _source(module: str) -> str:
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).read_text()

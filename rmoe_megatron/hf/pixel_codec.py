@@ -46,7 +46,7 @@ class PixelCodec(CarriesCode, ModelMixin, ConfigMixin):
 
     def encode(self, sample: Tensor) -> AutoencoderKLOutput:
         """Return images [B, C, H, W] in [-1, 1] as their own latents."""
-        return AutoencoderKLOutput(latent_dist=PixelDistribution(sample))  # type: ignore[arg-type]
+        return AutoencoderKLOutput(latent_dist=PixelDistribution(sample))
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Return latents as images."""

@@ -98,7 +98,7 @@ class Block(MegatronModule, BaseTransformerLayer):
         """Return the hidden states after the block."""
         raise NotImplementedError
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, context: Tensor, context_mask: Tensor, **_: object
     ) -> tuple[Tensor, Tensor]:
         """Apply the block and hand ``context`` on, as TransformerBlock wants it; see :meth:`transform`."""

@@ -1,6 +1,7 @@
 """What MM-DiT and DiT share: Megatron-Core's TransformerBlock between patch embedding and output projection."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import PatchEmbed
@@ -115,7 +116,7 @@ class DiffusionTransformer(MegatronModule):
         self.transformer.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """Describe the stage's tensors to dist_checkpointing; the conditioning is the first stage's to write."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)

@@ -60,9 +60,8 @@ def load_autoencoder_folder(folder: Path, autoencoder_class: type[ModelMixin]) -
     """
     values = read_config(folder / "config.json", AUTOENCODERS)
     check_class(values, autoencoder_class, folder)
-    with refusal(f"{folder} cannot be loaded as a {autoencoder_class.__name__}"):
-        with torch.device("meta"):
-            empty = autoencoder_class.from_config(values)
+    with refusal(f"{folder} cannot be loaded as a {autoencoder_class.__name__}"), torch.device("meta"):
+        empty = autoencoder_class.from_config(values)
     return load_diffusers_model(folder, autoencoder_class, empty)
 
 
@@ -99,10 +98,9 @@ def load_text_encoder_folder(
     config = load_text_encoder_config(
         folder, AutoConfig if model_class is AutoModel else model_class.config_class
     )
-    with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"):
-        with torch.device("meta"):
-            is_auto = model_class is AutoModel
-            empty = AutoModel.from_config(config, trust_remote_code=False) if is_auto else model_class(config)
+    with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"), torch.device("meta"):
+        is_auto = model_class is AutoModel
+        empty = AutoModel.from_config(config, trust_remote_code=False) if is_auto else model_class(config)
     _check_weights(folder, TRANSFORMERS_WEIGHTS_NAME, empty)
     del empty
     with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"), _without_report():

@@ -11,7 +11,7 @@ from torch import nn
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.model_state import full_state
 from rmoe_megatron.engine.protocol import StepResult
-from rmoe_megatron.errors import RunFailure
+from rmoe_megatron.errors import RunError
 from rmoe_megatron.training.logging import json_text
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Health:
         """Take note of a step. Every rank takes part.
 
         Raises:
-            RunFailure: too many steps in a row were left out; the diagnosis is written.
+            RunError: too many steps in a row were left out; the diagnosis is written.
         """
         if result.suspects is None:
             self.skipped.clear()
@@ -56,7 +56,7 @@ class Health:
             )  # fmt: skip
         if len(self.skipped) >= self.limit:
             self._diagnose(step)
-            raise RunFailure(
+            raise RunError(
                 f"{len(self.skipped)} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
                 f"the run is ended, its last checkpoint is good, and {self.run_dir / DIAGNOSIS} says what was found."
             )

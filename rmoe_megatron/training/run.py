@@ -9,7 +9,7 @@ from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.registry import build_engine
-from rmoe_megatron.errors import RunFailure, UserError
+from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.launch import rank, ranks_on_host, world_size
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import check_memory
@@ -112,7 +112,7 @@ def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
             load_checkpoint(state, checkpoint)
         try:
             TrainingLoop(config, state, source, device).run()
-        except RunFailure:
+        except RunError:
             raise
         except Exception as error:
             error.add_note(f"Rank {rank()} was at step {state.progress.step + 1}.")

@@ -24,7 +24,7 @@ from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.engine.protocol import Engine
-from rmoe_megatron.errors import RunFailure, UserError
+from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 
@@ -93,7 +93,7 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
     """Save the state under ``run_dir`` and return the published folder; every rank takes part.
 
     Raises:
-        RunFailure: weights or averages are not finite; nothing is published and nothing removed.
+        RunError: weights or averages are not finite; nothing is published and nothing removed.
     """
     check_finite([*state.engine.modules.named_parameters(), *state.ema.averages.items()], state.progress.step)
     final, is_rank0 = checkpoint_path(run_dir, state.progress.step), dist.get_rank() == 0
@@ -114,14 +114,14 @@ def check_finite(named: Iterable[tuple[str, Tensor]], step: int) -> None:
     """Check weights before they are saved; every rank takes part.
 
     Raises:
-        RunFailure: a value is not finite on some rank; names the tensor.
+        RunError: a value is not finite on some rank; names the tensor.
     """
     mine = next((name for name, tensor in named if not tensor.isfinite().all()), None)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     found = [(rank, name) for rank, name in enumerate(everyone) if name is not None]
     if found:
-        raise RunFailure(
+        raise RunError(
             f"{found[0][1]} on rank {found[0][0]} is not finite after step {step}; nothing is saved, so resume from the "
             "last checkpoint with a smaller optimizer.learning_rate."
         )

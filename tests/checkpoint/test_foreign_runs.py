@@ -95,8 +95,7 @@ def test_a_checkpoint_that_says_nonsense_is_refused(
     replace_file(path / file, content.encode())
     sign(path)
     with pytest.raises(UserError) as raised:
-        RunWeights(tmp_path / "run")
-        read_state(path)
+        read_state(RunWeights(tmp_path / "run").checkpoint.path)
     assert_one_sentence(raised.value)
     assert str(path / file) in str(raised.value)
 

@@ -30,7 +30,9 @@ def test_overrides_and_round_trip(path: Path, tmp_path: Path) -> None:
         "logging.wandb.project=x",
     ]
     config = load_config(path, overrides)
-    assert config.recurrence is not None and config.recurrence.layers == [0] and config.recurrence.rank == 4
+    assert config.recurrence is not None
+    assert config.recurrence.layers == [0]
+    assert config.recurrence.rank == 4
     assert config.precision is Precision.bf16
     assert config.optimizer.learning_rate == 2e-4
     save_config(config, tmp_path / "again.yaml")
@@ -40,7 +42,9 @@ def test_overrides_and_round_trip(path: Path, tmp_path: Path) -> None:
 def test_recurrence_can_be_switched_off_and_on(path: Path) -> None:
     assert load_config(path, ["recurrence=null"]).recurrence is None
     again = load_config(path, ["recurrence=null", "recurrence.layers=[1]"]).recurrence
-    assert again is not None and again.layers == [1] and again.num_modules == 5
+    assert again is not None
+    assert again.layers == [1]
+    assert again.num_modules == 5
 
 
 @pytest.mark.parametrize(
@@ -91,9 +95,11 @@ def test_a_preset_fills_the_model_and_other_keys_override_it(path: Path, tmp_pat
     )
     model = load_config(tmp_path / "preset.yaml", ["model.num_layers=30"]).model
     assert (model.hidden_size, model.num_layers, model.sample_size) == (1536, 30, 64)
-    assert model.dual_attention_layers == list(range(13)) and model.qk_norm
+    assert model.dual_attention_layers == list(range(13))
+    assert model.qk_norm
     other = load_config(tmp_path / "preset.yaml", ["model.preset=sd3_medium"]).model
-    assert other.dual_attention_layers == [] and not other.qk_norm
+    assert other.dual_attention_layers == []
+    assert not other.qk_norm
     save_config(load_config(tmp_path / "preset.yaml", []), tmp_path / "again.yaml")
     assert load_config(tmp_path / "again.yaml", []) == load_config(tmp_path / "preset.yaml", [])
     with pytest.raises(UserError, match="did you mean sd3_medium?"):

@@ -53,7 +53,9 @@ def load_and_validate(path: Path, overrides: list[str], ranks: int) -> None:
         check(load_config(path, overrides), ranks)
     except UserError as error:
         message = str(error)
-        assert message.endswith((".", "?")) and "\n" not in message and len(message) < 2000, message
+        assert message.endswith((".", "?")), message
+        assert "\n" not in message
+        assert len(message) < 2000
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -277,7 +277,9 @@ def test_wrong_export_options_get_one_sentence(
     with pytest.raises(SystemExit) as stopped:
         main()
     errors = capsys.readouterr().err
-    assert stopped.value.code == 2 and errors.startswith("error: ") and words in errors, errors
+    assert stopped.value.code == 2
+    assert errors.startswith("error: ")
+    assert words in errors
     assert list(tmp_path.iterdir()) == []
 
 
@@ -325,7 +327,8 @@ def test_import_into_an_interleaved_layout_is_refused(tmp_path: Path) -> None:
     arguments = ["convert", "from-hf", str(tmp_path / "model"), str(tmp_path / "run")]
     code, errors = rmoe(*arguments, "--text-length", str(TEXT_LENGTH), *layout, ranks=2)
     assert code != 0
-    assert "is for training" in errors and not (tmp_path / "run").exists()
+    assert "is for training" in errors
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -339,7 +342,8 @@ def test_half_precision_weights_start_a_run_of_any_precision(dtype: torch.dtype,
             state = to_diffusers(load_ours(weights).state_dict(), weights.config.model)
         for name, value in model.state_dict().items():
             expected = value.to(PARAMS_DTYPE[precision])
-            assert state[name].dtype == expected.dtype and torch.equal(state[name], expected), name
+            assert state[name].dtype == expected.dtype, name
+            assert torch.equal(state[name], expected), name
 
 
 class LiveBytes:

@@ -73,7 +73,8 @@ def test_an_exported_original_is_imported_as_it_was(folder: Path, tmp_path: Path
 
     import_diffusers(folder / "exported", tmp_path / "again", 0, ParallelConfig())
     first, again = RunWeights(folder / "run"), RunWeights(tmp_path / "again")
-    assert again.config.model == first.config.model and again.fingerprint() == first.fingerprint()
+    assert again.config.model == first.config.model
+    assert again.fingerprint() == first.fingerprint()
 
 
 def test_diffusers_class_is_an_approximation_that_is_asked_for_and_measured(

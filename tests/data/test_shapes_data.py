@@ -84,7 +84,8 @@ def test_objects_keep_apart_and_inside(shapes: Path) -> None:
         objects = sample["json"]["objects"]
         for item in objects:
             for center in (item["x"], item["y"]):
-                assert 0.5 <= center - item["size"] / 2 and center + item["size"] / 2 <= 31.5
+                assert center - item["size"] / 2 >= 0.5
+                assert center + item["size"] / 2 <= 31.5
         for i, one in enumerate(objects):
             for other in objects[:i]:
                 gap = max(abs(one["x"] - other["x"]), abs(one["y"] - other["y"]))
@@ -117,4 +118,5 @@ def test_impossible_requests_are_refused(tmp_path: Path, request_: dict[str, int
 def test_skills_are_equally_frequent_in_validation(shapes: Path) -> None:
     skills = [sample["json"]["skill"] for sample in read(shapes / "val")]
     counts = np.unique(skills, return_counts=True)[1]
-    assert len(counts) == 6 and counts.min() == counts.max() == 40
+    assert len(counts) == 6
+    assert counts.min() == counts.max() == 40

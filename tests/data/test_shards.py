@@ -121,7 +121,8 @@ def test_a_corrupt_member_is_skipped_counted_and_named(
         replacement = dataset[1]
     assert np.array_equal(replacement["png"], dataset[2]["png"])
     assert dataset.skipped == 1
-    assert "000001" in caplog.text and "part-000.tar" in caplog.text
+    assert "000001" in caplog.text
+    assert "part-000.tar" in caplog.text
 
 
 def test_a_picture_of_another_size_is_skipped_counted_and_named(
@@ -136,7 +137,8 @@ def test_a_picture_of_another_size_is_skipped_counted_and_named(
         batch = next(batches(dataset, GlobalOrder(3, shuffle=False, seed=0), BatchLayout(3, 3, 0, 1)))
     assert batch["image"][:, 0, 0, 0].tolist() == [0, 2, 2]
     assert dataset.samples.skipped == 1
-    assert "000001" in caplog.text and "(3, 5, 4)" in caplog.text
+    assert "000001" in caplog.text
+    assert "(3, 5, 4)" in caplog.text
 
 
 def test_a_cut_off_shard_gives_the_samples_before_the_cut(
@@ -172,7 +174,8 @@ def test_damage_between_samples_is_named(
     # The fourth sample has lost its picture; those after it are found again.
     expected = ["000000", "000001", "000002", *(["000004", "000005"] if damage == "header" else [])]
     assert [samples[index]["__key__"] for index in range(len(samples))] == expected
-    assert f"{shard} is damaged" in caplog.text and str(offset) in caplog.text
+    assert f"{shard} is damaged" in caplog.text
+    assert str(offset) in caplog.text
 
 
 def test_a_hole_of_zeros_is_no_end_of_the_archive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -312,7 +315,8 @@ def test_an_empty_first_shard_does_not_hide_precomputed_samples(tmp_path: Path) 
     write_shard(tmp_path / "b.tar", [sample, sample])
     (tmp_path / "a.tar").write_bytes(b"")
     dataset = TrainingDataset(tmp_path)
-    assert dataset.precomputed and len(dataset) == 2
+    assert dataset.precomputed
+    assert len(dataset) == 2
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -323,7 +327,8 @@ def test_arrays_equal_those_numpy_reads(tmp_path: Path, dtype: str, order: str) 
     write_shard(tmp_path / "a.tar", [{"npy": buffer.getvalue()}])
     buffer.seek(0)
     read = ShardDataset(tmp_path)[0]["npy"]
-    assert read.dtype == np.dtype(dtype) and np.array_equal(read, np.load(buffer))
+    assert read.dtype == np.dtype(dtype)
+    assert np.array_equal(read, np.load(buffer))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +382,8 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         ],
     )
     sample = ShardDataset(tmp_path)[0]
-    assert sample["txt"] == "y" and "pyd" not in sample
+    assert sample["txt"] == "y"
+    assert "pyd" not in sample
     assert not (tmp_path / "exploded").exists()
 
 
@@ -387,7 +393,8 @@ def test_pictures_of_eight_bits_or_less_become_rgb(tmp_path: Path, mode: str) ->
     Image.new("RGB", (3, 2), "white").convert(mode).save(buffer, format="png")
     write_shard(tmp_path / "a.tar", [{"png": buffer.getvalue()}])
     read = ShardDataset(tmp_path)[0]["png"]
-    assert read.dtype == np.uint8 and np.array_equal(read, np.full((3, 2, 3), 255))
+    assert read.dtype == np.uint8
+    assert np.array_equal(read, np.full((3, 2, 3), 255))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -397,7 +404,8 @@ def test_a_users_mistake_is_one_sentence_from_any_process(tmp_path: Path, worker
     loaded = batches(dataset, GlobalOrder(4, False, 0), BatchLayout(2, 2, 0, 1), num_workers=workers)
     with pytest.raises(UserError) as mistake:
         next(loaded)
-    assert str(mistake.value).startswith("Sample 000000 of ") and "\n" not in str(mistake.value)
+    assert str(mistake.value).startswith("Sample 000000 of ")
+    assert "\n" not in str(mistake.value)
 
 
 @pytest.mark.parametrize(

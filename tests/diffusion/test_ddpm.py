@@ -41,7 +41,8 @@ def test_noise_is_added_as_in_diffusers() -> None:
 def test_timesteps_are_uniform() -> None:
     example = DDPM(CONFIG).add_noise(torch.zeros(50000, 1, 1, 1), sample_keys(0, torch.arange(50000)))
     counts = torch.bincount(example.timestep.long(), minlength=1000)
-    assert counts.numel() == 1000 and stats.chisquare(counts.numpy()).pvalue > 1e-3
+    assert counts.numel() == 1000
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
 def test_without_learned_variance_the_loss_is_the_noises_error() -> None:

@@ -73,7 +73,8 @@ def assert_same_run(actual: Result, expected: Result, tolerance: float = 1e-5) -
     assert_same(actual.final, expected.final, tolerance, "weight")
     assert_same(actual.averages, expected.averages, tolerance, "average")
     assert actual.validation_loss == pytest.approx(expected.validation_loss, rel=tolerance)
-    assert actual.denoised is not None and expected.denoised is not None
+    assert actual.denoised is not None
+    assert expected.denoised is not None
     assert (actual.denoised - expected.denoised).norm() < tolerance * expected.denoised.norm()
 
 

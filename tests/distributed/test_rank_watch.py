@@ -82,14 +82,17 @@ def test_a_mistake_found_by_one_rank_is_told_by_all() -> None:
     first, second, _ = finish(processes)
     for code, errors in (first, second):
         assert code == 2
-        assert "Rank 2" in errors and "shard 7 is damaged" in errors and "Traceback" not in errors
+        assert "Rank 2" in errors
+        assert "shard 7 is damaged" in errors
+        assert "Traceback" not in errors
 
 
 def test_a_killed_rank_ends_all() -> None:
     processes, _store = start("kill")
     try:
         for process in processes:
-            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
     except AssertionError:
         finish(processes)
         raise
@@ -110,4 +113,5 @@ def test_ranks_with_another_configuration_are_named() -> None:
     processes, _store = start("differ")
     for code, errors in finish(processes):
         assert code != 0
-        assert "Rank 2 on" in errors and "'seed: 7' instead of 'seed: 0'" in errors
+        assert "Rank 2 on" in errors
+        assert "'seed: 7' instead of 'seed: 0'" in errors

@@ -39,8 +39,10 @@ def test_prompt_embeddings_equal_diffusers(folder: Path, dropped: list[str]) -> 
     encoder = load_text_encoder(encoders, TEXT_LENGTH, CPU)
     states, pooled = diffusers_embeddings(folder, encoder)
     ours = encoder.encode(CAPTIONS)
-    assert torch.equal(ours.hidden_states, states) and torch.equal(ours.pooled, pooled)
-    assert ours.hidden_states.shape == (3, TEXT_LENGTH, 48) and ours.pooled.shape == (3, 28)
+    assert torch.equal(ours.hidden_states, states)
+    assert torch.equal(ours.pooled, pooled)
+    assert ours.hidden_states.shape == (3, TEXT_LENGTH, 48)
+    assert ours.pooled.shape == (3, 28)
     assert not torch.equal(ours.hidden_states[0], ours.hidden_states[1])
 
 

@@ -160,4 +160,5 @@ def test_a_set_that_holds_out_nothing_is_scored_on_seen_pairs_alone(tmp_path: Pa
         return np.full((len(prompts), 32, 32, 3), 40, dtype=np.uint8)
 
     results = evaluate_shapes(blank, tmp_path / "shapes", tmp_path / "scores", {}, images_per_prompt=1)
-    assert list(results["splits"]) == ["seen"] and results["splits"]["seen"]["images"] == 6
+    assert list(results["splits"]) == ["seen"]
+    assert results["splits"]["seen"]["images"] == 6

@@ -216,7 +216,8 @@ def test_a_module_without_tokens_gets_zero_gradients() -> None:
         )
         output.sum().backward()
     norms = block.recurrence.experts.up.grad.flatten(1).norm(dim=1)
-    assert (norms > 0).sum() <= recurrence.steps and (norms == 0).sum() >= 5 - recurrence.steps
+    assert (norms > 0).sum() <= recurrence.steps
+    assert (norms == 0).sum() >= 5 - recurrence.steps
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["packed", "grouped"])
@@ -241,4 +242,5 @@ def test_no_tokens_give_no_output_and_zero_gradients(rank: int | None, grouped: 
     projected.backward(torch.ones(0, 3 * HIDDEN))
     for parameter in experts.parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
-    assert tokens.grad.shape == (0, HIDDEN) and (grouped or weights.grad.shape == (0,))
+    assert tokens.grad.shape == (0, HIDDEN)
+    assert grouped or weights.grad.shape == (0,)

@@ -101,7 +101,9 @@ def draw(folder: Path, prompt: str) -> None:
 
 def assert_one_sentence(error: UserError) -> None:
     message = str(error)
-    assert "\n" not in message and message.endswith(".") and len(message) < 1200, message
+    assert "\n" not in message
+    assert message.endswith("."), message
+    assert len(message) < 1200
 
 
 @pytest.mark.parametrize("name", PROMPTS)

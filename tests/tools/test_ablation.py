@@ -17,7 +17,8 @@ CONFIG = Path("configs/shapes_tiny_fine_tuning.yaml")
 @pytest.fixture(scope="module")
 def ablation() -> ModuleType:
     spec = importlib.util.spec_from_file_location("ablation", "tools/ablation.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["ablation"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

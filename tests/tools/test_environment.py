@@ -73,11 +73,13 @@ def test_an_environment_of_another_version_is_made_anew(bare_machine: dict[str, 
     write_python(venv / "bin" / "python", works=False)
     (venv / "pyvenv.cfg").write_text("")
     result = source(bare_machine)
-    assert "Setting up" in result.stdout and not venv.exists()
+    assert "Setting up" in result.stdout
+    assert not venv.exists()
     write_python(venv / "bin" / "python", works=True)
     (venv / "pyvenv.cfg").write_text("")
     result = source(bare_machine)
-    assert f"Updating {venv} (Python 3.12.9)" in result.stdout and venv.exists()
+    assert f"Updating {venv} (Python 3.12.9)" in result.stdout
+    assert venv.exists()
 
 
 def test_what_is_installed_follows_bounds_and_pins(bare_machine: dict[str, str], tmp_path: Path) -> None:
@@ -108,7 +110,8 @@ def test_an_installation_that_fails_is_tried_again(bare_machine: dict[str, str],
     write_python(tmp_path / "venv" / "bin" / "pip", works=False)
     for _ in range(2):
         result = source(bare_machine)
-        assert result.returncode == 1 and "Updating" in result.stdout
+        assert result.returncode == 1
+        assert "Updating" in result.stdout
 
 
 def test_every_package_that_is_asked_for_is_pinned_within_its_bounds() -> None:

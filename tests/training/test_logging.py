@@ -92,7 +92,8 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     log.log_metrics(1, {"loss": 1.0})
     log.log_image("samples", tmp_path / "grid.png", 1)
     log.close()
-    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
 
 
 def test_offline_wandb_keeps_its_id_over_a_resume(tmp_path: Path) -> None:
@@ -102,4 +103,5 @@ def test_offline_wandb_keeps_its_id_over_a_resume(tmp_path: Path) -> None:
     log_steps(tmp_path, config, 2, 4)
     assert (tmp_path / WANDB_ID).read_text() == first
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert runs and all(run.name.endswith(first) for run in runs)
+    assert runs
+    assert all(run.name.endswith(first) for run in runs)

@@ -1,6 +1,7 @@
 """Plain low-rank adaptation of a block's vision Q/K/V projection: the baseline that the recurrence is compared with."""
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -65,7 +66,7 @@ class Lora(MegatronModule):
         return QueryKeyValue.from_parts(projected, self.head_dim)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """Shard the rows of ``up`` over tensor-parallel ranks."""
         return make_sharded_tensors_for_checkpoint(

@@ -1,6 +1,7 @@
 """The neural modules of the recurrence: grouped low-rank or full-rank Q/K/V projections."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ class Experts(MegatronModule):
         return projected.view(modules, 3, capacity, -1).transpose(1, 2).flatten(2)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """Shard the module dimension over expert-parallel ranks; replicas are the expert-data-parallel ranks."""
         offsets = (*sharded_offsets, (0, self.ep_group.rank(), self.ep_group.size()))
@@ -133,7 +134,7 @@ class Experts(MegatronModule):
 
 
 def _replicated_over(
-    replica: int, state_dict: dict[str, Tensor], prefix: str, offsets: tuple
+    replica: int, state_dict: dict[str, Tensor], prefix: str, offsets: tuple[Any, ...]
 ) -> ShardedStateDict:
     """Describe tensors that are sharded by ``offsets`` and held alike by several replicas."""
     from megatron.core.dist_checkpointing import ShardedTensor

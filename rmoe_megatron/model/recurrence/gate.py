@@ -64,9 +64,7 @@ class Gate(TopKRouter):
             logits = logits + F.linear(conditioning.float(), self.conditioning_weight.float())
         return logits
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor, conditioning: Tensor, keys: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, conditioning: Tensor, keys: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Pick a module for every token.
 
         Args:
