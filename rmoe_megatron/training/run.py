@@ -15,6 +15,7 @@ from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import check_memory
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.platform import device_memory
+from rmoe_megatron.refusal import reason
 from rmoe_megatron.training import preflight
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.fine_tuning import start_from_base
@@ -115,5 +116,13 @@ def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
         except RunError:
             raise
         except Exception as error:
+            if "DataLoader worker" in str(
+                error
+            ):  # PyTorch raises it from a signal handler, wherever the run is
+                raise RunError(
+                    f"A data loading process of rank {rank()} ended at step {state.progress.step + 1} "
+                    f"({reason(error)}), perhaps for want of memory; resume with `rmoe train --resume {run_dir}`, or "
+                    "with a smaller data.num_workers."
+                ) from error
             error.add_note(f"Rank {rank()} was at step {state.progress.step + 1}.")
             raise
