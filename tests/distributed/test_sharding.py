@@ -156,6 +156,7 @@ def counts_per_module(steps: int, expert: int, ranks: int) -> int:
 
 def route_to_first_module(config: RunConfig) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Per rank: the output for a batch whose tokens all go to module 0, and the modules' gradients."""
+    from rmoe_megatron.diffusion.loss import model_arguments
     from rmoe_megatron.model.build import build_chunks
     from rmoe_megatron.parallel import process_groups
 
@@ -167,8 +168,8 @@ def route_to_first_module(config: RunConfig) -> list[tuple[Tensor, dict[str, Ten
             if "recurrence.gate." in name:
                 parameter.data.zero_()  # of equal logits the first is picked
         batch = next(batches(config))
-        keys = sample_keys(0, batch.pop("sample_index"))
-        output = model(batch.pop("latents"), torch.tensor([5.0, 600.0]), keys, **batch)
+        keys = sample_keys(0, batch.sample_index)
+        output = model(**model_arguments(batch.latents, torch.tensor([5.0, 600.0]), keys, batch.conditions))
         output.sum().backward()
         gradients = {
             name: parameter.grad

@@ -27,10 +27,13 @@ def build_block(recurrence: RecurrenceConfig, qk_norm: bool, layer: int):  # typ
     from megatron.core.transformer.spec_utils import build_module
 
     from rmoe_megatron.model.layer_specs import block_spec
+    from rmoe_megatron.model.mmdit.block import joint_block
     from rmoe_megatron.model.transformer_config import transformer_config
 
     config = tiny_config(recurrence, model=replace(MODEL, qk_norm=qk_norm))
-    block = build_module(block_spec(config, layer), config=transformer_config(config), layer_number=layer + 1)
+    block = build_module(
+        block_spec(config, joint_block, layer), config=transformer_config(config), layer_number=layer + 1
+    )
     randomise(block)
     return block
 
