@@ -111,7 +111,7 @@ def build_shapes_command(
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the drawn scenes.")] = 0,
 ) -> None:
     """Write the toy shapes set as WebDataset shards."""
-    from rmoe_megatron.data.shapes import build_shapes
+    from rmoe_megatron.data.shapes.build import build_shapes
 
     build_shapes(out, train, val, seed, progress=_Bar("shapes", "image"))
 
@@ -128,6 +128,27 @@ def precompute_command(
     from rmoe_megatron.precompute import precompute
 
     precompute(load_config(config, overrides or []), source, out, progress=_Bar("precompute", "shard"))
+
+
+@data_app.command("show")
+def show_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    draw: Annotated[int, typer.Option(min=0, max=1 << 40, help="Number of the draw, as logs name it.")],
+    out: Annotated[
+        Path | None, typer.Option(help="PNG to write; default is below RUN/draws.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print where a training draw's sample lies and what it says, and save its picture."""
+    from rmoe_megatron.show_draw import show_draw
+
+    found = show_draw(run_dir, draw, overrides or [], out)
+    print(f"shard    {found.shard}\nkey      {found.key}")
+    if found.caption is not None:
+        print(f"caption  {found.caption}")
+    if found.class_label is not None:
+        print(f"class    {found.class_label}")
+    print(f"picture  {found.picture}")
 
 
 @app.command()

@@ -1,10 +1,7 @@
 """Frozen encoders applied once: raw shards in, shards with latents and text embeddings out."""
 
 import hashlib
-import io
 import json
-import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.data.shard_writer import open_shard
 from rmoe_megatron.data.shards import (
     CLASS_LABEL,
     IMAGES,
@@ -120,49 +118,30 @@ def encode_shard(shard: Path, target: Path, captions: CaptionCache | None, autoe
     samples.require_shapes_of_first()
     if captions is not None:
         captions.add({samples[index]["txt"] for index in range(len(samples))})
-    with target.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for start in range(0, len(samples), BATCH):
-                batch_samples = [samples[index] for index in range(start, min(start + BATCH, len(samples)))]
-                images = torch.from_numpy(np.stack([_image(sample) for sample in batch_samples]))
-                for sample, latents in zip(batch_samples, encode_images(autoencoder, images), strict=True):
-                    _add_sample(tar, sample, latents, captions)
-        file.flush()
-        os.fsync(file.fileno())
+    with open_shard(target) as write:
+        for start in range(0, len(samples), BATCH):
+            batch = range(start, min(start + BATCH, len(samples)))
+            batch_samples = [sample for index in batch if (sample := _own_sample(samples, index))]
+            if not batch_samples:
+                continue
+            images = torch.from_numpy(np.stack([_image(sample) for sample in batch_samples]))
+            for sample, latents in zip(batch_samples, encode_images(autoencoder, images), strict=True):
+                members = {LATENTS: latents.cpu()}
+                if captions is not None:
+                    hidden_states, pooled = captions.encoded[sample["txt"]]
+                    members |= {TEXT_HIDDEN_STATES: hidden_states.cpu(), TEXT_POOLED: pooled.cpu()}
+                kept = {name: sample[name] for name in ("txt", "json", CLASS_LABEL) if name in sample}
+                write(sample["__key__"], members | kept)
 
 
-def _add_sample(
-    tar: tarfile.TarFile, sample: dict[str, Any], latents: Tensor, captions: CaptionCache | None
-) -> None:
-    members = {LATENTS: _array(latents)}
-    if captions is not None:
-        hidden_states, pooled = captions.encoded[sample["txt"]]
-        members |= {TEXT_HIDDEN_STATES: _array(hidden_states), TEXT_POOLED: _array(pooled)}
-    if "txt" in sample:
-        members["txt"] = sample["txt"].encode()
-    if "json" in sample:
-        members["json"] = json.dumps(sample["json"]).encode()
-    if CLASS_LABEL in sample:
-        members[CLASS_LABEL] = str(sample[CLASS_LABEL]).encode()
-    for extension, content in members.items():
-        _add(tar, f"{sample['__key__']}.{extension}", content)
+def _own_sample(samples: ShardDataset, index: int) -> dict[str, Any] | None:
+    """Return a sample, or None where the data set has put another in its place: that one has its own turn."""
+    sample = samples[index]
+    return sample if sample["__key__"] == samples.locations[index].key else None
 
 
 def _image(sample: dict[str, Any]) -> np.ndarray:
     return next(sample[extension] for extension in IMAGES if extension in sample)
-
-
-def _array(tensor: Tensor) -> bytes:
-    """Serialise as a float16 .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, tensor.to("cpu", torch.float16).numpy(), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    header = tarfile.TarInfo(name)
-    header.size = len(content)
-    tar.addfile(header, io.BytesIO(content))
 
 
 def _describe(config: RunConfig, source: Path, folder: Path) -> None:

@@ -35,6 +35,9 @@ def test_samples_that_cannot_be_encoded_are_named(tmp_path: Path, caplog: pytest
         encode_shard(source, target, None, PixelCodec())
     encoded = ShardDataset(tmp_path, shards=[target])
     assert [location.key for location in encoded.locations] == ["000000", "000001", "000002"]
+    with tarfile.open(target) as tar:
+        names = tar.getnames()
+    assert len(names) == len(set(names)) == 6  # nothing is written twice in the place of what cannot be read
     for index, value in enumerate((0, 128, 255)):
         expected = np.full((3, 4, 4), (value / 127.5 - 1 + 0.55) * 2.5, dtype=np.float16)
         assert np.allclose(encoded[index][LATENTS], expected, rtol=1e-3)

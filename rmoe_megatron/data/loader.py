@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from rmoe_megatron.data.shards import SampleLocation, TrainingDataset
 from rmoe_megatron.errors import UserError
 
 
@@ -30,6 +31,12 @@ class GlobalOrder:
             self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
             self._epoch = epoch
         return int(self._permutation[position])
+
+
+def find_draw(dataset: TrainingDataset, shuffle: bool, seed: int, draw: int) -> tuple[int, SampleLocation]:
+    """Return the index of a training draw's sample, and where it lies."""
+    index = GlobalOrder(len(dataset), shuffle, seed)[draw]
+    return index, dataset.samples.locations[index]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, TextConditions, typed_batch
-from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches
+from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches, find_draw
 from rmoe_megatron.data.shards import TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import build_condition_encoder
@@ -58,8 +58,7 @@ class TrainingSource:
 
     def locate(self, draw: int) -> dict[str, str]:
         """Return the ``shard`` and ``key`` of a training draw's sample."""
-        order = GlobalOrder(len(self.train), self.config.data.shuffle, self.config.seed)
-        location = self.train.samples.locations[order[draw]]
+        _, location = find_draw(self.train, self.config.data.shuffle, self.config.seed, draw)
         return {"shard": str(location.shard), "key": location.key}
 
     def validation_batches(self) -> tuple[Iterator[Batch], int]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from rmoe_megatron.data.shapes import build_shapes
+from rmoe_megatron.data.shapes.build import build_shapes
 from rmoe_megatron.data.shapes.render import coverage
 from rmoe_megatron.data.shapes.vocabulary import COLORS, HELDOUT_PAIRS, PLURALS, SHAPES
 from rmoe_megatron.errors import UserError

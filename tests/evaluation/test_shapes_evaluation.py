@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rmoe_megatron.data.shapes import build_shapes
+from rmoe_megatron.data.shapes.build import build_shapes
 from rmoe_megatron.data.shapes.render import ShapeObject, render
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.evaluation.shapes import Detection, detect, evaluate_shapes, judge

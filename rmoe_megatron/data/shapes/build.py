@@ -7,7 +7,6 @@ shards are byte for byte the same each time.
 
 import io
 import json
-import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rmoe_megatron import durable
 from rmoe_megatron.data.shapes.render import render
 from rmoe_megatron.data.shapes.scene import Scene, sample_scene, seen_pairs
 from rmoe_megatron.data.shapes.vocabulary import COLOR_SKILLS, COLORS, HELDOUT_PAIRS, SHAPES, Pair, Skill
+from rmoe_megatron.data.shard_writer import open_shard
 from rmoe_megatron.errors import UserError
 
 SAMPLES_PER_SHARD = 1000
@@ -121,20 +121,15 @@ def _check_request(out: Path, train: int, val: int, seed: int, heldout: Sequence
 
 
 def _write_shard(path: Path, seed: int, split: str, indices: range, heldout: frozenset[Pair]) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with open_shard(path) as write:
         for index in indices:
             scene = make_scene(seed, split, index, heldout)
             png = io.BytesIO()
             Image.fromarray(render(scene.objects)).save(png, format="png")
             members = {
                 "png": png.getvalue(),
-                "txt": scene.caption.encode(),
-                "json": json.dumps(scene.to_json()).encode(),
-                "cls": str(class_label(scene)).encode(),
+                "txt": scene.caption,
+                "json": scene.to_json(),
+                "cls": class_label(scene),
             }
-            for extension, content in members.items():
-                header = tarfile.TarInfo(f"{split}-{index:08d}.{extension}")
-                header.size = len(content)
-                tar.addfile(header, io.BytesIO(content))
-    durable.write(path, buffer.getvalue())
+            write(f"{split}-{index:08d}", members)
