@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmoe_megatron import durable
+from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.shard_writer import open_shard
 from rmoe_megatron.data.shards import (
@@ -144,7 +145,7 @@ def _image(sample: dict[str, Any]) -> np.ndarray:
     return next(sample[extension] for extension in IMAGES if extension in sample)
 
 
-def _describe(config: RunConfig, source: Path, folder: Path) -> None:
+def _describe(config: ModelDescription, source: Path, folder: Path) -> None:
     """Write ``dataset.json``: that of the source, and which encoders made the embeddings."""
     path = source / "dataset.json"
     description: dict[str, Any] = {"name": source.name}

@@ -8,7 +8,6 @@ from PIL import Image
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.loader import find_draw
 from rmoe_megatron.data.shards import CLASS_LABEL, ShardDataset, TrainingDataset
 from rmoe_megatron.encoders.autoencoder import decode_latents, load_autoencoder
@@ -51,14 +50,14 @@ def show_draw(run_dir: Path, draw: int, overrides: list[str], out: Path | None =
     if sample["__key__"] != location.key:
         raise UserError(f"The sample {location.key} of {location.shard} cannot be read; the log says why.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    durable.write(out, _picture(config, dataset, index))
+    durable.write(out, _picture(config.encoders.autoencoder, dataset, index))
     label = sample.get(CLASS_LABEL)
     return Draw(location.shard, location.key, sample.get("txt"), label, out)
 
 
-def _picture(config: RunConfig, dataset: TrainingDataset, index: int) -> bytes:
+def _picture(autoencoder_name: str, dataset: TrainingDataset, index: int) -> bytes:
     sample = dataset[index]
     if "image" in sample:
         return png(Image.fromarray(sample["image"].permute(1, 2, 0).numpy()))
-    autoencoder = load_autoencoder(config.encoders.autoencoder, torch.device("cpu"))
+    autoencoder = load_autoencoder(autoencoder_name, torch.device("cpu"))
     return png(Image.fromarray(decode_latents(autoencoder, sample["latents"].unsqueeze(0))[0].numpy()))

@@ -15,7 +15,7 @@ from rmoe_megatron.checkpoint.model_state import full_state
 from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
 from rmoe_megatron.config.layout_checks import check_layout
 from rmoe_megatron.config.loading import save_config
-from rmoe_megatron.config.model import EncodersConfig
+from rmoe_megatron.config.model import EncodersConfig, ModelConfig
 from rmoe_megatron.config.run import (
     DataConfig,
     Device,
@@ -134,7 +134,7 @@ def _import(
             "parallel.virtual_pipeline_model_parallel_size is for training; import with 1, the result loads under any layout."
         )
     check_tensors(source, empty_transformer(config), where)
-    config.model.shared_conditioning = _shares_conditioning(source, config)
+    config.model.shared_conditioning = _shares_conditioning(source, config.model)
     with process_groups(config):
         with torch.device("meta"):
             chunks = build_chunks(config, initialise=False)
@@ -161,14 +161,14 @@ def _filled(entry: ShardedTensor, rule: Rule, source: WeightSource) -> ShardedTe
     return replace(entry, data=data, dtype=data.dtype)
 
 
-def _shares_conditioning(source: WeightSource, config: RunConfig) -> bool:
+def _shares_conditioning(source: WeightSource, model: ModelConfig) -> bool:
     """Whether all blocks of a DiT have the same timestep and label embeddings."""
-    if not config.model.is_class_conditional:
+    if not model.is_class_conditional:
         return True
     first = "transformer_blocks.0.norm1.emb."
     for name in [name for name in source.shapes if name.startswith(first)]:
         tensor = source.read(name)
-        for block in range(1, config.model.num_layers):
+        for block in range(1, model.num_layers):
             other = name.replace("blocks.0.", f"blocks.{block}.", 1)
             if not torch.equal(tensor, source.read(other)):
                 return False
