@@ -148,6 +148,8 @@ def show_command(
         print(f"caption  {found.caption}")
     if found.class_label is not None:
         print(f"class    {found.class_label}")
+    if not found.is_finite:
+        print("latents  not finite, black in the picture")
     print(f"picture  {found.picture}")
 
 

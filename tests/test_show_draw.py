@@ -46,6 +46,7 @@ def test_the_sample_of_a_draw(tmp_path: Path, precomputed: bool, draw: int) -> N
     found = show_draw(run_dir, draw, [])
     assert found.shard.name == f"shard-{number // 8:06d}.tar"
     assert (found.key, found.caption, found.class_label) == (f"{number % 8:06d}", f"number {number}", 3)
+    assert found.is_finite
     assert found.picture == run_dir / "draws" / f"draw-{draw:08d}.png"
     picture = np.asarray(Image.open(found.picture).convert("RGB")).astype(int)
     assert picture.shape == (8, 8, 3)
@@ -71,13 +72,15 @@ def test_what_cannot_be_shown(tmp_path: Path) -> None:
     run_dir = make_folder(tmp_path, precomputed=False)
     with pytest.raises(UserError, match="no shard folder"):
         show_draw(run_dir, 0, [f"data.train={tmp_path}/gone"])
-    shard = next((tmp_path / "shown").glob("*.tar"))
+    shard = tmp_path / "shown" / "shard-000001.tar"
     content = shard.read_bytes()
     shard.write_bytes(content.replace(b"\x89PNG", b"\x00PNG"))
     numbers = np.random.default_rng([5, 0]).permutation(16)
-    draw = next(place for place, number in enumerate(numbers) if number // 8 == int(shard.stem[-6:]))
-    with pytest.raises(UserError, match="samples in .* can be read"):
+    draw = next(place for place, number in enumerate(numbers) if number // 8 == 1)
+    with pytest.raises(UserError, match="the next readable one"):
         show_draw(run_dir, draw, [])
+    with pytest.raises(UserError, match="seed must be"):
+        show_draw(run_dir, 0, ["seed=-1"])
 
 
 def test_megatron_core_is_not_needed() -> None:
