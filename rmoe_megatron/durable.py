@@ -41,14 +41,14 @@ def require_empty(folder: Path, name: str) -> None:
 
 def unfinished(final: Path) -> Path:
     """Return where the folder ``final`` is built."""
-    return final.with_name(f"{final.name}.partial")
+    return final.with_name(f".{final.name}.partial")
 
 
 @contextmanager
 def building(final: Path, replace: bool = False) -> Iterator[Path]:
     """Build the folder ``final`` under another name; it is there whole when the context ends, or not at all.
 
-    What an earlier, unfinished attempt left is removed, and what this one has built if it raises.
+    What an earlier, unfinished attempt left is removed, and what this one has built if it raises before it is finished.
 
     Args:
         replace: ``final`` may hold something, which gives way at the end; else it may exist if it is empty.
@@ -58,17 +58,20 @@ def building(final: Path, replace: bool = False) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        if replace:
-            remove(final)
-        elif final.is_dir():
-            final.rmdir()
-        partial.rename(final)
     except BaseException:
         remove(partial)
         raise
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    replaced = final.with_name(f".{final.name}.replaced.partial")
+    if replace and final.exists():  # whatever fails here, one of the two stays whole
+        remove(replaced)
+        final.rename(replaced)
+    elif final.is_dir():
+        final.rmdir()
+    partial.rename(final)
     sync(final.parent)
+    remove(replaced)
 
 
 def remove(path: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from rmoe_megatron.errors import UserError
 
 MAX_REASON = 200  # characters of another library's reason
@@ -17,7 +19,7 @@ def refusal(action: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, KeyboardInterrupt):
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit, torch.OutOfMemoryError):
         raise
     except BaseException as error:  # a panic of the tokenizers' Rust code is no Exception
         raise UserError(f"{action} ({reason(error)}).") from error

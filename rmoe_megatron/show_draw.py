@@ -10,7 +10,7 @@ from PIL import Image
 from rmoe_megatron import durable
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.data.loader import find_draw
+from rmoe_megatron.data.loader import GlobalOrder, find_draw
 from rmoe_megatron.data.shards import CLASS_LABEL, SampleLocation, ShardDataset, TrainingDataset
 from rmoe_megatron.encoders.autoencoder import decode_latents, load_autoencoder
 from rmoe_megatron.errors import UserError
@@ -46,7 +46,8 @@ def show_draw(run_dir: Path, draw: int, overrides: list[str], out: Path | None =
     out = out or run_dir / "draws" / f"draw-{draw:08d}.png"
     durable.check_writable(out.parent, "The folder of the picture")
     dataset = TrainingDataset(Path(config.data.train), config.model.num_classes)
-    index, location = find_draw(dataset, config.data.shuffle, config.seed, draw)
+    order = GlobalOrder(len(dataset), config.data.shuffle, config.seed)
+    index, location = find_draw(dataset, order, draw)
     if dataset.samples[index]["__key__"] != location.key:
         raise UserError(
             f"The sample {location.key} of {location.shard} cannot be read (the log says why); training takes the next "

@@ -74,3 +74,27 @@ def test_an_output_must_be_empty_and_writable(tmp_path: Path) -> None:
             durable.require_empty(wrong, "The output")
     with pytest.raises(UserError, match="is a file"):
         durable.require_empty(tmp_path / "file" / "new", "The output")
+
+
+def test_a_replacement_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "old").write_text("")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == final:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    def build() -> None:
+        with durable.building(final, replace=True) as partial:
+            (partial / "new").write_text("")
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        build()
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"old", "new"}
+    build()
+    assert [path.name for path in final.iterdir()] == ["new"]

@@ -155,9 +155,14 @@ def read_state(path: Path) -> RunState:
     return read_json(path / "run_state.json", RUN_STATE)
 
 
-def remove_old(run_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints, and what unfinished saves left."""
-    for checkpoint in list_checkpoints(run_dir)[keep_last:]:
+def remove_old(run_dir: Path, keep_last: int, step: int) -> None:
+    """Remove all but the newest ``keep_last`` checkpoints up to ``step``, and what unfinished saves left.
+
+    Args:
+        step: just saved. A checkpoint of a later one was damaged and passed over at resume: it keeps no other out.
+    """
+    up_to_now = [checkpoint for checkpoint in list_checkpoints(run_dir) if checkpoint.step <= step]
+    for checkpoint in up_to_now[keep_last:]:
         durable.remove(checkpoint.path)
     for partial in (run_dir / "checkpoints").glob("*.partial"):
         durable.remove(partial)

@@ -33,9 +33,9 @@ class GlobalOrder:
         return int(self._permutation[position])
 
 
-def find_draw(dataset: TrainingDataset, shuffle: bool, seed: int, draw: int) -> tuple[int, SampleLocation]:
+def find_draw(dataset: TrainingDataset, order: GlobalOrder, draw: int) -> tuple[int, SampleLocation]:
     """Return the index of a training draw's sample, and where it lies."""
-    index = GlobalOrder(len(dataset), shuffle, seed)[draw]
+    index = order[draw]
     return index, dataset.samples.locations[index]
 
 

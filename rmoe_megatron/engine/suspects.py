@@ -44,4 +44,6 @@ def find_suspects(batches: list[Batch], losses: list[Tensor]) -> list[Suspect]:
 
 def _not_finite_inputs(batch: Batch) -> Iterable[Suspect]:
     for name, spoilt in batch.not_finite().items():
-        yield from (Suspect(int(draw), name) for draw in batch.sample_index[spoilt])
+        # Encoders give their output on the GPU, the loader numbers of draws on the CPU.
+        draws = batch.sample_index.cpu()[spoilt.cpu()]
+        yield from (Suspect(int(draw), name) for draw in draws)

@@ -1,6 +1,7 @@
 """The metrics of a run as a picture."""
 
 import io
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -33,7 +34,12 @@ def read_records(metrics: Path) -> list[tuple[int, dict[str, float | None]]]:
     records = []
     for number, line in enumerate(lines, start=1):
         where = f"Line {number} of {metrics}"
-        record = parse_json(line, RECORD, where)
+        # Python writes NaN and Infinity, which JSON does not have; here they are what is not finite elsewhere: null.
+        record = parse_json(line, RECORD, where, allow_infinite=True)
+        record = {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in record.items()
+        }
         step = record.get("step")
         if step is None or not 0 <= step < MAX_STEP:
             raise UserError(f"{where} has no step; move the file away.")

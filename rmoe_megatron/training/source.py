@@ -33,6 +33,8 @@ class TrainingSource:
         self.device = device
         classes, validation = config.model.num_classes, config.data.validation
         self.train = TrainingDataset(Path(config.data.train), classes)
+        # Of :meth:`locate`; it keeps the permutation of an epoch, whose samples are asked for one by one.
+        self._order = GlobalOrder(len(self.train), config.data.shuffle, config.seed)
         self.validation = TrainingDataset(Path(validation), classes) if validation else None
         self.autoencoder = load_autoencoder(config.encoders.autoencoder, device)
         self.encoder = build_condition_encoder(
@@ -58,7 +60,7 @@ class TrainingSource:
 
     def locate(self, draw: int) -> dict[str, str]:
         """Return the ``shard`` and ``key`` of a training draw's sample."""
-        _, location = find_draw(self.train, self.config.data.shuffle, self.config.seed, draw)
+        _, location = find_draw(self.train, self._order, draw)
         return {"shard": str(location.shard), "key": location.key}
 
     def validation_batches(self) -> tuple[Iterator[Batch], int]:

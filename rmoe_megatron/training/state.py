@@ -106,7 +106,7 @@ def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> P
                 run_state["base_fingerprint"] = state.base_fingerprint
             (partial / "run_state.json").write_text(json.dumps(run_state))
     if is_rank0:
-        remove_old(run_dir, config.checkpoint.keep_last)
+        remove_old(run_dir, config.checkpoint.keep_last, state.progress.step)
     return final
 
 

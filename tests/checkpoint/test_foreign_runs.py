@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmoe_megatron.checkpoint.folders import (
+    checkpoint_path,
     find_checkpoint,
     list_checkpoints,
     read_state,
@@ -55,12 +56,12 @@ def test_a_file_in_the_place_of_a_folder_is_named(run: Path, tmp_path: Path) -> 
     copy_folder(run, tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "step-00000010"
     step.write_text("")
-    for action in (list_checkpoints, find_checkpoint, RunWeights, lambda run: remove_old(run, 1)):
+    for action in (list_checkpoints, find_checkpoint, RunWeights, lambda run: remove_old(run, 1, 20)):
         with pytest.raises(UserError, match="step-00000010 is no folder"):
             action(tmp_path / "run")  # type: ignore[operator]
     step.unlink()
     (tmp_path / "run" / "checkpoints" / "step-00000020.partial").write_text("")
-    remove_old(tmp_path / "run", 1)
+    remove_old(tmp_path / "run", 1, 20)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000000"]
     (tmp_path / "other").mkdir()
     for make in (lambda path: path.write_text(""), os.mkfifo, lambda path: path.symlink_to(path)):
@@ -219,3 +220,11 @@ def test_prompts_are_text(tmp_path: Path) -> None:
         assert_one_sentence(raised.value)
     (tmp_path / "prompts.txt").write_text("a cat\n\n two red circles \n")
     assert read_prompts(["x"], tmp_path / "prompts.txt") == ["x", "a cat", "two red circles"]
+
+
+def test_a_damaged_later_checkpoint_keeps_no_other_out(tmp_path: Path) -> None:
+    """A run that went on from step 500 because 1000 is damaged saves at 600."""
+    for step in (400, 500, 600, 1000):
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+    remove_old(tmp_path, keep_last=1, step=600)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1000, 600]

@@ -105,3 +105,13 @@ def test_offline_wandb_keeps_its_id_over_a_resume(tmp_path: Path) -> None:
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
     assert all(run.name.endswith(first) for run in runs)
+
+
+def test_records_that_python_wrote_with_nan_are_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text(
+        '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": Infinity}\n'
+    )
+    log = RunLogger(tmp_path, LoggingConfig(tensorboard=False), 10, 1, is_rank0=True)
+    log.draw_curves()
+    log.close()
+    assert records(tmp_path) == [{"step": 1, "loss": 1.0}]
