@@ -1,5 +1,6 @@
 """The order of a run's samples and their batches: a function of the seed, independent of the parallel layout."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,22 @@ def batches(
         prefetch_factor=2 if num_workers else None,
         generator=torch.Generator(),
     )
-    for batch in loader:
+    for batch in _until_a_worker_ends(iter(loader)) if num_workers else loader:
         if isinstance(batch, UserError):
             raise batch
+        yield batch
+
+
+def _until_a_worker_ends(loaded: Iterator[Any]) -> Iterator[Any]:
+    """Hand on what is loaded; the end of a connection to a worker is said as PyTorch says the end of a worker."""
+    while True:
+        try:
+            batch = next(loaded)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:
+            signal.signal(
+                signal.SIGCHLD, signal.SIG_DFL
+            )  # PyTorch's handler would raise in the middle of the end
+            raise RuntimeError(f"DataLoader worker ended: {type(error).__name__} {error}".rstrip()) from error
         yield batch

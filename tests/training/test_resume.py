@@ -1,9 +1,7 @@
 """A killed run goes on as if nothing had happened, and damaged checkpoints are passed over."""
 
 import math
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,20 +152,3 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(finished_run: Path
     kill(process)
     code, errors = rmoe("train", "--resume", str(run_dir), f"training.steps={max(losses(run_dir)) + 6}")
     assert code == 0, errors
-
-
-def test_a_killed_data_loading_process_ends_the_run_with_a_sentence(finished_run: Path) -> None:
-    run_dir = finished_run / "worker"
-    settings = [f"run_dir={run_dir}", "data.num_workers=1", "training.steps=100000"]
-    process = start(["train", str(finished_run / "config.yaml"), *settings])
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").is_file() or not losses(run_dir):
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline, finish(process)
-        time.sleep(0.05)
-    for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(worker), signal.SIGKILL)
-    code, errors = finish(process)
-    assert code == 1
-    assert "error: A data loading process of rank 0 ended at step " in errors
-    assert "Traceback" not in errors
