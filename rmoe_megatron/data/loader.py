@@ -136,8 +136,7 @@ def _until_a_worker_ends(loaded: Iterator[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except (OSError, EOFError) as error:
-            signal.signal(
-                signal.SIGCHLD, signal.SIG_DFL
-            )  # PyTorch's handler would raise in the middle of the end
+            # PyTorch's handler would raise in the middle of the end.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise RuntimeError(f"DataLoader worker ended: {type(error).__name__} {error}".rstrip()) from error
         yield batch

@@ -7,7 +7,7 @@ import logging.handlers
 import os
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from rmoe_megatron.data import loader
 from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches
 from rmoe_megatron.data.shards import ShardDataset, TrainingDataset
 from rmoe_megatron.errors import UserError
@@ -415,3 +416,18 @@ def test_missing_or_empty_folders_are_the_users_mistake(tmp_path: Path, make) ->
     make(tmp_path / "data")
     with pytest.raises(UserError, match="data"):
         ShardDataset(tmp_path / "data")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_the_end_of_a_connection_to_a_worker_is_the_worker_s(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded() -> Iterator[int]:
+        yield 1
+        raise error
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    batches_until = loader._until_a_worker_ends(loaded())
+    assert next(batches_until) == 1
+    with pytest.raises(RuntimeError, match="DataLoader worker ended"):
+        next(batches_until)
