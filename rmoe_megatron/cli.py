@@ -281,7 +281,7 @@ def from_facebook_dit(
 
 
 def _say_imported(run_dir: Path) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if launch.speaks():
         print(f"Imported; a run starts from these weights with fine_tuning.base={run_dir}")
 
 

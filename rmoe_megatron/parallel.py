@@ -17,7 +17,7 @@ from torch.distributed import rendezvous
 from rmoe_megatron.config.loading import to_yaml
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.launch import local_rank, rank, rendezvous_url, world_size
 from rmoe_megatron.platform import communication_backend, select_device
 from rmoe_megatron.rank_watch import watch_ranks
 
@@ -26,8 +26,8 @@ from rmoe_megatron.rank_watch import watch_ranks
 def process_groups(config: RunConfig) -> Iterator[torch.device]:
     """Set up torch.distributed and Megatron-Core's groups for the duration of a run; yields this rank's device.
 
-    Rank, world size and rendezvous come from torchrun's variables; without them the run has one rank and needs
-    no port. With several ranks, the end of one is the end of all.
+    Rank, world size and rendezvous come from torchrun's or srun's variables (:mod:`rmoe_megatron.launch`); without them
+    the run has one rank and needs no port. With several ranks, the end of one is the end of all.
 
     Raises:
         UserError: the ranks have different configurations or code.
@@ -58,7 +58,7 @@ def _torch_distributed(backend: str) -> Iterator[None]:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
         return
-    store, _, _ = next(rendezvous("env://"))
+    store, _, _ = next(rendezvous(rendezvous_url()))
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
     with watch_ranks(store, rank(), world_size()):
         yield
