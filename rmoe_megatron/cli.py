@@ -1,4 +1,4 @@
-"""The command line: ``rmoe data / train / convert / sample / eval``. Thin: every command calls one function."""
+"""The command line: ``rmoe data / train / inspect / convert / sample / eval``. Thin: every command calls one function."""
 
 import logging
 import os
@@ -10,8 +10,8 @@ from typing import Annotated, NoReturn
 import typer
 from tqdm import tqdm
 
-from rmoe_megatron import durable, launch
-from rmoe_megatron.errors import RunError, UserError
+from rmoe_megatron import durable, launch, stop_signals
+from rmoe_megatron.errors import Interrupted, RunError, UserError
 from rmoe_megatron.extras import PACKAGE, extra_of
 from rmoe_megatron.typed_files import read_text
 
@@ -41,11 +41,15 @@ ParallelOverrides = Annotated[
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the first image's noise.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Of the sampler.")]
 Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
+INTERRUPTED = 75
 BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 2, a failed run 1."""
+    """Run the command line; its exit code is 2 for a user's mistake, 1 for a failed run, 75 for one that was interrupted.
+
+    Each is one line on standard error.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings(
@@ -56,14 +60,16 @@ def main() -> None:
     try:
         app()
     except (UserError, RunError) as error:
-        _end(str(error), 2 if isinstance(error, UserError) else 1)
+        _end(f"error: {error}", 2 if isinstance(error, UserError) else 1)
+    except Interrupted as interruption:
+        _end(f"interrupted: {interruption}", INTERRUPTED)
     except ModuleNotFoundError as error:
         found = extra_of(error.name or "")
         if found is None:
             raise
         extra, distribution = found
         _end(
-            f"`{_command_called()}` needs the {extra} extra ({distribution} is not installed); "
+            f"error: `{_command_called()}` needs the {extra} extra ({distribution} is not installed); "
             f"run `pip install '{PACKAGE}[{extra}]'`.",
             2,
         )
@@ -71,7 +77,7 @@ def main() -> None:
 
 def _end(message: str, code: int) -> NoReturn:
     if launch.speaks():
-        print(f"error: {message}", file=sys.stderr)
+        print(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -122,12 +128,26 @@ def precompute_command(
     source: Annotated[Path, typer.Argument(help="Folder with raw shards, possibly in subfolders.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     overrides: Overrides = None,
+    part: Annotated[
+        str, typer.Option(help="K/N: the K-th (from 0) of N processes or jobs that fill OUT together.")
+    ] = "0/1",
+    check: Annotated[bool, typer.Option("--check", help="Check what is asked for; encode nothing.")] = False,
 ) -> None:
-    """Encode raw shards once into latents and text embeddings."""
+    """Encode raw shards once into latents and text embeddings; with torchrun or srun each rank encodes its part."""
     from rmoe_megatron.config.loading import load_config
-    from rmoe_megatron.precompute import precompute
+    from rmoe_megatron.precompute import check_precompute, precompute
 
-    precompute(load_config(config, overrides or []), source, out, progress=_Bar("precompute", "shard"))
+    loaded = load_config(config, overrides or [])
+    if check:
+        check_precompute(loaded, source, out)
+        return
+    is_finished = precompute(loaded, source, out, parse_part(part), _Bar("precompute", "shard"))
+    if launch.speaks():
+        print(
+            f"{out} is complete"
+            if is_finished
+            else f"part {part} is done; {out} appears when the last part is"
+        )
 
 
 @data_app.command("show")
@@ -163,41 +183,83 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Check and print the configuration; train nothing.")
+        bool,
+        typer.Option(
+            "--check", help="Check the run and print its configuration; train nothing, need no GPU."
+        ),
     ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=launch.MAX_RANKS, help="With --check: of the job to come.")
+    ] = None,
 ) -> None:
     """Train a model from a configuration, or go on with a run."""
+    stop_signals.listen()
     from rmoe_megatron.config.loading import load_config
 
     arguments = arguments or []
+    if ranks is not None and not check:
+        raise UserError("--ranks is for --check; torchrun or srun start the ranks of a run.")
+    if check:
+        _check_training(arguments, resume, ranks or launch.world_size())
+        return
     if resume is not None:
-        if check:
-            raise UserError("--check is for a configuration; leave out --resume.")
         from rmoe_megatron.training import run
 
         run.resume(resume, arguments)
         return
     if not arguments:
         raise UserError("train needs a configuration file, or --resume RUN; see `rmoe train --help`.")
-    from rmoe_megatron.config.layout_checks import data_parallel_size
     from rmoe_megatron.training import preflight
 
     config = load_config(Path(arguments[0]), arguments[1:])
-    ranks, layout = launch.world_size(), config.parallel
-    preflight.check(config, ranks)  # here as well as in the run: importing Megatron-Core takes seconds
-    if check:
-        from rmoe_megatron.config.loading import to_yaml
-
-        print(to_yaml(config), end="")
-        print(
-            f"# {ranks} ranks = data {data_parallel_size(layout, ranks)} x tensor {layout.tensor_model_parallel_size} "
-            f"x context {layout.context_parallel_size} x pipeline {layout.pipeline_model_parallel_size};"
-        )
-        print(f"# experts spread over {layout.expert_model_parallel_size} ranks of a pipeline stage")
-        return
+    preflight.check(config, launch.world_size())  # as the run does: importing Megatron-Core takes seconds
     from rmoe_megatron.training import run
 
     run.train(config)
+
+
+def _check_training(arguments: list[str], resume: Path | None, ranks: int) -> None:
+    """Check a run of ``ranks`` ranks, new or resumed, and print its configuration and layout."""
+    from rmoe_megatron.checkpoint.folders import list_checkpoints
+    from rmoe_megatron.config.layout_checks import data_parallel_size
+    from rmoe_megatron.config.loading import load_config, to_yaml
+    from rmoe_megatron.training import preflight
+
+    if resume is not None:
+        config = load_config(resume / "config.yaml", [*arguments, f"run_dir={resume}"])
+    elif arguments:
+        config = load_config(Path(arguments[0]), arguments[1:])
+        if list_checkpoints(Path(config.run_dir)):
+            raise UserError(
+                f"{config.run_dir} already holds checkpoints; continue it with --resume {config.run_dir} or choose another "
+                "run_dir."
+            )
+    else:
+        raise UserError("train --check needs a configuration file, or --resume RUN.")
+    preflight.check_submission(config, ranks)
+    layout = config.parallel
+    print(to_yaml(config), end="")
+    print(
+        f"# {ranks} ranks = data {data_parallel_size(layout, ranks)} x tensor {layout.tensor_model_parallel_size} "
+        f"x context {layout.context_parallel_size} x pipeline {layout.pipeline_model_parallel_size};"
+    )
+    print(f"# experts spread over {layout.expert_model_parallel_size} ranks of a pipeline stage")
+    print(f"# a checkpoint takes {preflight.checkpoint_bytes(config) / 1e9:.4g} GB")
+    print(f"# run folder: {Path(config.run_dir).absolute()}")
+
+
+@app.command()
+def inspect(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Don't compare checkpoints with their checksums.")
+    ] = False,
+) -> None:
+    """List a run's checkpoints, verified, and when it was started, interrupted and resumed."""
+    from rmoe_megatron.show_run import show_run
+
+    for line in show_run(run_dir, quick):
+        print(line, flush=True)
 
 
 @convert_app.command("to-hf")
@@ -379,6 +441,23 @@ def check_guidance(guidance: float, interval: tuple[float, float] = (0.0, 1.0)) 
         raise UserError(
             f"--guidance-interval {interval[0]} {interval[1]} must be two numbers from 0 to 1, the smaller one first."
         )
+
+
+def parse_part(part: str) -> tuple[int, int]:
+    """Return which part of how many ``K/N`` is.
+
+    Raises:
+        UserError: it is none.
+    """
+    numbers = part.split("/")
+    if len(numbers) != 2 or not all(
+        number.isascii() and number.isdigit() and len(number) < 8 for number in numbers
+    ):
+        raise UserError(f"--part {part!r:.40} must be K/N, like 0/8.")
+    number, count = map(int, numbers)
+    if number >= count:
+        raise UserError(f"--part {part} must have K less than N, like 0/8.")
+    return number, count
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,25 @@ def write(path: Path, content: str | bytes) -> None:
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(partial)
     partial.rename(path)
+    sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Write a file under a name of this process's own, and give it its own when it is on the disk.
+
+    Other processes may write the same file at the same time: one of them, whole, is there in the end.
+
+    Yields:
+        Where to write.
+    """
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -1,4 +1,4 @@
-"""What can end a command early: a mistake that its user can correct, or a run that cannot go on."""
+"""What can end a command early: a mistake that its user can correct, a request to stop, or a run that cannot go on."""
 
 
 class UserError(Exception):
@@ -11,6 +11,14 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in message))
+
+
+class Interrupted(Exception):  # noqa: N818  # nothing is wrong
+    """A run that was asked to stop, has saved, and can go on from there.
+
+    The message is one sentence that says why, at which step, and how to resume. The command line prints it and exits
+    with code 75 (EX_TEMPFAIL of sysexits.h: try again), at which the jobs of ``slurm/`` start anew.
+    """
 
 
 class RunError(Exception):

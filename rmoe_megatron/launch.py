@@ -1,4 +1,4 @@
-"""Which process of a job this is, and where the job's processes meet.
+"""Which process of a job this is, where the job's processes meet, and what SLURM says of the job.
 
 A job is started by torchrun, by SLURM's ``srun`` with a task for every rank, or as one process. torchrun's variables
 (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) can also be set by hand. Where both torchrun's and
@@ -92,6 +92,25 @@ def speaks() -> bool:
     return number == "0" or not number.isdigit()
 
 
+def end_of_job() -> float | None:
+    """Return when SLURM ends this job, in seconds since 1970, None if it doesn't or doesn't say so.
+
+    Raises:
+        UserError: SLURM_JOB_END_TIME is no number.
+    """
+    return float(_number("SLURM_JOB_END_TIME", least=0, most=10**11, default=0)) or None
+
+
+def restart_count() -> int:
+    """Return how often SLURM has started this job again."""
+    return _number("SLURM_RESTART_COUNT", least=0, most=10**6, default=0)
+
+
+def job_id() -> str | None:
+    """Return the number of this SLURM job, None outside of one."""
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
 def first_host(nodes: str) -> str:
     """Return the first host of a SLURM node list: ``gpu[07-09,12],cpu1`` begins with ``gpu07``.
 
@@ -150,7 +169,7 @@ def _number(name: str, least: int, most: int, default: int, slurm: int | None = 
     text = os.environ.get(name, "").strip()
     if not text:
         return default if slurm is None else slurm
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
         raise UserError(
             f"The environment variable {name} is {text[:40]!r}, not a number from {least} to {most}; start the job with "
             "torchrun or srun, or unset it."

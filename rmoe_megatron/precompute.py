@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rmoe_megatron import durable
@@ -35,52 +35,124 @@ from rmoe_megatron.encoders.text import (
     minilm_folder,
 )
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.platform import select_device
 from rmoe_megatron.typed_files import read_json
 
 BATCH = 256
+DATASET = "dataset.json"
 DESCRIPTION = TypeAdapter(dict[str, Any])
 
 
 def precompute(
-    config: RunConfig, source: Path, out: Path, progress: Callable[[int, int], None] | None = None
-) -> None:
-    """Encode every shard below ``source`` into a shard of the same name below ``out``.
+    config: RunConfig,
+    source: Path,
+    out: Path,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[[int, int], None] | None = None,
+) -> bool:
+    """Encode this process's part of the shards below ``source`` into shards of the same names below ``out``.
 
-    ``out`` appears whole or not at all. Beside the shards it holds ``dataset.json`` with the encoders' fingerprints
-    and the embedding of the empty caption. For a class-conditional model only images are encoded.
+    Several processes, one a part and one a rank of it, fill one folder whose name says that it is not finished; who finds the
+    last shard there publishes it as ``out``, which appears whole or not at all. What an earlier attempt with the same
+    configuration has finished is kept. Beside the shards ``out`` holds ``dataset.json`` with the encoders' fingerprints and
+    the embedding of the empty caption. For a class-conditional model only images are encoded.
 
     Args:
         config: its ``encoders``, ``model`` and ``device`` sections are used.
-        progress: called with (shards done, shards in total).
+        part: which one of how many; the ranks of a job share it.
+        progress: called with (shards done, shards in total) of this process.
+
+    Returns:
+        Whether ``out`` is there now.
 
     Raises:
-        UserError: ``source`` has no shards, or ``out`` is not empty, overlaps with ``source`` or cannot be written.
+        UserError: ``source`` has no shards, ``out`` is not empty, overlaps with ``source`` or cannot be written, or an
+            unfinished one was made with other encoders.
     """
+    shards = check_precompute(config, source, out)
+    if not shards:
+        return True
+    mine = shards[part[0] * world_size() + rank() :: part[1] * world_size()]
+    device = select_device(config.device, local_rank())
+    captions = None
+    if not config.model.is_class_conditional:
+        captions = CaptionCache(load_text_encoder(config.encoders, config.model.text_length, device))
+    autoencoder = load_autoencoder(config.encoders.autoencoder, device)
+    unfinished = durable.unfinished(out)
+    _claim(config, source, unfinished)
+    if captions is not None and not (unfinished / NULL_TEXT).exists():
+        null_text = encode_captions(captions.text_encoder, [""])
+        tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
+        with durable.writing(unfinished / NULL_TEXT) as partial:
+            partial.write_bytes(save(tensors))
+    for done, shard in enumerate(mine):
+        target = unfinished / shard.relative_to(source)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with durable.writing(target) as partial:
+                encode_shard(shard, partial, captions, autoencoder)
+        if progress is not None:
+            progress(done + 1, len(mine))
+    return _publish(unfinished, out, [shard.relative_to(source) for shard in shards])
+
+
+def check_precompute(config: ModelDescription, source: Path, out: Path) -> list[Path]:
+    """Check where shards come from and go to; returns those that are to be encoded, in the order of their names.
+
+    None are if ``out`` is the finished work of the same configuration: a part of it may be asked for again.
+
+    Raises:
+        UserError: see :func:`precompute`.
+    """
+    check_model(config)
     inner, outer = out.resolve(), source.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise UserError(f"{out} and {source} overlap; choose an output folder apart from the source.")
     shards = sorted(source.rglob("*.tar"))
     if not shards:
         raise UserError(f"There are no .tar shards in or below {source}; build or download the data first.")
+    is_there = (out / DATASET).is_file() and all(
+        (out / shard.relative_to(source)).is_file() for shard in shards
+    )
+    if is_there and read_json(out / DATASET, DESCRIPTION) == _description(config, source):
+        return []
     durable.require_empty(out, "The output")
-    device = select_device(config.device)
-    captions = None
-    if not config.model.is_class_conditional:
-        captions = CaptionCache(load_text_encoder(config.encoders, config.model.text_length, device))
-    autoencoder = load_autoencoder(config.encoders.autoencoder, device)
-    with durable.building(out) as partial:
-        for done, shard in enumerate(shards):
-            target = partial / shard.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            encode_shard(shard, target, captions, autoencoder)
-            if progress is not None:
-                progress(done + 1, len(shards))
-        if captions is not None:
-            null_text = encode_captions(captions.text_encoder, [""])
-            tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
-            save_file(tensors, partial / NULL_TEXT)
-        _describe(config, source, partial)
+    return shards
+
+
+def _claim(config: ModelDescription, source: Path, unfinished: Path) -> None:
+    """Make the unfinished folder, or find that it was made for the same: its ``dataset.json`` says for what."""
+    unfinished.mkdir(parents=True, exist_ok=True)
+    description = _description(config, source)
+    path = unfinished / DATASET
+    if not path.exists():
+        with durable.writing(path) as partial:
+            partial.write_text(json.dumps(description, indent=1) + "\n")
+    if read_json(path, DESCRIPTION) != description:
+        raise UserError(
+            f"{unfinished} holds shards of an unfinished precomputation with other encoders or of another source; remove it "
+            "or choose another output."
+        )
+
+
+def _publish(unfinished: Path, out: Path, names: list[Path]) -> bool:
+    """Give the folder its name if all shards are there; another process may do so at the same moment."""
+    try:
+        if not all((unfinished / name).exists() for name in names):
+            return out.is_dir() and all((out / name).exists() for name in names)
+        for leftover in unfinished.rglob("*.partial"):  # of processes that were killed
+            leftover.unlink(missing_ok=True)
+        for folder in {unfinished, *((unfinished / name).parent for name in names)}:
+            durable.sync(folder)
+        if out.is_dir():
+            out.rmdir()
+        unfinished.rename(out)
+    except FileNotFoundError:
+        return True
+    durable.sync(out.parent)
+    return True
 
 
 class CaptionCache:
@@ -145,9 +217,9 @@ def _image(sample: dict[str, Any]) -> np.ndarray:
     return next(sample[extension] for extension in IMAGES if extension in sample)
 
 
-def _describe(config: ModelDescription, source: Path, folder: Path) -> None:
-    """Write ``dataset.json``: that of the source, and which encoders made the embeddings."""
-    path = source / "dataset.json"
+def _description(config: ModelDescription, source: Path) -> dict[str, Any]:
+    """Return the ``dataset.json`` to be: that of the source, and which encoders make the embeddings."""
+    path = source / DATASET
     description: dict[str, Any] = {"name": source.name}
     if path.exists():
         description = read_json(path, DESCRIPTION)
@@ -160,8 +232,7 @@ def _describe(config: ModelDescription, source: Path, folder: Path) -> None:
             "text_encoders_dropped": encoders.dropped,
             "text_length": config.model.text_length,
         }
-    description["encoders"] = described
-    (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+    return description | {"encoders": described}
 
 
 def _text_encoder_sha256(name: str) -> str:

@@ -3,17 +3,22 @@
 import io
 import logging
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rmoe_megatron.cli import parse_part
+from rmoe_megatron.config.model import DiffusionConfig, Objective
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.shards import LATENTS, ShardDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.precompute import encode_shard, precompute
 from tests.data.test_shards import picture, png
 from tests.support.configurations import tiny_config
+from tests.support.ranks import DIT
 from tests.support.runs import write_shard
 
 
@@ -52,3 +57,88 @@ def test_long_names_are_kept(tmp_path: Path) -> None:
         tar.addfile(header, io.BytesIO(png(1)))
     encode_shard(tmp_path / "source.tar", tmp_path / "encoded.tar", None, PixelCodec())
     assert ShardDataset(tmp_path, shards=[tmp_path / "encoded.tar"])[0]["__key__"] == "long" * 50
+
+
+def toy(folder: Path, shards: int = 3) -> tuple[RunConfig, Path]:
+    """A class-conditional configuration, which needs no text encoder, and raw shards for it."""
+    model = replace(DIT, sample_size=4)
+    config = tiny_config(None, model=model, diffusion=DiffusionConfig(objective=Objective.ddpm))
+    for number in range(shards):
+        samples = [{"png": png(number * 50 + sample), "cls": b"1"} for sample in range(2)]
+        write_shard(folder / "source" / "train" / f"{number}.tar", samples)
+    return config, folder / "source"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_parts_make_what_one_process_makes_and_the_last_publishes(tmp_path: Path) -> None:
+    config, source = toy(tmp_path)
+    assert precompute(config, source, tmp_path / "whole")
+    out = tmp_path / "parts"
+    assert not precompute(config, source, out, (1, 2))
+    assert not out.exists()
+    assert precompute(config, source, out, (0, 2))
+    assert contents(out) == contents(tmp_path / "whole")
+    assert len(contents(out)) == 4
+    assert not list(tmp_path.glob(".*"))
+    assert precompute(config, source, out, (1, 2))  # asked for again after the others: nothing is left to do
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_ranks_share_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, source = toy(tmp_path, shards=5)
+    found: list[str] = []
+    monkeypatch.setattr(
+        "rmoe_megatron.precompute.encode_shard",
+        lambda shard, target, *rest: found.append(shard.stem) or target.touch(),
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for rank in (0, 1):
+        for part in (0, 1):
+            monkeypatch.setenv("RANK", str(rank))
+            is_last = (rank, part) == (1, 1)
+            assert precompute(config, source, tmp_path / "out", (part, 2)) == is_last
+    assert found == ["0", "4", "2", "1", "3"]
+
+
+def test_what_a_killed_attempt_finished_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, source = toy(tmp_path)
+    out, encoded = tmp_path / "out", []
+
+    def die_at_the_second(shard: Path, target: Path, *rest: object) -> None:
+        encoded.append(shard.stem)
+        target.write_bytes(b"torn" if shard.stem == "1" else b"whole")
+        if shard.stem == "1":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("rmoe_megatron.precompute.encode_shard", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(config, source, out)
+    monkeypatch.setattr(
+        "rmoe_megatron.precompute.encode_shard",
+        lambda shard, target, *rest: encoded.append(shard.stem) or target.touch(),
+    )
+    other = replace(
+        config, encoders=replace(config.encoders, autoencoder="pixel"), model=replace(config.model)
+    )
+    (source / "dataset.json").write_text('{"name": "another"}')
+    with pytest.raises(UserError, match="unfinished precomputation"):
+        precompute(other, source, out)
+    (source / "dataset.json").unlink()
+    assert precompute(config, source, out)
+    assert encoded == ["0", "1", "1", "2"]
+    assert (out / "train" / "0.tar").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("part", ["", "1", "2/2", "-1/2", "a/b", "0/0", "1/2/3"])
+def test_a_part_that_is_none(part: str) -> None:
+    with pytest.raises(UserError, match="--part"):
+        parse_part(part)

@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NotRequired, TypedDict
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 from pydantic import Field, TypeAdapter, with_config
 
@@ -38,11 +38,15 @@ class ManifestEntry(TypedDict):
 
 @with_config(OPEN)
 class RunState(TypedDict):
-    """``run_state.json``: optimizer steps done, samples drawn, and what belongs to the kind of checkpoint."""
+    """``run_state.json``: optimizer steps done, samples drawn, and what belongs to the kind of checkpoint.
+
+    ``pending`` is what this step is still to be followed by, before the next.
+    """
 
     step: Annotated[int, Field(ge=0, lt=100_000_000)]
     samples: Annotated[int, Field(ge=0, lt=1 << 40)]
     skipped_steps: NotRequired[Annotated[int, Field(ge=0)]]
+    pending: NotRequired[list[Literal["validation", "samples"]]]
     imported: NotRequired[bool]  # weights alone
     base_fingerprint: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
 

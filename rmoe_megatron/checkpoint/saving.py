@@ -1,6 +1,6 @@
 """Writes a checkpoint in Megatron-Core's torch_dist format: published whole, and in the calling process alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,8 +46,11 @@ class _SynchronousStrategy(TorchDistSaveShardedStrategy):
 
 
 @contextmanager
-def new_checkpoint(final: Path) -> Iterator[Path]:
+def new_checkpoint(final: Path, before_publishing: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Write the checkpoint folder ``final``, which is there whole or not at all; every rank takes part.
+
+    Args:
+        before_publishing: called by rank 0 when all is written; if it raises nothing is published.
 
     Yields:
         Where to write. When all ranks leave the context, rank 0 adds the manifest and publishes the folder.
@@ -61,6 +64,7 @@ def new_checkpoint(final: Path) -> Iterator[Path]:
             dist.barrier()
             yield partial
             write_manifest(partial)
+            before_publishing()
         dist.barrier()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from rmoe_megatron import stop_signals
 from rmoe_megatron.data.shards import SampleLocation, TrainingDataset
 from rmoe_megatron.errors import UserError
 
@@ -120,6 +121,7 @@ def batches(
         sampler=_MicroBatches(layout, first_draw, last_draw),
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
+        worker_init_fn=lambda worker: stop_signals.heed_parent_alone(),
         generator=torch.Generator(),
     )
     for batch in _until_a_worker_ends(iter(loader)) if num_workers else loader:

@@ -286,10 +286,11 @@ class TrainingDataset(Dataset[Any]):
 
     Args:
         num_classes: of a class-conditional model, 0 for text.
+        shards: the shards of ``folder`` to use; None takes all.
     """
 
-    def __init__(self, folder: Path, num_classes: int = 0) -> None:
-        self.samples = ShardDataset(folder)
+    def __init__(self, folder: Path, num_classes: int = 0, shards: list[Path] | None = None) -> None:
+        self.samples = ShardDataset(folder, shards=shards)
         self.num_classes = num_classes
         members = self.samples.locations[0].members
         self.precomputed = LATENTS in members

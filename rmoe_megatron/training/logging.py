@@ -18,6 +18,7 @@ from rmoe_megatron.typed_files import read_text
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
+STATUS = "status"  # one line: where the run is
 WANDB_ID = "wandb_id.txt"
 
 
@@ -111,6 +112,9 @@ class RunLogger:
         shown = {name: f"{value:.4g}" for name, value in metrics.items() if name in SHOWN}
         if remaining is not None:
             shown["ETA"] = tqdm.format_interval(remaining)
+        if "loss" in metrics:
+            brief = [f"{name} {shown[name]}" for name in ("loss", "ETA") if name in shown]
+            durable.write(self.run_dir / STATUS, f"step {step}/{self.total_steps}  {'  '.join(brief)}\n")
         if self.is_terminal and "loss" in metrics:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)

@@ -1,16 +1,22 @@
-"""What happens in which step of a run: training, validation, saving, sampling, logging."""
+"""What happens in which step of a run: training, validation, saving, sampling, logging; and where it can stop."""
 
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.pictures import png
 from rmoe_megatron.training.health import Health
+from rmoe_megatron.training.interruption import Interruption, StopRequest
 from rmoe_megatron.training.logging import RunLogger
 from rmoe_megatron.training.samples import SampleGrid
 from rmoe_megatron.training.source import TrainingSource
@@ -20,61 +26,96 @@ from rmoe_megatron.training.throughput import Throughput
 
 @dataclass
 class TrainingLoop:
-    """Steps, validates, saves, draws; until the configured number of steps is done."""
+    """Steps, validates, saves, draws; until the configured number of steps is done or the run is asked to stop.
+
+    Attributes:
+        restarts: how often the run was started again; rank 0 knows it.
+        may_publish: raises if another process has taken over the run; rank 0 asks it before a checkpoint is published.
+        averages_due: the update whose parameters the averages have not seen yet.
+        saved: step of the last checkpoint, and what followed that step and was not done then.
+    """
 
     config: RunConfig
     state: TrainingState
     source: TrainingSource
     device: torch.device
-    averages_due: int | None = None  # the update whose parameters the averages have not seen yet
+    restarts: int = 0
+    may_publish: Callable[[], None] = lambda: None
+    interruption: Interruption = field(default_factory=Interruption)
+    averages_due: int | None = None
+    saved: tuple[int, list[str]] = (0, [])
 
-    def run(self) -> None:
-        """Train from ``state.progress`` to the last step."""
+    def run(self) -> str | None:
+        """Train from ``state.progress`` to the last step; returns None, or why it stopped before and saved."""
         training, progress, engine = self.config.training, self.state.progress, self.state.engine
         run_dir = Path(self.config.run_dir)
-        log = RunLogger(
+        self.log = RunLogger(
             run_dir, self.config.logging, training.steps, progress.step, is_rank0=dist.get_rank() == 0
         )
-        grid = None
+        self.grid = None
         if training.sample_prompts:
             prompts = self.source.encode_prompts(training.sample_prompts)
-            grid = SampleGrid(self.config, prompts, self.source.autoencoder)
+            self.grid = SampleGrid(self.config, prompts, self.source.autoencoder)
         batches = self.source.training_batches(progress.samples)
         health = Health(run_dir, engine.modules, self.source.locate, training.max_skipped_steps)
-        throughput = Throughput(self.config, self.device)
-        while progress.step < training.steps:
-            result = engine.step(batches, before_update=self.update_averages)
-            if result.suspects is None:
-                self.averages_due = progress.step
-            progress.step += 1
-            progress.samples += training.global_batch_size
-            progress.skipped_steps += result.suspects is not None
-            throughput.count(training.global_batch_size)
-            routing = engine.routing_metrics()
-            if self.is_due(training.log_every):
-                metrics = self.metrics(result) | routing | throughput.rates()
-                log.log_metrics(progress.step, metrics, throughput.remaining(training.steps - progress.step))
-            health.check(progress.step, result)
-            self.look_and_save(log, grid, throughput)
-        log.close()
+        self.throughput = Throughput(self.config, self.device)
+        self.saved = progress.step, list(progress.pending)
+        why = None
+        try:
+            self.look_and_save()  # what the step before an interruption left
+            while progress.step < training.steps:
+                self.interruption.check()
+                health.check(progress.step + 1, self.step(batches))
+                self.look_and_save()
+        except StopRequest as request:
+            why = str(request)
+            self.save_for_later()
+        self.log.close()
+        return why
 
-    def look_and_save(self, log: RunLogger, grid: SampleGrid | None, throughput: Throughput) -> None:
-        """Validate, save and sample where it is time to; what fails in sampling has been saved before."""
-        training, run_dir, step = self.config.training, Path(self.config.run_dir), self.state.progress.step
-        everies = (training.validate_every, training.sample_every, self.config.checkpoint.every)
-        if any(self.is_due(every) for every in everies):
+    def step(self, batches: Iterator[Batch]) -> StepResult:
+        """Take one optimizer step, log it, and put down what is to follow it."""
+        training, progress, engine = self.config.training, self.state.progress, self.state.engine
+        result = engine.step(batches, before_update=self.update_averages)
+        if result.suspects is None:
+            self.averages_due = progress.step
+        progress.step += 1
+        progress.samples += training.global_batch_size
+        progress.skipped_steps += result.suspects is not None
+        self.throughput.count(training.global_batch_size)
+        routing = engine.routing_metrics()
+        if self.is_due(training.log_every):
+            metrics = self.metrics(result) | routing | self.throughput.rates()
+            self.log.log_metrics(
+                progress.step, metrics, self.throughput.remaining(training.steps - progress.step)
+            )
+        progress.pending = [kind for kind, every in self.pauses().items() if self.is_due(every)]
+        return result
+
+    def pauses(self) -> dict[str, int]:
+        """Return what happens between steps, every how many of them, in this order."""
+        training = self.config.training
+        pauses = {"validation": training.validate_every} if self.source.has_validation else {}
+        pauses["checkpoint"] = self.config.checkpoint.every
+        return pauses | ({"samples": training.sample_every} if self.grid is not None else {})
+
+    def look_and_save(self) -> None:
+        """Do what is pending after a step: validate, save, sample; what fails in sampling has been saved before.
+
+        Raises:
+            StopRequest: the run is asked to stop; what was not finished stays pending.
+        """
+        pending = self.state.progress.pending
+        if pending:
             self.state.engine.gather_parameters()
             self.update_averages()
-        if self.source.has_validation and self.is_due(training.validate_every):
-            with throughput.paused("validation", training.validate_every):
-                log.log_metrics(step, {"validation_loss": self.validate()})
-        if self.is_due(self.config.checkpoint.every):
-            with throughput.paused("saving", self.config.checkpoint.every):
-                save_checkpoint(self.state, self.config, run_dir)
-                log.draw_curves()
-        if grid is not None and self.is_due(training.sample_every):
-            with throughput.paused("sampling", training.sample_every):
-                log.log_image("samples", self.sample(grid, run_dir), step)
+        actions = {"validation": self.validate, "checkpoint": self.save, "samples": self.sample}
+        while pending:
+            kind = pending[0]
+            with self.throughput.paused(kind, self.pauses()[kind]):
+                actions[kind]()
+            if kind in pending:
+                pending.remove(kind)
 
     def is_due(self, every: int) -> bool:
         """Whether it is time for what happens every so many steps and after the last."""
@@ -89,6 +130,7 @@ class TrainingLoop:
             "learning_rate": result.learning_rate,
             "samples": self.state.progress.samples,
             "skipped_steps": self.state.progress.skipped_steps,
+            "restarts": self.restarts,
         }
 
     def update_averages(self) -> None:
@@ -97,18 +139,48 @@ class TrainingLoop:
             self.state.ema.update(self.averages_due)
             self.averages_due = None
 
-    def validate(self) -> float:
-        """Return the loss of the averaged weights on the validation samples, with noise that is the same each time."""
-        batches, count = self.source.validation_batches()
-        with self.state.ema.applied():
-            return self.state.engine.evaluate(batches, count)
+    def save(self) -> None:
+        """Publish a checkpoint; what else is pending is done after it, also if that is in another process."""
+        progress, started = self.state.progress, time.monotonic()
+        if "checkpoint" in progress.pending:
+            progress.pending.remove("checkpoint")
+        save_checkpoint(self.state, self.config, Path(self.config.run_dir), self.may_publish)
+        self.saved = progress.step, list(progress.pending)
+        self.log.draw_curves()
+        self.interruption.save_seconds = time.monotonic() - started
 
-    def sample(self, grid: SampleGrid, run_dir: Path) -> Path:
-        """Draw the sample grid with the averaged weights; every rank computes, rank 0 writes."""
+    def save_for_later(self) -> None:
+        """Save where the run was asked to stop, unless the last checkpoint says it all."""
+        self.state.engine.gather_parameters()
+        self.update_averages()
+        pending = [kind for kind in self.state.progress.pending if kind != "checkpoint"]
+        if (self.state.progress.step, pending) != self.saved:
+            self.save()
+
+    def validate(self) -> None:
+        """Log the loss of the averaged weights on the validation samples, with noise that is the same each time."""
+        batches, count = self.source.validation_batches()
+        size = self.state.engine.num_micro_batches
+        losses = []
         with self.state.ema.applied():
-            image = grid.draw(self.state.engine.denoise)
-        path = run_dir / "samples" / f"step-{self.state.progress.step:08d}.png"
+            for _ in range(0, count, size):
+                self.interruption.check()
+                losses.append(self.state.engine.evaluate(batches, size))
+        self.log.log_metrics(self.state.progress.step, {"validation_loss": math.fsum(losses) / len(losses)})
+
+    def sample(self) -> None:
+        """Draw the sample grid with the averaged weights; every rank computes, rank 0 writes."""
+        assert self.grid is not None
+
+        def denoise(*inputs: Any) -> torch.Tensor:
+            self.interruption.check()
+            return self.state.engine.denoise(*inputs)
+
+        with self.state.ema.applied():
+            image = self.grid.draw(denoise)
+        step = self.state.progress.step
+        path = Path(self.config.run_dir) / "samples" / f"step-{step:08d}.png"
         if dist.get_rank() == 0:
             path.parent.mkdir(exist_ok=True)
             durable.write(path, png(image))
-        return path
+        self.log.log_image("samples", path, step)

@@ -1,15 +1,38 @@
-"""Everything that is checked before a run starts: its configuration, and what it needs of this machine."""
+"""Everything that is checked before a run starts: its configuration, and what it needs of this machine or of a cluster.
 
+Megatron-Core is not imported: these checks also take place where a job is submitted.
+"""
+
+import shutil
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import torch
+from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron import durable
-from rmoe_megatron.config.run import Device, RunConfig
+from rmoe_megatron.checkpoint.folders import list_checkpoints
+from rmoe_megatron.config.model import ModelConfig
+from rmoe_megatron.config.run import Device, Precision, RunConfig, Trainable
 from rmoe_megatron.config.validation import validate
-from rmoe_megatron.data.shards import list_shards
+from rmoe_megatron.data.shards import TrainingDataset, list_shards
+from rmoe_megatron.encoders.source import present_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.checks import check_model
+from rmoe_megatron.model.parameters import dense_parameters, module_parameters
+from rmoe_megatron.typed_files import OPEN, read_json
+
+
+@with_config(OPEN)
+class AutoencoderConfig(TypedDict):
+    """What of an AutoencoderKL's ``config.json`` is needed: channels of its blocks, each but the last halves the side."""
+
+    block_out_channels: Annotated[list[int], Field(min_length=1, max_length=16)]
+
+
+AUTOENCODER = TypeAdapter(AutoencoderConfig)
+# Of an average, a main parameter and Adam's two moments, in float32.
+STATE_BYTES = 4 * 4
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -20,17 +43,45 @@ def check(config: RunConfig, world_size: int) -> None:
     """
     check_model(config)
     validate(config, world_size)
-    check_machine(config)
+    check_device(config)
+    check_files(config)
 
 
-def check_machine(config: RunConfig) -> None:
-    """Check that what a validated configuration names is there.
+def check_submission(config: RunConfig, world_size: int) -> None:
+    """Check a run that will take place elsewhere, with the same files: all but the device, and what the run finds out later.
+
+    The first samples must fit the model, and the frozen encoders be here: compute nodes download nothing.
+
+    Raises:
+        UserError: names the key, the value and what is allowed, or what is missing.
+    """
+    check_model(config)
+    validate(config, world_size)
+    check_files(config)
+    if not config.model.is_class_conditional and config.encoders.text_encoder != "minilm":
+        present_folder(config.encoders.text_encoder, "encoders.text_encoder")
+    factor = pixels_per_latent(config.encoders.autoencoder)
+    for folder in (config.data.train, config.data.validation):
+        if folder is not None:
+            check_first_sample(config, Path(folder), factor)
+
+
+def check_device(config: RunConfig) -> None:
+    """Check that the device is here.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.device is Device.cuda and not torch.cuda.is_available():
+        raise UserError("device is cuda but PyTorch finds no GPU here; set device=cpu or device=auto.")
+
+
+def check_files(config: RunConfig) -> None:
+    """Check that the files a validated configuration names are there, and that its checkpoints will have room.
 
     Raises:
         UserError: names the key and what is missing or cannot be written.
     """
-    if config.device is Device.cuda and not torch.cuda.is_available():
-        raise UserError("device is cuda but PyTorch finds no GPU here; set device=cpu or device=auto.")
     if config.fine_tuning is not None and not Path(config.fine_tuning.base).is_dir():
         raise UserError(
             f"There is no run at fine_tuning.base {config.fine_tuning.base}; train one or import one with "
@@ -40,3 +91,105 @@ def check_machine(config: RunConfig) -> None:
     if config.data.validation is not None:
         list_shards(Path(config.data.validation))
     durable.check_writable(Path(config.run_dir), "run_dir")
+    check_space(config)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Return what a checkpoint takes: weights, and of what is trained their average, main parameters and moments.
+
+    With ``fine_tuning.trainable=added`` it is of the additions alone; with ``blocks`` an upper bound.
+    """
+    dense, modules = dense_parameters(config), module_parameters(config)
+    if config.fine_tuning is not None and config.fine_tuning.trainable is Trainable.added:
+        dense = (
+            0  # the gate, the modulation and LoRA are small beside the modules, or there is nothing larger
+        )
+    return (dense + modules) * (STATE_BYTES + (2 if config.precision is Precision.bf16 else 4))
+
+
+def check_space(config: RunConfig) -> None:
+    """Check that the disk of ``run_dir`` can take the checkpoints that are kept and the one that is being written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    folder = existing = Path(config.run_dir)
+    while not existing.exists():
+        existing = existing.parent
+    saves = -(-config.training.steps // config.checkpoint.every)
+    there = len(list_checkpoints(folder))
+    missing = max(min(config.checkpoint.keep_last + 1, saves) - there, 1)
+    needed, free = missing * checkpoint_bytes(config), shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"run_dir {folder} has {free / 1e9:.4g} GB of free disk, but {missing} checkpoints of "
+            f"{checkpoint_bytes(config) / 1e9:.4g} GB are to come (checkpoint.keep_last, and one while it is written); "
+            "make room or choose another run_dir."
+        )
+
+
+def pixels_per_latent(autoencoder: str) -> int:
+    """Return how many pixels of an image's side one of its latents' stands for.
+
+    Raises:
+        UserError: the autoencoder is not here, or its configuration cannot be read.
+    """
+    if autoencoder == "pixel":
+        return 1
+    folder = present_folder(autoencoder, "encoders.autoencoder")
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    described = read_json(folder / "config.json", AUTOENCODER)
+    return 2 ** (len(described["block_out_channels"]) - 1)
+
+
+def check_first_sample(config: RunConfig, folder: Path, factor: int) -> None:
+    """Check that the first sample of a shard folder fits the model; no other shard is opened.
+
+    Args:
+        factor: pixels per latent, of an image's side.
+
+    Raises:
+        UserError: it lacks a member, or has another shape.
+    """
+    samples = TrainingDataset(folder, config.model.num_classes, shards=list_shards(folder)[:1])
+    sample = samples[0]
+    if samples.precomputed:
+        shapes = {
+            name: tuple(value.shape) for name, value in sample.items() if isinstance(value, torch.Tensor)
+        }
+        check_shapes(shapes, config.model, folder, precomputed=True)
+        return
+    size, side = config.model.sample_size, config.model.sample_size * factor
+    found = tuple(sample["image"].shape[1:])
+    if found != (side, side):
+        raise UserError(
+            f"The images in {folder} have {found[1]} x {found[0]} pixels, but model.sample_size {size} takes {side} x "
+            f"{side}; use images and a model that fit."
+        )
+
+
+def check_shapes(
+    shapes: dict[str, tuple[int, ...]], model: ModelConfig, folder: Path, precomputed: bool
+) -> None:
+    """Check the shapes of a sample, encoded, against what a model takes.
+
+    Args:
+        folder: of the sample.
+        precomputed: it lies there encoded.
+
+    Raises:
+        UserError: one differs.
+    """
+    expected: dict[str, tuple[int, ...]] = {
+        "latents": (model.in_channels, model.sample_size, model.sample_size)
+    }
+    if not model.is_class_conditional:
+        expected["text_hidden_states"] = (model.text_length, model.text_hidden_size)
+        expected["text_pooled"] = (model.pooled_size,)
+    remedy = "precompute the data again with" if precomputed else "use data and encoders that fit"
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise UserError(
+                f"{name} from {folder} has shape {shapes[name]} but the model of this configuration needs {shape}; "
+                f"{remedy} this configuration."
+            )

@@ -1,15 +1,18 @@
 """A training run from configuration to last checkpoint: ``rmoe train`` and ``rmoe train --resume``."""
 
 import logging
+import time
 from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, list_checkpoints, read_state
 from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.registry import build_engine
-from rmoe_megatron.errors import RunError, UserError
+from rmoe_megatron.errors import Interrupted, RunError, UserError
 from rmoe_megatron.launch import rank, ranks_on_host, world_size
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import check_memory
@@ -19,6 +22,7 @@ from rmoe_megatron.refusal import reason
 from rmoe_megatron.training import preflight
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.fine_tuning import start_from_base
+from rmoe_megatron.training.history import count_restarts, read_history, record
 from rmoe_megatron.training.loop import TrainingLoop
 from rmoe_megatron.training.run_lock import exclusive
 from rmoe_megatron.training.source import TrainingSource
@@ -32,6 +36,7 @@ def train(config: RunConfig) -> None:
 
     Raises:
         UserError: the configuration is wrong, or the folder already holds a run.
+        Interrupted: the run was asked to stop and has saved.
     """
     preflight.check(config, world_size())
     run_dir = Path(config.run_dir)
@@ -50,6 +55,7 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
 
     Raises:
         UserError: there is no complete checkpoint, an override is wrong, or it changes the architecture.
+        Interrupted: the run was asked to stop and has saved.
     """
     if not run_dir.is_dir():
         raise UserError(f"There is no run at {run_dir}; give the run_dir of an earlier `rmoe train`.")
@@ -58,7 +64,8 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
         train(load_config(run_dir / "config.yaml", [*overrides, f"run_dir={run_dir}"]))
         return
     checkpoint = find_checkpoint(run_dir)
-    if read_state(checkpoint.path).get("imported"):
+    progress = read_state(checkpoint.path)
+    if progress.get("imported"):
         raise UserError(
             f"{run_dir} holds imported weights and no training state; start a run with fine_tuning.base={run_dir}."
         )
@@ -89,40 +96,73 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
             "resume without overriding it."
         )
     preflight.check(config, world_size())
-    if checkpoint.step >= config.training.steps:
+    if checkpoint.step >= config.training.steps and not progress.get("pending"):
         logger.warning("%s is finished: step %d of %d.", run_dir, checkpoint.step, config.training.steps)
         return
     _run(config, checkpoint)
 
 
 def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
-    run_dir, is_rank0 = Path(config.run_dir), rank() == 0
-    with exclusive(run_dir) if is_rank0 else nullcontext(), process_groups(config) as device:
+    run_dir = Path(config.run_dir)
+    step, is_rank0 = checkpoint.step if checkpoint is not None else 0, rank() == 0
+    with exclusive(run_dir) if is_rank0 else nullcontext() as fence:
         if is_rank0:
-            save_config(config, run_dir / "config.yaml")
-        sharing = ranks_on_host() if device.type == "cpu" else 1
-        check_memory(config, device_memory(device) // sharing, f"the {device.type.upper()} of rank {rank()}")
-        source = TrainingSource(config, device)
-        modules = build_chunks(config, initialise=config.fine_tuning is None)
-        fingerprint = start_from_base(modules, config) if config.fine_tuning is not None else None
-        loss = DiffusionLoss(config, config.seed, source.null_conditions)
-        engine = build_engine(config, modules.to(device), loss)
-        ema = ExponentialMovingAverage(modules, config.optimizer.ema_decay, config.optimizer.ema_power)
-        state = TrainingState(engine, ema, Progress(), fingerprint)
-        if checkpoint is not None:
-            load_checkpoint(state, checkpoint)
+            record(run_dir, "started" if checkpoint is None else "resumed", step)
         try:
-            TrainingLoop(config, state, source, device).run()
-        except RunError:
-            raise
+            with process_groups(config) as device:
+                if is_rank0:
+                    save_config(config, run_dir / "config.yaml")
+                loop = _build(config, checkpoint, device)
+                if fence is not None:
+                    loop.restarts, loop.may_publish = count_restarts(read_history(run_dir)), fence.check
+                stopped = _train(loop)
+                step = loop.state.progress.step
         except Exception as error:
-            if "DataLoader worker" in str(
-                error
-            ):  # PyTorch raises it from a signal handler, wherever the run is
-                raise RunError(
-                    f"A data loading process of rank {rank()} ended at step {state.progress.step + 1} "
-                    f"({reason(error)}), perhaps for want of memory; resume with `rmoe train --resume {run_dir}`, or "
-                    "with a smaller data.num_workers."
-                ) from error
-            error.add_note(f"Rank {rank()} was at step {state.progress.step + 1}.")
+            if fence is not None:
+                fence.check()
+                record(run_dir, "failed", step, reason(error))
             raise
+        if is_rank0:
+            record(run_dir, "finished" if stopped is None else "interrupted", step, stopped)
+    if stopped is not None:
+        raise Interrupted(
+            f"{stopped}: {run_dir} stopped after step {step}; `rmoe train --resume {run_dir}` goes on."
+        )
+
+
+def _build(config: RunConfig, checkpoint: CheckpointFolder | None, device: torch.device) -> TrainingLoop:
+    """Build everything that trains, with its state from ``checkpoint`` or anew."""
+    sharing = ranks_on_host() if device.type == "cpu" else 1
+    check_memory(config, device_memory(device) // sharing, f"the {device.type.upper()} of rank {rank()}")
+    source = TrainingSource(config, device)
+    modules = build_chunks(config, initialise=config.fine_tuning is None)
+    fingerprint = start_from_base(modules, config) if config.fine_tuning is not None else None
+    loss = DiffusionLoss(config, config.seed, source.null_conditions)
+    engine = build_engine(config, modules.to(device), loss)
+    ema = ExponentialMovingAverage(modules, config.optimizer.ema_decay, config.optimizer.ema_power)
+    state = TrainingState(engine, ema, Progress(), fingerprint)
+    loop = TrainingLoop(config, state, source, device)
+    if checkpoint is not None:
+        started = time.monotonic()
+        load_checkpoint(state, checkpoint)
+        # The best guess of how long saving takes, until that is measured.
+        loop.interruption.save_seconds = max(loop.interruption.save_seconds, time.monotonic() - started)
+    return loop
+
+
+def _train(loop: TrainingLoop) -> str | None:
+    """Run the loop; returns why it stopped early, if it did. What ends it is told with its step."""
+    progress, run_dir = loop.state.progress, loop.config.run_dir
+    try:
+        return loop.run()
+    except RunError:
+        raise
+    except Exception as error:
+        # PyTorch raises it from a signal handler, wherever the run is.
+        if "DataLoader worker" in str(error):
+            raise RunError(
+                f"A data loading process of rank {rank()} ended at step {progress.step + 1} ({reason(error)}), perhaps for "
+                f"want of memory; resume with `rmoe train --resume {run_dir}`, or with a smaller data.num_workers."
+            ) from error
+        error.add_note(f"Rank {rank()} was at step {progress.step + 1}.")
+        raise

@@ -1,49 +1,140 @@
-"""One process group trains in a run folder at a time: two would overwrite each other's log and checkpoints."""
+"""One process group trains in a run folder at a time: two would overwrite each other's log and checkpoints.
+
+Rank 0 holds a lock of the file system, which the system lets go of when the process dies. When SLURM loses a node it starts the
+job again elsewhere, and what ran on the lost node may still run there. So a later start of the same job writes down that it
+takes over; an earlier one looks for that every second and before it publishes anything, and ends.
+"""
 
 import fcntl
 import json
 import os
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
-from rmoe_megatron.errors import UserError
+from pydantic import TypeAdapter
 
-LOCK = "run.lock"
+from rmoe_megatron import durable
+from rmoe_megatron.errors import RunError, UserError
+from rmoe_megatron.launch import job_id, restart_count
+from rmoe_megatron.typed_files import parse_json
+
+LOCK, TAKEOVER = "run.lock", "run.takeover"
+INTERVAL = 1.0  # seconds between two looks for a successor
+PATIENCE = 120.0  # seconds that a later start of a job waits for the end of an earlier one
+
+STARTED = TypeAdapter(dict[str, str | int | None])
+
+
+class Fence:
+    """Keeps an earlier start of a SLURM job from writing into a run that a later one has taken over."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.path = run_dir, run_dir / TAKEOVER
+        self.mine = {"job": job_id(), "restart": restart_count()}
+
+    def raise_for_others(self) -> None:
+        """Tell earlier starts of this job that their time is over."""
+        if self.mine["job"] is not None and self.mine["restart"]:
+            durable.write(self.path, json.dumps(self.mine))
+
+    def check(self) -> None:
+        """Check that no later start of this job has taken over.
+
+        Raises:
+            RunError: one has.
+        """
+        if self.mine["job"] is not None and self.path.is_file():
+            # Opened anew each time: a network file system shows what others wrote to who opens a file.
+            later = parse_json(self.path.read_text(), STARTED, str(self.path))
+            if self._is_earlier(self.mine, later):
+                raise RunError(
+                    f"SLURM has started job {self.mine['job']} again (restart {later['restart']}), which has taken over "
+                    f"{self.run_dir}; this start of it ends without writing more."
+                )
+
+    def precedes_me(self, holder: dict[str, str | int | None]) -> bool:
+        """Whether another process is of an earlier start of this job."""
+        return self._is_earlier(holder, self.mine)
+
+    @staticmethod
+    def _is_earlier(one: dict[str, str | int | None], other: dict[str, str | int | None]) -> bool:
+        same = one.get("job") is not None and one.get("job") == other.get("job")
+        return same and int(one.get("restart") or 0) < int(other.get("restart") or 0)
 
 
 @contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
+def exclusive(run_dir: Path) -> Iterator[Fence]:
     """Hold the run folder for the duration of the context; rank 0 calls it for all.
 
-    The lock belongs to this process alone, not to its children, and the system lets go of it when the process dies: a
-    lock file left behind by a killed run is no obstacle.
+    The lock belongs to this process alone, not to its children, and a lock file left behind by a killed run is no obstacle.
+
+    Yields:
+        What is to be asked before anything is published.
 
     Raises:
         UserError: another process holds it; says which.
+        RunError: an earlier start of this SLURM job holds it and does not end.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    fence = Fence(run_dir)
+    fence.raise_for_others()
+    # Closing any descriptor of the file would let go of the lock: nothing else may open it in this process.
     with (run_dir / LOCK).open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"{run_dir} is in use by {_holder(file.read())}; wait for it, stop it, or choose another run_dir."
-            ) from error
+        _acquire(file, run_dir, fence)
         file.truncate(0)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": started}, file)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": started, **fence.mine}, file)
         file.flush()
-        yield
+        ended = threading.Event()
+        threading.Thread(target=_watch, args=(fence, ended), daemon=True, name="run-lock").start()
+        try:
+            yield fence
+        finally:
+            ended.set()
         file.truncate(0)
 
 
-def _holder(content: str) -> str:
+def _acquire(file: TextIO, run_dir: Path, fence: Fence) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            file.seek(0)
+            holder, name = _holder(file.read())
+            if not fence.precedes_me(holder):
+                raise UserError(
+                    f"{run_dir} is in use by {name}; wait for it, stop it, or choose another run_dir."
+                ) from error
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{run_dir} is still held by {name}, of an earlier start of this job, after {PATIENCE:.0f} s; "
+                    "end that process, then resume."
+                ) from error
+        time.sleep(INTERVAL)
+
+
+def _holder(content: str) -> tuple[dict[str, str | int | None], str]:
+    """Return what the lock file says of its holder, and how a sentence calls it."""
     try:
-        holder = json.loads(content)
-        return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"  # which has not written who it is yet
+        holder = parse_json(content, STARTED, LOCK)
+        return holder, f"process {holder['pid']} on {holder['host']} since {holder['started']}"
+    except (UserError, KeyError):
+        return {}, "another process"  # which has not written who it is yet
+
+
+def _watch(fence: Fence, ended: threading.Event) -> None:
+    while not ended.wait(INTERVAL):
+        try:
+            fence.check()
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # the main thread may wait in a collective for ranks that are gone

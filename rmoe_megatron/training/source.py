@@ -10,12 +10,12 @@ from megatron.core import parallel_state
 from torch.utils.data import default_collate
 
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, TextConditions, typed_batch
+from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, typed_batch
 from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches, find_draw
 from rmoe_megatron.data.shards import TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import build_condition_encoder
-from rmoe_megatron.errors import UserError
+from rmoe_megatron.training.preflight import check_shapes
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
 FIRST_VALIDATION_DRAW = 1 << 40
@@ -101,20 +101,7 @@ class TrainingSource:
         return replace(batch, sample_index=batch.sample_index + FIRST_VALIDATION_DRAW)
 
     def _check_shapes(self, dataset: TrainingDataset) -> None:
-        model = self.config.model
         embedded = self._embed(default_collate([{**dataset[0], "sample_index": 0}]))
         tensors = {"latents": embedded.latents, **embedded.conditions.tensors()}
-        expected: dict[str, tuple[int, ...]] = {
-            "latents": (model.in_channels, model.sample_size, model.sample_size)
-        }
-        if isinstance(embedded.conditions, TextConditions):
-            expected["text_hidden_states"] = (model.text_length, model.text_hidden_size)
-            expected["text_pooled"] = (model.pooled_size,)
-        remedy = "precompute the data again with" if dataset.precomputed else "use data and encoders that fit"
-        for name, shape in expected.items():
-            found = tuple(tensors[name].shape[1:])
-            if found != shape:
-                raise UserError(
-                    f"{name} from {dataset.samples.folder} has shape {found} but the model of this configuration "
-                    f"needs {shape}; {remedy} this configuration."
-                )
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+        check_shapes(shapes, self.config.model, dataset.samples.folder, dataset.precomputed)

@@ -1,8 +1,8 @@
 """Everything of a run that changes while it trains, and how it is saved and resumed."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from rmoe_megatron.training.ema import ExponentialMovingAverage
 class Progress:
     """Where a run is: optimizer steps done and samples drawn; the data order is a function of the latter.
 
-    ``skipped_steps`` counts the steps that left the weights alone because a loss or gradient was not finite.
+    ``skipped_steps`` counts the steps that left the weights alone because a loss or gradient was not finite; ``pending``
+    is what follows the last step and is not done yet: validation, a checkpoint, samples, in this order.
     """
 
     step: int = 0
     samples: int = 0
     skipped_steps: int = 0
+    pending: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -89,19 +91,27 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def save_checkpoint(state: TrainingState, config: RunConfig, run_dir: Path) -> Path:
+def save_checkpoint(
+    state: TrainingState,
+    config: RunConfig,
+    run_dir: Path,
+    before_publishing: Callable[[], None] = lambda: None,
+) -> Path:
     """Save the state under ``run_dir`` and return the published folder; every rank takes part.
+
+    Args:
+        before_publishing: called by rank 0 when all is written; if it raises nothing is published.
 
     Raises:
         RunError: weights or averages are not finite; nothing is published and nothing removed.
     """
     check_finite([*state.engine.modules.named_parameters(), *state.ema.averages.items()], state.progress.step)
     final, is_rank0 = checkpoint_path(run_dir, state.progress.step), dist.get_rank() == 0
-    with new_checkpoint(final) as partial:
+    with new_checkpoint(final, before_publishing) as partial:
         save_sharded(state.sharded_state_dict(is_loading=False), partial)
         if is_rank0:
             save_config(config, partial / "config.yaml")
-            run_state: dict[str, int | str] = asdict(state.progress)
+            run_state: dict[str, Any] = asdict(state.progress)
             if state.base_fingerprint is not None:
                 run_state["base_fingerprint"] = state.base_fingerprint
             (partial / "run_state.json").write_text(json.dumps(run_state))
@@ -152,6 +162,7 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     _load_rng(loaded.get("rng", {}))
     state.progress.step, state.progress.samples = progress["step"], progress["samples"]
     state.progress.skipped_steps = progress.get("skipped_steps", 0)  # checkpoints that don't say had none
+    state.progress.pending = list(progress.get("pending", []))
 
 
 def _load_rng(states: dict[str, Tensor]) -> None:

@@ -1,0 +1,200 @@
+"""A run that is asked to stop saves where it is, and goes on as if it had not been interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from megatron.core.dist_checkpointing import load_plain_tensors
+
+from rmoe_megatron import stop_signals
+from rmoe_megatron.checkpoint.folders import list_checkpoints, read_state
+from rmoe_megatron.config.loading import load_config
+from rmoe_megatron.errors import Interrupted
+from rmoe_megatron.training import run
+from rmoe_megatron.training.history import read_history
+from rmoe_megatron.training.interruption import Interruption, StopRequest
+from rmoe_megatron.training.logging import RunLogger
+from tests.support.configurations import one_rank, tiny_config
+from tests.support.runs import finish, kill, losses, make_run, rmoe, start
+
+SETTINGS = [
+    "training.steps=3", "training.validate_every=3", "training.sample_every=3", "training.sample_steps=2",
+    "checkpoint.every=2", "checkpoint.keep_last=9",
+]  # fmt: skip
+# Before each of the three steps, between the two batches of the validation, between the two timesteps of the samples.
+PLACES = 3 + 2 + 2
+TIMED = {"samples_per_second", "tokens_per_second", "model_tflops", "restarts"}
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    """The records of a run without what depends on the machine, and on how often it was started."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+def outcome(run_dir: Path) -> tuple[Any, ...]:
+    """Records, tensors of the last checkpoint (weights, averages, optimizer) and pictures of a run, to the bit."""
+    with one_rank(tiny_config()):
+        tensors = load_plain_tensors(str(run_dir / "checkpoints" / "step-00000003"))
+    states = {
+        name: each.numpy().tobytes() for name, each in tensors.items() if isinstance(each, torch.Tensor)
+    }
+    return records(run_dir), states, [file.read_bytes() for file in sorted((run_dir / "samples").iterdir())]
+
+
+class StopsAt:
+    """Asks to stop at one of the places where a run can."""
+
+    def __init__(self, place: int) -> None:
+        self.place, self.passed = place, 0
+
+    def check(self, interruption: Interruption) -> None:
+        self.passed += 1
+        if self.passed == self.place:
+            raise StopRequest("the test")
+
+
+def test_a_run_can_stop_at_every_place_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_path = make_run(tmp_path)
+    monkeypatch.setattr(RunLogger, "draw_curves", lambda log: None)
+
+    def train(place: int) -> tuple[Path, int]:
+        run_dir = tmp_path / f"stopped_at_{place}"
+        stops = StopsAt(place)
+        monkeypatch.setattr(Interruption, "check", lambda interruption: stops.check(interruption))
+        run.train(load_config(config_path, [*SETTINGS, f"run_dir={run_dir}"]))
+        return run_dir, stops.passed
+
+    whole, passed = train(place=0)
+    assert passed == PLACES
+    expected = outcome(whole)
+    assert {name.partition(".")[0] for name in expected[1]} >= {"ema", "optimizer", "rng"}
+    steps = {}
+    for place in (1, 2, 3, 5, 7):
+        with pytest.raises(Interrupted, match="the test"):
+            train(place)
+        run_dir = tmp_path / f"stopped_at_{place}"
+        steps[place] = [
+            (each.step, read_state(each.path).get("pending")) for each in list_checkpoints(run_dir)
+        ]
+        monkeypatch.setattr(Interruption, "check", lambda interruption: None)
+        run.resume(run_dir, [])
+        assert outcome(run_dir) == expected, f"stopped at {place}"
+        assert [event["event"] for event in read_history(run_dir)] == [
+            "started", "interrupted", "started" if place == 1 else "resumed", "finished",
+        ]  # fmt: skip
+    assert steps == {
+        1: [],  # nothing was trained, nothing is saved
+        2: [(1, [])],
+        3: [(2, [])],
+        5: [(3, ["validation", "samples"]), (2, [])],
+        7: [(3, ["samples"]), (2, [])],
+    }
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline, finish(process)
+        time.sleep(0.02)
+
+
+def has_logged(run_dir: Path, step: int) -> Callable[[], bool]:
+    return lambda: (run_dir / "metrics.jsonl").is_file() and max(losses(run_dir), default=0) >= step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_every_process_of_a_job(tmp_path: Path, number: signal.Signals) -> None:
+    run_dir, settings = (
+        tmp_path / "run",
+        ["training.steps=100000", "checkpoint.every=100000", "data.num_workers=2"],
+    )
+    process = start(["train", str(make_run(tmp_path)), *settings])
+    until(has_logged(run_dir, 3), process)
+    os.killpg(process.pid, number)  # as SLURM does, its data loading processes too
+    code, errors = finish(process, timeout=60)
+    assert code == 75, errors
+    step = list_checkpoints(run_dir)[0].step
+    last = errors.splitlines()[-1]
+    assert last == (
+        f"interrupted: {number.name}: {run_dir} stopped after step {step}; `rmoe train --resume {run_dir}` goes on."
+    )
+    assert max(losses(run_dir)) == step
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
+    run_dir, config = tmp_path / "run", make_run(tmp_path)
+    process = start(["train", str(config), "training.steps=100000", "checkpoint.every=100000"], ranks=2)
+    until(has_logged(run_dir, 3), process)
+    ranks = [
+        each
+        for each in psutil.Process(process.pid).children(recursive=True)
+        if each.environ().get("RANK") == "1"
+    ]
+    ranks[0].send_signal(signal.SIGUSR1)
+    _, errors = finish(process, timeout=90)
+    assert "interrupted: SIGUSR1" in errors
+    step = list_checkpoints(run_dir)[0].step
+    assert max(losses(run_dir)) == step
+    code, errors = rmoe("train", "--resume", str(run_dir), f"training.steps={step + 2}", ranks=2)
+    assert code == 0, errors
+    whole = tmp_path / "whole"
+    assert rmoe("train", str(config), f"run_dir={whole}", f"training.steps={step + 2}")[0] == 0
+    # One rank and two sum in another order.
+    found, expected = losses(run_dir), losses(whole)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert {event["ranks"] for event in read_history(run_dir)} == {2}
+
+
+def test_a_run_stops_before_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
+    now = 0.0
+    interruption = Interruption(clock=lambda: now)
+    interruption.save_seconds = 100.0
+    with one_rank(tiny_config()):
+        now = 799.0
+        interruption.check()
+        now = 801.0  # less than two saves
+        with pytest.raises(StopRequest, match="time limit"):
+            interruption.check()
+        monkeypatch.setattr(stop_signals, "received", [("SIGUSR1", 0.0)])
+        with pytest.raises(StopRequest, match="SIGUSR1"):
+            interruption.check()
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 20))
+    code, errors = rmoe("train", str(make_run(tmp_path)), "training.steps=100000")
+    assert code == 75
+    assert "interrupted: the job's time limit" in errors
+
+
+def test_a_process_that_cannot_stop_ends_at_a_later_sigterm() -> None:
+    program = (
+        "import time; from rmoe_megatron import stop_signals as s; s.PATIENCE = 0.5; s.listen(); print('ready', flush=True)\n"
+        "for _ in range(600): time.sleep(0.1)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # SLURM and a batch script both send one
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        if process.poll() is None:
+            kill(process)
