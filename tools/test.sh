@@ -12,7 +12,7 @@ ruff format --check .
 echo "== mypy"
 mypy
 echo "== shellcheck"
-shellcheck tools/*.sh
+shellcheck -x tools/*.sh slurm/*.sh
 echo "== pytest"
 # Two processes for two cores; a file stays in one of them, and so does what its tests share.
 pytest -v --numprocesses 2 --dist loadfile "$@"

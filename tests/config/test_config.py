@@ -10,6 +10,7 @@ from rmoe_megatron.config.bounds import bounds_of
 from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.model.parameters import dense_parameters, module_parameters
 from rmoe_megatron.training.preflight import check
 from tests.support.runs import make_run
 
@@ -77,14 +78,26 @@ def test_missing_values_are_all_named(tmp_path: Path) -> None:
         load_config(tmp_path / "config.yaml", [])
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted(Path("configs").glob("*.yaml"))])
-def test_shipped_configurations_are_valid_but_for_their_data(name: str, tmp_path: Path) -> None:
+# The ranks that a configuration's first lines name, and its parameters in billions; toys have one rank.
+HARDWARE = {
+    "sd3_medium_recurrent": (8, 2.05), "dit_xl2_recurrent": (8, 0.68), "imagenet_dit_xl_2": (16, 0.70),
+    "t2i_2b": (32, 2.06), "t2i_8b_moe": (128, 8.17),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid_but_for_their_data(path: Path, tmp_path: Path) -> None:
     """Everything up to the folders, which a fresh clone does not have."""
-    overrides = [f"run_dir={tmp_path}", "training.global_batch_size=256"]
-    config = load_config(Path("configs") / name, overrides)
+    ranks, billions = HARDWARE.get(path.stem, (1, None))
+    config = load_config(path, [f"run_dir={tmp_path}"])
     missing = "fine_tuning.base" if config.fine_tuning else "shard folder"
     with pytest.raises(UserError, match=missing):
-        check(config, 1)
+        check(config, ranks)
+    if billions is None:
+        assert path.stem.startswith("shapes_")
+    else:
+        parameters = dense_parameters(config) + module_parameters(config)
+        assert parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 def test_a_preset_fills_the_model_and_other_keys_override_it(path: Path, tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""What slurm/job.sh does with a job: signals handed on, restarts counted, comments; with a stand-in for rmoe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.local_slurm import ROOT, LocalSlurm
+
+# Says where the run lies, notes how it was called, then does what the test asks for.
+RMOE = """\
+#!/usr/bin/env bash
+case "$*" in
+    *--check*) echo "# run folder: {folder}/run" ;;
+    *) if ((SLURM_PROCID == 0)); then echo "${{SLURM_RESTART_COUNT:-0}} $*" >> {folder}/calls; fi
+       {body} ;;
+esac
+"""
+
+
+@dataclass
+class Site:
+    """A checkout of slurm/ on a cluster without GPUs, with what its users say in the environment."""
+
+    slurm: LocalSlurm
+    folder: Path
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {
+            "SITE_GPUS_PER_NODE": "0", "SITE_TASKS_PER_NODE": "2", "SITE_VENV": f"{self.folder}/venv",
+            "SITE_LOGS": f"{self.folder}/logs", "SITE_COMMENT_SECONDS": "1", "SITE_MAX_RESTARTS": "2",
+        }  # fmt: skip
+
+    def stand_in(self, body: str) -> None:
+        """Make a rmoe that does ``body``."""
+        program = self.folder / "venv" / "bin" / "rmoe"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(RMOE.format(folder=self.folder, body=body))
+        program.chmod(0o755)
+        (program.parent / "activate").write_text(f"PATH={program.parent}:$PATH\n")
+
+    def submit(self, script: str, *arguments: str) -> str:
+        return self.slurm.submit(str(ROOT / "slurm" / script), *arguments, cwd=self.folder, **self.settings)
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted((self.folder / "logs").glob("*.log")))
+
+    def calls(self) -> list[str]:
+        return (self.folder / "calls").read_text().splitlines()
+
+
+@pytest.fixture
+def site(slurm: LocalSlurm, tmp_path: Path) -> Site:
+    (tmp_path / "c.yaml").write_text("")
+    return Site(slurm, tmp_path)
+
+
+SAVES_AT_A_SIGNAL = """\
+    echo ready
+    mkdir -p {folder}/run; touch {folder}/run/config.yaml
+    if ((${{SLURM_RESTART_COUNT:-0}})); then exit 0; fi
+    trap 'echo saved; exit 75' USR1
+    for ((i = 0; i < 600; i++)); do sleep 0.1; done"""
+
+
+def test_the_time_limit_is_told_to_the_ranks_and_the_job_starts_anew(site: Site) -> None:
+    site.stand_in(SAVES_AT_A_SIGNAL.format(folder=site.folder))
+    # SLURM's limits are minutes; --signal=B:USR1@N reaches the batch script alone, which tells srun.
+    options = ("--time=1", "--nodes=2")
+    job = site.slurm.submit(
+        str(ROOT / "slurm" / "pretrain_t2i.sh"), *options, "c.yaml", "seed=3", "run_dir=x", cwd=site.folder,
+        **{**site.settings, "SITE_SIGNAL_SECONDS": "50"},
+    )  # fmt: skip
+    assert site.slurm.wait(job) == "COMPLETED", site.log()
+    assert site.calls() == [
+        "0 train c.yaml seed=3 run_dir=x",
+        f"1 train --resume {site.folder}/run seed=3 run_dir=x",
+    ]
+    assert site.log().count("saved") == 4  # a line of each of four tasks
+    assert f"job {job} starts anew after exit code 75, restart 1 of 2 without a new checkpoint." in site.log()
+
+
+def test_a_crash_loop_ends(site: Site) -> None:
+    site.stand_in("exit 7")
+    job = site.submit("pretrain_t2i.sh", "--nodes=1", "c.yaml")
+    assert site.slurm.wait(job) == "FAILED"
+    assert site.calls() == [f"{number} train c.yaml" for number in (0, 1, 2)]
+    assert f"error: job {job} was started again 2 times without a new checkpoint" in site.log()
+    assert site.slurm.describe(job)["ExitCode"] == "7:0"
+
+
+def test_restarts_with_progress_are_not_counted(site: Site) -> None:
+    checkpoint = "run/checkpoints/step-0000000${SLURM_RESTART_COUNT:-0}"
+    site.stand_in(
+        f"((${{SLURM_RESTART_COUNT:-0}} == 4)) && exit 0; mkdir -p {site.folder}/{checkpoint}; exit 1"
+    )
+    job = site.submit("pretrain_t2i.sh", "--nodes=1", "c.yaml")
+    assert site.slurm.wait(job) == "COMPLETED", site.log()
+    assert len(site.calls()) == 5
+
+
+def test_a_mistake_is_not_repeated(site: Site) -> None:
+    site.stand_in("exit 2")
+    job = site.submit("pretrain_t2i.sh", "--nodes=1", "c.yaml")
+    assert site.slurm.wait(job) == "FAILED"
+    assert len(site.calls()) == 1
+
+
+def test_a_cancelled_job_stays_cancelled_and_squeue_shows_where_a_run_is(site: Site) -> None:
+    status = f"mkdir -p {site.folder}/run; echo 'step 12/40  loss 0.5  ETA 01:00' > {site.folder}/run/status"
+    site.stand_in(f"{status}; trap 'exit 75' TERM; for ((i = 0; i < 600; i++)); do sleep 0.1; done")
+    job = site.submit("pretrain_t2i.sh", "--nodes=1", "c.yaml")
+    site.slurm.wait(job, "RUNNING")
+    for _ in range(300):
+        comment = site.slurm.run("squeue", "--noheader", f"--jobs={job}", "--format=%k").stdout.strip()
+        if comment.startswith("step"):
+            break
+        site.slurm.run("sleep", "0.1")
+    assert comment == "step 12/40  loss 0.5  ETA 01:00"
+    site.slurm.signal(job)
+    site.slurm.wait(job, "CANCELLED")
+    site.slurm.run("sleep", "8")  # a requeued job would run again after as long
+    assert site.slurm.wait(job, "CANCELLED") == "CANCELLED"
+    assert len(site.calls()) == 1
+
+
+def test_a_sweep_trains_every_line(site: Site) -> None:
+    site.stand_in("exit 0")
+    (site.folder / "lines").write_text("# rates\nlr=1e-3 steps=2\n\nlr=1e-4   # smaller\n")
+    job = site.submit("sweep.sh", "--nodes=1", "c.yaml", "lines", "seed=1")
+    for number in (0, 1):
+        assert site.slurm.wait(f"{job}_{number}") == "COMPLETED", site.log()
+    assert sorted(site.calls()) == [
+        f"0 train c.yaml seed=1 lr=1e-3 steps=2 run_dir={site.folder}/run-0",
+        f"0 train c.yaml seed=1 lr=1e-4 run_dir={site.folder}/run-1",
+    ]
+
+
+def test_options_of_one_task_reach_the_command(site: Site) -> None:
+    site.stand_in("exit 0")
+    job = site.submit("convert_to_hf.sh", "--time=5", "runs/x", "models/x", "--raw")
+    assert site.slurm.wait(job) == "COMPLETED", site.log()
+    assert site.calls() == [
+        "0 convert to-hf --help",  # on the login node: the command exists
+        "0 convert to-hf runs/x models/x --raw",
+    ]
+    assert site.slurm.describe(job)["TimeLimit"] == "00:05:00"
