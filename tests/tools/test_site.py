@@ -1,0 +1,99 @@
+"""slurm/site.sh and job.sh without SLURM: containers, and a login node that lacks what jobs have; srun is a stand-in."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(folder: Path, command: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Source job.sh and run a command of it where srun, apptainer and sbatch print how they are called."""
+    tools = folder / "bin"
+    tools.mkdir(exist_ok=True)
+    for name in ("srun", "apptainer", "sbatch"):
+        program = tools / name
+        program.write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' {name} \"$@\"\n")
+        program.chmod(0o755)
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f'source "$RMOE_ROOT/slurm/job.sh"; {command}'],
+        env={"PATH": f"{tools}:/usr/bin:/bin", "HOME": "/home/x", "RMOE_ROOT": str(ROOT), **settings},
+        cwd=folder, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+TRAIN = "in_tasks --ntasks=4 -- rmoe train 'a b.yaml'"
+
+
+def test_pyxis(tmp_path: Path) -> None:
+    done = call(
+        tmp_path,
+        TRAIN,
+        SITE_CONTAINER_RUNTIME="pyxis",
+        SITE_CONTAINER_IMAGE="/i/r.sqsh",
+        SITE_CONTAINER_MOUNTS="/data,/runs",
+    )
+    assert done.stdout.splitlines() == [
+        "srun", "--ntasks=4", "--container-image=/i/r.sqsh", "--container-mounts=/data:/data,/runs:/runs",
+        "--no-container-mount-home", f"--container-workdir={tmp_path}", "rmoe", "train", "a b.yaml",
+    ]  # fmt: skip
+
+
+def test_apptainer_in_jobs_and_on_the_login_node(tmp_path: Path) -> None:
+    site = {
+        "SITE_CONTAINER_RUNTIME": "apptainer",
+        "SITE_CONTAINER_IMAGE": "/i/r.sif",
+        "SITE_CONTAINER_MOUNTS": "/data",
+    }
+    assert call(tmp_path, TRAIN, **site).stdout.splitlines() == [
+        "srun", "--ntasks=4", "apptainer", "exec", "--nv", "--bind", "/data", "--pwd", str(tmp_path), "/i/r.sif",
+        "rmoe", "train", "a b.yaml",
+    ]  # fmt: skip
+    done = call(tmp_path, "rmoe_on_login_node train c.yaml --check", **site)
+    assert done.stdout.splitlines() == [
+        "apptainer",
+        "exec",
+        "--bind",
+        "/data",
+        "/i/r.sif",
+        "rmoe",
+        "train",
+        "c.yaml",
+        "--check",
+    ]
+
+
+def test_an_unknown_runtime_and_a_job_without_rmoe_are_mistakes(tmp_path: Path) -> None:
+    done = call(tmp_path, TRAIN, SITE_CONTAINER_RUNTIME="podman")
+    assert (done.returncode, done.stderr) == (
+        2, "error: SITE_CONTAINER_RUNTIME=podman is neither pyxis nor apptainer nor empty.\n",
+    )  # fmt: skip
+    done = call(tmp_path, TRAIN, SITE_VENV=str(tmp_path))
+    assert done.returncode == 2
+    assert "there is no rmoe in this job" in done.stderr
+
+
+def test_a_login_node_without_rmoe_says_that_nothing_was_checked(tmp_path: Path) -> None:
+    (tmp_path / "script.sh").write_text("#SBATCH --nodes=3\n")
+    done = call(
+        tmp_path, 'submit_training script.sh configs/t2i_2b.yaml --qos=low "seed=1"',
+        SITE_VENV=str(tmp_path), SITE_ACCOUNT="vision", SITE_PARTITION="h100", SITE_MEMORY_PER_NODE="0", SITE_CPUS_PER_TASK="12", SITE_RUN_ROOT="/runs",
+        SITE_SBATCH_OPTIONS="--constraint=ib --exclude=n7",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("not checked: there is no rmoe on this node")
+    assert done.stdout.splitlines() == [
+        "sbatch", f"--output={tmp_path}/logs/%x-%j.log", "--open-mode=append", "--account=vision", "--partition=h100",
+        "--mem=0", "--constraint=ib", "--exclude=n7", "--mincpus=96", "--gpus-per-node=8", "--nodes=3",
+        "--signal=B:USR1@600", "--requeue", "--qos=low", "script.sh", f"{ROOT}/configs/t2i_2b.yaml", "seed=1",
+        "run_dir=/runs/t2i_2b",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "slurm").glob("*.sh")))
+def test_scripts_can_be_called(script: str) -> None:
+    is_sourced = script in ("site.sh", "job.sh")
+    path = ROOT / "slurm" / script
+    assert bool(path.stat().st_mode & 0o100) != is_sourced
+    assert script in (ROOT / "slurm" / "README.md").read_text()
