@@ -1,10 +1,13 @@
 """Metrics of a run: JSONL and a picture always, TensorBoard and wandb if configured, progress bar or plain lines."""
 
 import json
+import logging
 import math
 import re
 import secrets
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from rmoe_megatron.config.run import LoggingConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.training.curves import MAX_BYTES, draw_curves, read_records
 from rmoe_megatron.typed_files import read_text
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -72,8 +77,7 @@ class RunLogger:
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
+        self._tell_wandb(lambda run: run.log(metrics, step=step))
         self._show(step, metrics, remaining)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
@@ -86,10 +90,7 @@ class RunLogger:
 
             with Image.open(path) as image:
                 self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-        if self.wandb is not None:
-            import wandb
-
-            self.wandb.log({name: wandb.Image(str(path))}, step=step)
+        self._tell_wandb(lambda run: run.log({name: _wandb_image(path)}, step=step))
         self._write(f"step {step}: {name} in {path}")
 
     def draw_curves(self) -> None:
@@ -105,8 +106,21 @@ class RunLogger:
         self.jsonl.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._tell_wandb(lambda run: run.finish())
+
+    def _tell_wandb(self, tell: Callable[[Any], None]) -> None:
+        """Tell wandb, if it is there. A signal to the whole job ends its process, which must not end the run."""
+        if self.wandb is None:
+            return
+        try:
+            tell(self.wandb)
+        except Exception as error:  # of a connection that is gone: wandb's own and the system's
+            self.wandb = None
+            _forget_wandb()
+            logger.warning(
+                "wandb takes no more of this run (%s: %s); %s and TensorBoard have it all, and a resumed run logs to wandb "
+                "again.", type(error).__name__, error, self.run_dir / METRICS,
+            )  # fmt: skip
 
     def _show(self, step: int, metrics: dict[str, float], remaining: float | None) -> None:
         shown = {name: f"{value:.4g}" for name, value in metrics.items() if name in SHOWN}
@@ -124,6 +138,20 @@ class RunLogger:
 
     def _write(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
+
+
+def _forget_wandb() -> None:
+    """Leave nothing for the end of this process to say to a process that is gone."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown()
+
+
+def _wandb_image(path: Path) -> Any:
+    import wandb
+
+    return wandb.Image(str(path))
 
 
 SHOWN = ("loss", "validation_loss", "samples_per_second", "tokens_per_second", "model_flops_utilisation")

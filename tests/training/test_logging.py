@@ -1,9 +1,11 @@
 """The records of a run: complete, readable by others, and continued without repetition."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -105,6 +107,26 @@ def test_offline_wandb_keeps_its_id_over_a_resume(tmp_path: Path) -> None:
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
     assert all(run.name.endswith(first) for run in runs)
+
+
+def test_the_end_of_wandbs_process_is_not_the_end_of_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LoggingConfig(tensorboard=False, wandb={"project": "rmoe", "mode": "offline"})
+    log = RunLogger(tmp_path, config, 10, 0, is_rank0=True)
+    log.log_metrics(1, {"loss": 1.0})
+    service = [each for each in psutil.Process().children(recursive=True) if each.name() == "wandb-core"]
+    assert service
+    for process in service:
+        process.terminate()  # as SLURM does to every process of a job
+    psutil.wait_procs(service, timeout=10)
+    with caplog.at_level(logging.WARNING):
+        log.log_metrics(2, {"loss": 0.5})
+        log.log_metrics(3, {"loss": 0.25})
+        log.close()
+    assert caplog.text.count("wandb takes no more of this run") == 1
+    assert [record["loss"] for record in records(tmp_path)] == [1.0, 0.5, 0.25]
+    assert (tmp_path / "status").read_text() == "step 3/10  loss 0.25\n"
 
 
 def test_records_that_python_wrote_with_nan_are_no_obstacle(tmp_path: Path) -> None:
