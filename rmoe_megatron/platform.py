@@ -32,7 +32,7 @@ def select_device(device: Device, local_rank: int = 0) -> torch.device:
         local_rank: index of this process on its host; picks the GPU.
 
     Raises:
-        UserError: CUDA is asked for and there is none.
+        UserError: CUDA is asked for and there is none, or there are fewer GPUs than ranks on this host.
     """
     has_cuda = _has_cuda()
     if device is Device.cuda and not has_cuda:
@@ -40,6 +40,11 @@ def select_device(device: Device, local_rank: int = 0) -> torch.device:
     if device is Device.cpu or not has_cuda:
         use_cpu()
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"Rank {local_rank} of this host finds {torch.cuda.device_count()} GPU(s); start one task for each GPU and let "
+            "every task see all of them (srun --gpus-per-node, without --gpus-per-task and --gpu-bind)."
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -100,5 +100,6 @@ class _Watch(threading.Thread):
             self.store.compare_set(_FAILURE, "", message)
 
     def _end(self, message: str, code: int) -> NoReturn:
-        print(f"error: rank {self.rank} ends because another did. {message}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # where what ran the ranks is gone, nobody reads what they print
+            print(f"error: rank {self.rank} ends because another did. {message}", file=sys.stderr, flush=True)
         os._exit(code)

@@ -20,7 +20,7 @@ fail() { # fail MESSAGE...: a mistake of the user's
 
 # ---------------------------------------------------------------------------------------------------------------- login node
 
-sbatch_options=() nodes='' tasks_per_node=$SITE_TASKS_PER_NODE
+sbatch_options=() nodes='' tasks_per_node=${RMOE_TASKS_PER_NODE:-$SITE_TASKS_PER_NODE}
 
 split_arguments() { # split_arguments "$@": --OPTION=VALUE up to the first other word are sbatch's; the rest is in words
     words=()
@@ -42,11 +42,16 @@ site_options() { # options: what site.sh asks of SLURM, then what the command li
     [[ -z $SITE_ACCOUNT ]] || options+=(--account="$SITE_ACCOUNT")
     [[ -z $SITE_PARTITION ]] || options+=(--partition="$SITE_PARTITION")
     [[ -z $SITE_QOS ]] || options+=(--qos="$SITE_QOS")
-    [[ -z $SITE_CPUS_PER_TASK ]] || options+=(--cpus-per-task="$SITE_CPUS_PER_TASK")
     [[ -z $SITE_MEMORY_PER_NODE ]] || options+=(--mem="$SITE_MEMORY_PER_NODE")
     local more
     read -ra more <<< "$SITE_SBATCH_OPTIONS"
     options+=("${more[@]}")
+}
+
+task_options() { # options: of a job with a task for every GPU. SLURM is not told of tasks: it would insist on their number when it
+    # starts a job again with fewer nodes.
+    options+=(--mincpus="$((tasks_per_node * ${SITE_CPUS_PER_TASK:-1}))" --gpus-per-node="$SITE_GPUS_PER_NODE")
+    export RMOE_TASKS_PER_NODE=$tasks_per_node
 }
 
 submit() { # submit SCRIPT ARGUMENTS...: with options and sbatch_options; prints sbatch's answer, sets submitted
@@ -128,8 +133,8 @@ submit_training() { # submit_training SCRIPT DEFAULT_CONFIG ARGUMENTS...: sets r
     training_arguments "$config" "${words[@]}"
     check_training "${arguments[@]}"
     site_options
-    options+=(--nodes="$nodes" --ntasks-per-node="$tasks_per_node" --gpus-per-node="$SITE_GPUS_PER_NODE")
-    options+=(--signal="B:USR1@$SITE_SIGNAL_SECONDS" --requeue)
+    task_options
+    options+=(--nodes="$nodes" --signal="B:USR1@$SITE_SIGNAL_SECONDS" --requeue)
     RMOE_RUN_DIR=$run_dir submit "$script" "${arguments[@]}"
 }
 
@@ -178,8 +183,8 @@ submit_sweep() { # submit_sweep SCRIPT ARGUMENTS...: check every line, submit an
     copy=$(mktemp "$SITE_LOGS/sweep-XXXXXX")
     printf '%s\n' "${lines[@]}" > "$copy"
     site_options
+    task_options
     options+=(--output="$SITE_LOGS/%x-%A_%a.log" --array="0-$((${#lines[@]} - 1))" --nodes="$nodes")
-    options+=(--ntasks-per-node="$tasks_per_node" --gpus-per-node="$SITE_GPUS_PER_NODE")
     options+=(--signal="B:USR1@$SITE_SIGNAL_SECONDS" --requeue)
     RMOE_RUN_DIR=$sweep_dir submit "$script" "${words[0]}" "$copy" "${words[@]:2}"
 }
@@ -213,6 +218,10 @@ in_tasks() { # in_tasks SRUN_OPTIONS... -- COMMAND...: run a command in tasks, i
     esac
 }
 
+in_all_tasks() { # in_all_tasks SRUN_OPTIONS... -- COMMAND...: as in_tasks, with a task for every GPU of the job
+    in_tasks --ntasks-per-node="$tasks_per_node" --cpus-per-task="${SITE_CPUS_PER_TASK:-1}" "$@"
+}
+
 run_one_task() { # run_one_task ARGUMENTS...: rmoe once, on one node of the job
     (in_tasks --nodes=1 --ntasks=1 -- rmoe "$@")
 }
@@ -229,7 +238,7 @@ find_run_dir() { # find_run_dir ARGUMENTS...: run_dir as the submission found it
     local report
     run_dir=${RMOE_RUN_DIR:-}
     if [[ -z $run_dir ]]; then
-        report=$(run_one_task train "$@" --check --ranks "$SLURM_NTASKS") || exit
+        report=$(run_one_task train "$@" --check --ranks "$((SLURM_JOB_NUM_NODES * tasks_per_node))") || exit
         run_dir=$(sed -n 's/^# run folder: //p' <<< "$report")
     fi
 }
@@ -249,7 +258,7 @@ precompute_job() { # precompute_job SCRIPT ARGUMENTS...: check and submit rmoe d
     local script=$1
     shift
     if is_job; then
-        (in_tasks --kill-on-bad-exit=1 -- rmoe data precompute "$@" \
+        (in_all_tasks --kill-on-bad-exit=1 -- rmoe data precompute "$@" \
             --part "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT")
         return
     fi
@@ -257,8 +266,8 @@ precompute_job() { # precompute_job SCRIPT ARGUMENTS...: check and submit rmoe d
     [[ ${#words[@]} -ge 3 ]] || fail "a configuration, SOURCE and OUT are needed; nothing is submitted."
     check_precompute "${words[@]}"
     site_options
-    options+=(--output="$SITE_LOGS/%x-%A_%a.log" --ntasks-per-node="$tasks_per_node")
-    options+=(--gpus-per-node="$SITE_GPUS_PER_NODE")
+    task_options
+    options+=(--output="$SITE_LOGS/%x-%A_%a.log")
     [[ -z $nodes ]] || options+=(--nodes="$nodes")
     submit "$script" "${words[@]}"
 }
@@ -284,7 +293,7 @@ train_in_job() { # train_in_job ARGUMENTS...: of rmoe train; ends the job
         set -- --resume "$run_dir" "${@:2}"
     fi
     # Ranks that fail end each other and say why; SLURM waits a minute for that before it ends them.
-    (in_tasks --kill-on-bad-exit=0 --wait=60 -- rmoe train "$@") &
+    (in_all_tasks --kill-on-bad-exit=0 --wait=60 -- rmoe train "$@") &
     process=$!
     # The time is nearly up: srun hands the signal on to all ranks, which save and exit with 75.
     trap 'signalled=true; kill -USR1 "$process"' USR1
@@ -312,7 +321,7 @@ comment_on_job() { # comment_on_job RUN: keep squeue's comment at what the run s
 }
 
 end_or_start_anew() { # end_or_start_anew CODE IS_CANCELLED: of the run in run_dir
-    local code=$1 is_cancelled=$2 newest=none folder same
+    local code=$1 is_cancelled=$2 newest=none folder same job
     if [[ $code == 0 || $code == 2 ]]; then
         exit "$code"
     fi
@@ -332,7 +341,11 @@ end_or_start_anew() { # end_or_start_anew CODE IS_CANCELLED: of the run in run_d
             "$newest, the last exit code $code); it ends, see above why." >&2
         exit "$code"
     fi
-    echo "job $SLURM_JOB_ID starts anew after exit code $code, restart $same of $SITE_MAX_RESTARTS without a new checkpoint." >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    # On a lost node this script may outlive the loss, after which SLURM has started the job again itself.
+    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    if [[ $job == *" JobState=RUNNING "* && $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
+        echo "job $SLURM_JOB_ID starts anew after exit code $code, restart $same of $SITE_MAX_RESTARTS without a new checkpoint." >&2
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
     exit "$code"
 }

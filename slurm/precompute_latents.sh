@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=precompute_latents
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
+#SBATCH --mincpus=8
 #SBATCH --gpus-per-node=8
 #SBATCH --array=0-7
 #SBATCH --time=12:00:00

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=pretrain_t2i
 #SBATCH --nodes=4
-#SBATCH --ntasks-per-node=8
+#SBATCH --mincpus=8
 #SBATCH --gpus-per-node=8
 #SBATCH --time=1-00:00:00
 #SBATCH --signal=B:USR1@600

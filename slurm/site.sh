@@ -8,7 +8,7 @@
 : "${SITE_QOS=}"              # --qos; empty: the default
 : "${SITE_GPUS_PER_NODE=8}"   # GPUs of a node; a training job has one task for each. 0: no GPU, SITE_TASKS_PER_NODE tasks
 : "${SITE_TASKS_PER_NODE=$((SITE_GPUS_PER_NODE > 0 ? SITE_GPUS_PER_NODE : 1))}"
-: "${SITE_CPUS_PER_TASK=}"    # --cpus-per-task; empty: the cluster's default. Data loading takes data.num_workers of them
+: "${SITE_CPUS_PER_TASK=}"    # --cpus-per-task; empty: 1. Data loading takes data.num_workers of them
 : "${SITE_MEMORY_PER_NODE=}"  # --mem; empty: the cluster's default. 0 is all of a node
 : "${SITE_SBATCH_OPTIONS=}"   # anything else, for instance "--constraint=h100 --reservation=team"
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
@@ -136,5 +136,6 @@ def _watch(fence: Fence, ended: threading.Event) -> None:
         try:
             fence.check()
         except RunError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # where what ran the ranks is gone, nobody reads what they print
+                print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread may wait in a collective for ranks that are gone

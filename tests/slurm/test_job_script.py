@@ -125,6 +125,21 @@ def test_a_cancelled_job_stays_cancelled_and_squeue_shows_where_a_run_is(site: S
     assert len(site.calls()) == 1
 
 
+def test_sbatch_alone_checks_in_the_job(site: Site) -> None:
+    site.stand_in("exit 0")
+    script = str(ROOT / "slurm" / "finetune_sd3.sh")
+    options = ("--nodes=1-2", "--mincpus=2", "--gpus-per-node=0", f"--output={site.folder}/logs/%j.log")
+    (site.folder / "logs").mkdir()
+    job = site.slurm.submit("sbatch", *options, script, "c.yaml", cwd=ROOT, **site.settings)
+    assert site.slurm.wait(job) == "COMPLETED", site.log()
+    assert site.calls() == ["0 train c.yaml"]
+    program = site.folder / "venv" / "bin" / "rmoe"
+    program.write_text("#!/bin/sh\necho error: it is wrong >&2\nexit 2\n")
+    job = site.slurm.submit("sbatch", *options, script, "c.yaml", cwd=ROOT, **site.settings)
+    assert site.slurm.wait(job) == "FAILED"
+    assert site.log().count("error: it is wrong") == 1
+
+
 def test_a_sweep_trains_every_line(site: Site) -> None:
     site.stand_in("exit 0")
     (site.folder / "lines").write_text("# rates\nlr=1e-3 steps=2\n\nlr=1e-4   # smaller\n")

@@ -107,6 +107,16 @@ class LocalSlurm:
         for process in (daemon, *steps):
             os.kill(process, signal.SIGKILL)
 
+    def start_daemon(self, node: str) -> None:
+        """Start the slurmd of a node again and wait until SLURM knows it."""
+        path = f"{os.environ['PATH']}:/usr/sbin"
+        assert self.run("slurmd", "-N", node, PATH=path).returncode == 0
+        for _ in range(300):
+            if self.run("sinfo", "--noheader", f"--nodes={node}", "--format=%t").stdout.strip() == "idle":
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"{node} did not come up")
+
 
 def start(folder: Path, nodes: int = 2, cpus: int = 2) -> LocalSlurm:
     """Start a cluster whose state lies in ``folder``."""
