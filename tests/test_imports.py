@@ -10,7 +10,7 @@ import rmoe_megatron
 ROOT = Path(rmoe_megatron.__file__).parent
 # Folders and files at the top, each after all that it imports from.
 ORDER = [
-    "errors", "durable", "launch", "stop_signals", "typed_files", "refusal", "counter_rng", "pictures", "extras", "rank_watch",
+    "errors", "durable", "launch", "stop_signals", "work_queue", "typed_files", "refusal", "counter_rng", "pictures", "extras", "rank_watch",
     "config", "data", "hf", "platform", "parallel", "diffusion", "model", "pretrained", "encoders", "checkpoint",
     "engine", "training", "conversion", "precompute", "show_draw", "show_run", "sampling", "evaluation", "cli", "__main__",
 ]  # fmt: skip

@@ -1,0 +1,103 @@
+"""Units are done once by many processes, and again only if who had them died."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rmoe_megatron import work_queue
+from rmoe_megatron.work_queue import WorkQueue
+from tests.support.runs import kill
+
+PROGRAM = """\
+import sys, time
+from pathlib import Path
+from rmoe_megatron.work_queue import WorkQueue
+folder, name, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+queue = WorkQueue(folder / "claims", 12, lambda unit: (folder / f"{unit}.done").exists(), first=int(name) * 5)
+for unit in queue.take():
+    with (folder / "log").open("a") as log:
+        log.write(f"{name} {unit}\\n")
+    time.sleep(seconds)
+    (folder / f"{unit}.done").touch()
+"""
+
+
+def start(folder: Path, name: int, seconds: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), str(name), str(seconds)],
+        text=True,
+        start_new_session=True,
+    )
+
+
+def log(folder: Path) -> list[tuple[str, int]]:
+    lines = (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
+    return [(line.split()[0], int(line.split()[1])) for line in lines]
+
+
+def test_a_slow_process_holds_up_nobody_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    processes = [start(tmp_path, 0, 0.6), start(tmp_path, 1, 0.05)]
+    for process in processes:
+        assert process.wait(timeout=60) == 0
+    assert sorted(unit for _, unit in log(tmp_path)) == list(range(12))
+    by_process = [sum(name == str(number) for name, _ in log(tmp_path)) for number in (0, 1)]
+    assert by_process[0] >= 1
+    assert by_process[1] > by_process[0]
+    assert not (tmp_path / "claims").exists()
+
+
+def test_what_a_killed_process_had_in_flight_is_done_again_and_no_more(tmp_path: Path) -> None:
+    process = start(tmp_path, 0, 0.2)
+    deadline = time.monotonic() + 60
+    while len(log(tmp_path)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    kill(process)
+    before = len(log(tmp_path))
+    assert start(tmp_path, 1, 0.0).wait(timeout=60) == 0
+    assert len(log(tmp_path)) == 12 + 1
+    in_flight = log(tmp_path)[before - 1][1]
+    assert [unit for _, unit in log(tmp_path)].count(in_flight) == 2
+
+
+def test_a_claim_of_another_host_is_void_when_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims, done = tmp_path / "claims", set[int]()
+    claims.mkdir()
+    young, old, alive = (claims / f"{unit:08d}.claim" for unit in range(3))
+    for path in (young, old):
+        path.write_text("elsewhere 12")
+    alive.write_text(f"{socket.gethostname()} {os.getpid()}")  # of this very host, and it lives
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(work_queue, "POLL", 0.01)
+    queue, taken = WorkQueue(claims, 3, done.__contains__), []
+    for unit in queue.take():
+        taken.append(unit)
+        done.add(unit)
+        if unit == 1:
+            assert young.exists()
+            os.utime(young, (0, 0))
+        else:
+            done.add(2)  # which the other process has done
+    assert taken == [1, 0]
+
+
+def test_a_claim_is_kept_young_while_a_unit_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_queue, "HEARTBEAT", 0.05)
+    done = set[int]()
+    for unit in WorkQueue(tmp_path / "claims", 1, done.__contains__).take():
+        claim = tmp_path / "claims" / "00000000.claim"
+        os.utime(claim, (0, 0))
+        deadline = time.monotonic() + 10
+        while claim.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        done.add(unit)
