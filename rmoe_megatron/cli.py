@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from tqdm import tqdm
 
 from rmoe_megatron import durable, launch, stop_signals
+from rmoe_megatron.cli_evaluation import eval_app
+from rmoe_megatron.cli_options import (
+    Bar,
+    BatchSize,
+    Guidance,
+    Overrides,
+    ParallelOverrides,
+    Seed,
+    Steps,
+    check_guidance,
+    parse_part,
+    read_prompts,
+)
 from rmoe_megatron.errors import Interrupted, RunError, UserError
 from rmoe_megatron.extras import PACKAGE, extra_of
-from rmoe_megatron.typed_files import read_text
 
 # Rich markup would swallow the [brackets] of the help texts.
 app = typer.Typer(
@@ -25,24 +36,12 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and prepare data.")
 convert_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Convert checkpoints.")
-eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score models.")
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file."),
-]
-ParallelOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[parallel.KEY=VALUE]...", help="Layout of the ranks that import."),
-]
-Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the first image's noise.")]
-Steps = Annotated[int, typer.Option(min=1, max=1000, help="Of the sampler.")]
-Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
 INTERRUPTED = 75
-BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
+INTERRUPTED = 75
 
 
 def main() -> None:
@@ -92,23 +91,6 @@ def _command_called() -> str:
     return " ".join(words)
 
 
-class _Bar:
-    """A progress callback (done, total) that shows a bar with rate and ETA from its first call on."""
-
-    def __init__(self, description: str, unit: str) -> None:
-        self.description, self.unit = description, unit
-        self.bar: tqdm | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is None:  # not before: a mistake found first has its line to itself
-            self.bar = tqdm(
-                desc=self.description, unit=self.unit, total=total, mininterval=1.0, dynamic_ncols=True
-            )
-        self.bar.update(done - self.bar.n)
-        if done == total:
-            self.bar.close()
-
-
 @data_app.command("build-shapes")
 def build_shapes_command(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
@@ -119,7 +101,7 @@ def build_shapes_command(
     """Write the toy shapes set as WebDataset shards."""
     from rmoe_megatron.data.shapes.build import build_shapes
 
-    build_shapes(out, train, val, seed, progress=_Bar("shapes", "image"))
+    build_shapes(out, train, val, seed, progress=Bar("shapes", "image"))
 
 
 @data_app.command("precompute")
@@ -141,7 +123,7 @@ def precompute_command(
     if check:
         check_precompute(loaded, source, out)
         return
-    is_finished = precompute(loaded, source, out, parse_part(part), _Bar("precompute", "shard"))
+    is_finished = precompute(loaded, source, out, parse_part(part), Bar("precompute", "shard"))
     if launch.speaks():
         print(
             f"{out} is complete"
@@ -297,7 +279,7 @@ def to_hf(
     dtypes = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if dtype not in dtypes:
         raise UserError(f"--dtype {dtype} must be fp32, fp16 or bf16.")
-    progress = _Bar("export", "tensor")
+    progress = Bar("export", "tensor")
     errors = export_run(
         run_dir, out, step, averaged, dtypes[dtype], base, remote_code, max_shard_size,
         transformer, approximate, progress,
@@ -321,7 +303,7 @@ def from_hf(
     from rmoe_megatron.conversion.importing import import_diffusers
 
     parallel = _parse_parallel(overrides)
-    import_diffusers(folder, run_dir, text_length, parallel, _Bar("import", "tensor"))
+    import_diffusers(folder, run_dir, text_length, parallel, Bar("import", "tensor"))
     _say_imported(run_dir)
 
 
@@ -338,7 +320,7 @@ def from_facebook_dit(
     from rmoe_megatron.conversion.importing import import_facebook_dit
 
     parallel = _parse_parallel(overrides)
-    import_facebook_dit(file, run_dir, num_attention_heads, parallel, _Bar("import", "tensor"))
+    import_facebook_dit(file, run_dir, num_attention_heads, parallel, Bar("import", "tensor"))
     _say_imported(run_dir)
 
 
@@ -386,88 +368,10 @@ def sample(
         set_scheduler(pipeline, scheduler)
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(repeated))]
-    progress = _Bar("sample", "image")
+    progress = Bar("sample", "image")
     images = sample_images(
         pipeline, repeated, seeds, steps, guidance, batch_size, progress, guidance_interval
     )
     save_images(images, out, [f"{index:05d}" for index in range(len(repeated))])
     durable.write(out / "grid.png", png(labelled_grid(images, repeated)))
     print(f"{len(images)} images and grid.png in {out}")
-
-
-@eval_app.command("shapes")
-def eval_shapes(
-    model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
-    data: Annotated[Path, typer.Option(help="Folder made by `rmoe data build-shapes`.")],
-    out: Annotated[Path, typer.Option(help="Folder for results.json and examples.png.")],
-    images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 4,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts per split; default is all.")] = None,
-    steps: Steps = 25,
-    guidance: Guidance = 2.0,
-    seed: Seed = 0,
-    batch_size: BatchSize = 128,
-) -> None:
-    """Score a model on the toy shapes set by GenEval's rules."""
-    import numpy as np
-
-    from rmoe_megatron.data.shards import list_shards
-    from rmoe_megatron.evaluation.shapes import evaluate_shapes
-
-    check_guidance(guidance)
-    durable.check_writable(out, "--out")
-    list_shards(data / "val")  # a missing set is named before the model is loaded
-    from rmoe_megatron.sampling import load_pipeline, sample_images
-
-    pipeline = load_pipeline(model)
-
-    def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
-        return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
-
-    sampling = {"model": str(model), "steps": steps, "guidance": guidance}
-    evaluate_shapes(
-        generate, data, out, sampling, images_per_prompt, limit, seed, progress=_Bar("eval shapes", "image")
-    )
-
-
-def check_guidance(guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:
-    """Check the scale of guidance and where it is applied.
-
-    Raises:
-        UserError: the scale is not finite or absurd, or the interval none in [0, 1].
-    """
-    if not -1000 <= guidance <= 1000:
-        raise UserError(f"--guidance {guidance} must lie between -1000 and 1000; 1 is no guidance.")
-    if not 0 <= interval[0] <= interval[1] <= 1:
-        raise UserError(
-            f"--guidance-interval {interval[0]} {interval[1]} must be two numbers from 0 to 1, the smaller one first."
-        )
-
-
-def parse_part(part: str) -> tuple[int, int]:
-    """Return which part of how many ``K/N`` is.
-
-    Raises:
-        UserError: it is none.
-    """
-    numbers = part.split("/")
-    if len(numbers) != 2 or not all(
-        number.isascii() and number.isdigit() and len(number) < 8 for number in numbers
-    ):
-        raise UserError(f"--part {part!r:.40} must be K/N, like 0/8.")
-    number, count = map(int, numbers)
-    if number >= count:
-        raise UserError(f"--part {part} must have K less than N, like 0/8.")
-    return number, count
-
-
-def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
-    """Return the prompts of the command line and those of the file.
-
-    Raises:
-        UserError: the file is no text, or there is no prompt.
-    """
-    if file is not None:
-        prompts = [*prompts, *(line.strip() for line in read_text(file).splitlines() if line.strip())]
-    if not prompts:
-        raise UserError("There is no prompt; give --prompt TEXT or --prompts-file FILE.")
-    return prompts

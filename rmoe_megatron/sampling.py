@@ -60,11 +60,13 @@ def sample_images(
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    negative_prompt: str | None = None,
 ) -> np.ndarray:
     """Make one image per prompt; its noise depends on its own seed alone.
 
     Args:
         prompts: texts, or class labels for a class-conditional pipeline.
+        negative_prompt: what guidance leads away from, instead of the empty text.
         guidance_interval: guide only where timestep / 1000 lies in it.
         progress: called with (images done, images in total).
 
@@ -76,6 +78,11 @@ def sample_images(
     """
     arguments: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
     arguments |= _guidance(pipeline, guidance, guidance_interval)
+    if (
+        negative_prompt is not None
+        and "negative_prompt" not in inspect.signature(pipeline.__call__).parameters
+    ):
+        raise UserError(f"{type(pipeline).__name__} takes no negative prompt; leave --negative-prompt out.")
     conditions = _conditions(pipeline, prompts)
     images = []
     if progress is not None:
@@ -83,6 +90,8 @@ def sample_images(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+        if negative_prompt is not None:
+            arguments["negative_prompt"] = [negative_prompt] * len(generators)
         with refusal(f"The parts of {pipeline.name_or_path or 'the model'} do not fit together"):
             result = pipeline(conditions[part], generator=generators, **arguments).images
         images.append((result * 255).round().astype(np.uint8))

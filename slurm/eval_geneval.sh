@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=eval_geneval
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --mincpus=8
+#SBATCH --gpus-per-node=8
 #SBATCH --time=12:00:00
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # Scores an exported model on GenEval.
+# All ranks share the work; what is done is not done again when it is submitted again.
 #   slurm/eval_geneval.sh [--SBATCH_OPTION=VALUE]... MODEL [OPTION OF rmoe eval geneval]...
 set -euo pipefail
 # SLURM runs a copy of this file; then the repository is where the submission says, or where it was submitted from.
@@ -13,4 +15,4 @@ set -euo pipefail
 RMOE_ROOT=${RMOE_ROOT:-$SLURM_SUBMIT_DIR}
 # shellcheck source=slurm/job.sh
 source "$RMOE_ROOT/slurm/job.sh"
-one_task_job "$0" 1 eval geneval "$@"
+all_tasks_job "$0" eval geneval "$@"

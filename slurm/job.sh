@@ -138,16 +138,6 @@ submit_training() { # submit_training SCRIPT DEFAULT_CONFIG ARGUMENTS...: sets r
     RMOE_RUN_DIR=$run_dir submit "$script" "${arguments[@]}"
 }
 
-submit_one_task() { # submit_one_task SCRIPT GPUS ARGUMENTS...: options of sbatch first, then those of the command
-    local script=$1 gpus=$2
-    shift 2
-    sbatch_options=()
-    split_arguments "$@"
-    site_options
-    options+=(--gpus-per-node="$((SITE_GPUS_PER_NODE > 0 ? gpus : 0))")
-    submit "$script" "${words[@]}"
-}
-
 check_precompute() { # check_precompute CONFIG SOURCE OUT [KEY=VALUE]...
     local code=0
     rmoe_on_login_node data precompute "$@" --check || code=$?
@@ -251,7 +241,25 @@ one_task_job() { # one_task_job SCRIPT GPUS COMMAND SUBCOMMAND ARGUMENTS...: sub
         return
     fi
     require_command "${command[@]}"
-    submit_one_task "$script" "$gpus" "$@"
+    split_arguments "$@"
+    site_options
+    options+=(--gpus-per-node="$((SITE_GPUS_PER_NODE > 0 ? gpus : 0))")
+    submit "$script" "${words[@]}"
+}
+
+all_tasks_job() { # all_tasks_job SCRIPT COMMAND SUBCOMMAND ARGUMENTS...: as one_task_job, with a task for every GPU
+    local script=$1 command=("$2" "$3")
+    shift 3
+    if is_job; then
+        (in_all_tasks --kill-on-bad-exit=1 -- rmoe "${command[@]}" "$@")
+        return
+    fi
+    require_command "${command[@]}"
+    split_arguments "$@"
+    site_options
+    task_options
+    [[ -z $nodes ]] || options+=(--nodes="$nodes")
+    submit "$script" "${words[@]}"
 }
 
 precompute_job() { # precompute_job SCRIPT ARGUMENTS...: check and submit rmoe data precompute, or run a part of it

@@ -28,11 +28,15 @@ done
 submit_training "$RMOE_ROOT/slurm/pretrain_t2i.sh" "$1" "${options_of_training[@]}" "$@"
 [[ -n $run_dir ]] || fail "where the run will lie is not known on this node (see above); only the training is submitted."
 
-after=(--dependency="afterok:$submitted" --kill-on-invalid-dep=yes)
-submit_one_task "$RMOE_ROOT/slurm/convert_to_hf.sh" 0 "${after[@]}" "$run_dir" "$run_dir/model"
-after=(--dependency="afterok:$submitted" --kill-on-invalid-dep=yes)
+submit_after() { # submit_after JOB SCRIPT ARGUMENTS...: a job that waits for another's success and does not outlive its failure
+    local answer
+    answer=$("$RMOE_ROOT/slurm/$2" --dependency="afterok:$1" --kill-on-invalid-dep=yes "${@:3}")
+    echo "$answer"
+    submitted=${answer##* }
+}
+submit_after "$submitted" convert_to_hf.sh "$run_dir" "$run_dir/model"
+converted=$submitted
 for evaluation in "${evaluations[@]}"; do
     read -ra scoring <<< "$evaluation"
-    submit_one_task "$RMOE_ROOT/slurm/eval_${scoring[0]}.sh" 1 "${after[@]}" "$run_dir/model" \
-        --out "$run_dir/scores/${scoring[0]}" "${scoring[@]:1}"
+    submit_after "$converted" "eval_${scoring[0]}.sh" "$run_dir/model" --out "$run_dir/scores/${scoring[0]}" "${scoring[@]:1}"
 done

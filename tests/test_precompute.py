@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rmoe_megatron.cli import parse_part
+from rmoe_megatron.cli_options import parse_part
 from rmoe_megatron.config.model import DiffusionConfig, Objective
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.shards import LATENTS, ShardDataset

@@ -260,15 +260,15 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
 
 def _checked(values: dict[str, Any], model: TypeAdapter[Any], path: Path) -> dict[str, Any]:
     typed: dict[str, Any] = check_value(values, model, str(path))
-    _check_unknown(typed, path)
+    check_unknown_keys(typed, path)
     return typed
 
 
-def _check_unknown(values: object, path: Path) -> None:
+def check_unknown_keys(values: object, path: Path) -> None:
     """Refuse what asks for code, at any depth, and whole numbers that no size is."""
     if isinstance(values, list):
         for value in values:
-            _check_unknown(value, path)
+            check_unknown_keys(value, path)
     if not isinstance(values, dict):
         return
     for key, value in values.items():
@@ -277,4 +277,4 @@ def _check_unknown(values: object, path: Path) -> None:
         limit = MAX_LAYERS if "layer" in key else MAX_INTEGER
         if isinstance(value, int) and abs(value) > limit:
             raise UserError(f"{path} has {key} {shown(value)}, but it must lie between {-limit} and {limit}.")
-        _check_unknown(value, path)
+        check_unknown_keys(value, path)

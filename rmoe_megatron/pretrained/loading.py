@@ -28,6 +28,7 @@ from rmoe_megatron.pretrained.config_files import (
     AUTOENCODERS,
     OBJECT,
     SCHEDULERS,
+    check_unknown_keys,
     read_config,
     read_text_encoder_config,
     read_tokenizer_config,
@@ -110,6 +111,37 @@ def load_text_encoder_folder(
         )  # fmt: skip
     # Many encoders are published without the pooler of their pre-training, which is not used here.
     _check_complete(folder, [name for name in found["missing_keys"] if not name.startswith("pooler.")])
+    return model.eval().requires_grad_(False)
+
+
+def load_judge(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """Load a transformers model that judges images (a detector, CLIP, a model that answers questions) from its folder.
+
+    Args:
+        model_class: the class that the configuration must be of.
+
+    Raises:
+        UserError: configuration or weights are malformed, or are not of this class.
+    """
+    values = read_json(folder / "config.json", OBJECT)
+    check_unknown_keys(values, folder / "config.json")
+    kind = model_class.config_class.model_type
+    if values.get("model_type") != kind:
+        raise UserError(
+            f"{folder} holds a model of type {values.get('model_type')!r:.40}, where {kind} belongs."
+        )
+    with refusal(f"{folder / 'config.json'} cannot be used"):
+        config = model_class.config_class.from_dict(values)
+    with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"), torch.device("meta"):
+        empty = model_class(config)
+    _check_weights(folder, TRANSFORMERS_WEIGHTS_NAME, empty)
+    del empty
+    with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"), _without_report():
+        model, found = model_class.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto",
+            output_loading_info=True,
+        )  # fmt: skip
+    _check_complete(folder, list(found["missing_keys"]))
     return model.eval().requires_grad_(False)
 
 

@@ -67,9 +67,9 @@ def test_a_wrong_configuration_is_not_submitted(site: Site) -> None:
         ("pretrain_t2i.sh", ["-N", "2", str(config)], "give options of sbatch as --option=value"),
         ("precompute_latents.sh", [str(config), f"{site.folder}/data", f"{site.folder}/data/x"], "overlap"),
         (
-            "eval_geneval.sh",
+            "eval_imagenet.sh",
             ["model"],
-            "`rmoe eval geneval` is not part of this version; nothing is submitted.",
+            "`rmoe eval imagenet` is not part of this version; nothing is submitted.",
         ),
         ("pipeline.sh", ["--evaluate=poetry", str(config)], "there is no benchmark poetry"),
     ):

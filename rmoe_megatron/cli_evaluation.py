@@ -1,0 +1,124 @@
+"""``rmoe eval``: score models on benchmarks. Thin: every command calls one function."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmoe_megatron import durable, launch
+from rmoe_megatron.cli_options import Bar, BatchSize, Guidance, Seed, Steps, check_guidance
+from rmoe_megatron.errors import UserError
+
+eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score models.")
+
+Model = Annotated[
+    str, typer.Argument(help="diffusers folder, or a folder of images in the benchmark's layout.")
+]
+Out = Annotated[
+    Path, typer.Option(help="Folder for images, verdicts and results; what is there is not done again.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="The first so many prompts only.")]
+Interval = Annotated[tuple[float, float], typer.Option(help="Guide where timestep / 1000 lies in it.")]
+Scheduler = Annotated[str | None, typer.Option(help="euler, ddim or dpm; default is the folder's.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What guidance leads away from.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default is the folder's.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the transformer.")]
+ProtocolName = Annotated[str, typer.Option(help="official (bit-faithful, with its quirks) or fixed.")]
+
+
+@eval_app.command("shapes")
+def eval_shapes(
+    model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
+    data: Annotated[Path, typer.Option(help="Folder made by `rmoe data build-shapes`.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json and examples.png.")],
+    images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts per split; default is all.")] = None,
+    steps: Steps = 25,
+    guidance: Guidance = 2.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+) -> None:
+    """Score a model on the toy shapes set by GenEval's rules."""
+    import numpy as np
+
+    from rmoe_megatron.data.shards import list_shards
+    from rmoe_megatron.evaluation.shapes import evaluate_shapes
+
+    check_guidance(guidance)
+    durable.check_writable(out, "--out")
+    list_shards(data / "val")  # a missing set is named before the model is loaded
+    from rmoe_megatron.sampling import load_pipeline, sample_images
+
+    pipeline = load_pipeline(model)
+
+    def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
+        return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
+
+    sampling = {"model": str(model), "steps": steps, "guidance": guidance}
+    evaluate_shapes(
+        generate, data, out, sampling, images_per_prompt, limit, seed, progress=Bar("eval shapes", "image")
+    )
+
+
+@eval_app.command("geneval")
+def eval_geneval(
+    model: Model,
+    out: Out,
+    metadata: Annotated[
+        Path | None,
+        typer.Option(
+            help="GenEval's evaluation_metadata.jsonl; default is made by its recipe.", show_default=False
+        ),
+    ] = None,
+    images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 4,
+    protocol: ProtocolName = "official",
+    detector: Annotated[
+        str, typer.Option(help="Mask2Former for COCO's instances: folder or hub repository.")
+    ] = "facebook/mask2former-swin-small-coco-instance",
+    clip: Annotated[
+        str, typer.Option(help="CLIP for colours: folder or hub repository.")
+    ] = "openai/clip-vit-large-patch14",
+    limit: Limit = None,
+    steps: Steps = 50,
+    guidance: Guidance = 7.0,
+    guidance_interval: Interval = (0.0, 1.0),
+    scheduler: Scheduler = None,
+    negative_prompt: NegativePrompt = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    compile: Compile = False,  # noqa: A002
+) -> None:
+    """GenEval: objects, counts, colours, positions; with torchrun or srun all ranks share the work."""
+    from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
+    from rmoe_megatron.evaluation.geneval.prompts import make_prompts, read_metadata
+    from rmoe_megatron.evaluation.geneval.rules import Protocol
+
+    check_guidance(guidance, guidance_interval)
+    durable.check_writable(out, "--out")
+    prompts = make_prompts() if metadata is None else read_metadata(metadata)
+    sampling = Sampling(
+        model,
+        steps,
+        guidance,
+        seed,
+        batch_size,
+        guidance_interval,
+        scheduler,
+        negative_prompt,
+        dtype,
+        compile,
+    )
+    settings = Settings(out, images_per_prompt, Protocol(_one_of(protocol)), detector, clip)
+    evaluate_geneval(prompts[:limit], sampling, settings, _bars())
+
+
+def _one_of(protocol: str) -> str:
+    if protocol not in ("official", "fixed"):
+        raise UserError(f"--protocol {protocol} must be official or fixed.")
+    return protocol
+
+
+def _bars():  # type: ignore[no-untyped-def]  # a function of a title to a progress bar, shown by the first rank
+    return lambda title: Bar(title, "unit") if launch.speaks() else None

@@ -1,0 +1,85 @@
+"""What several commands of the command line take, and the progress bar that they show."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.typed_files import read_text
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file."),
+]
+ParallelOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[parallel.KEY=VALUE]...", help="Layout of the ranks that import."),
+]
+Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the first image's noise.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Of the sampler.")]
+Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
+
+
+class Bar:
+    """A progress callback (done, total) that shows a bar with rate and ETA from its first call on."""
+
+    def __init__(self, description: str, unit: str) -> None:
+        self.description, self.unit = description, unit
+        self.bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how much is done of how much."""
+        if self.bar is None:  # not before: a mistake found first has its line to itself
+            self.bar = tqdm(
+                desc=self.description, unit=self.unit, total=total, mininterval=1.0, dynamic_ncols=True
+            )
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()
+
+
+def check_guidance(guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:
+    """Check the scale of guidance and where it is applied.
+
+    Raises:
+        UserError: the scale is not finite or absurd, or the interval none in [0, 1].
+    """
+    if not -1000 <= guidance <= 1000:
+        raise UserError(f"--guidance {guidance} must lie between -1000 and 1000; 1 is no guidance.")
+    if not 0 <= interval[0] <= interval[1] <= 1:
+        raise UserError(
+            f"--guidance-interval {interval[0]} {interval[1]} must be two numbers from 0 to 1, the smaller one first."
+        )
+
+
+def parse_part(part: str) -> tuple[int, int]:
+    """Return which part of how many ``K/N`` is.
+
+    Raises:
+        UserError: it is none.
+    """
+    numbers = part.split("/")
+    if len(numbers) != 2 or not all(
+        number.isascii() and number.isdigit() and len(number) < 8 for number in numbers
+    ):
+        raise UserError(f"--part {part!r:.40} must be K/N, like 0/8.")
+    number, count = map(int, numbers)
+    if number >= count:
+        raise UserError(f"--part {part} must have K less than N, like 0/8.")
+    return number, count
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """Return the prompts of the command line and those of the file.
+
+    Raises:
+        UserError: the file is no text, or there is no prompt.
+    """
+    if file is not None:
+        prompts = [*prompts, *(line.strip() for line in read_text(file).splitlines() if line.strip())]
+    if not prompts:
+        raise UserError("There is no prompt; give --prompt TEXT or --prompts-file FILE.")
+    return prompts

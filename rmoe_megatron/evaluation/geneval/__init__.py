@@ -1,0 +1,1 @@
+"""GenEval (arXiv 2310.11513): are the objects of a prompt in the image, in number, colour and place?"""

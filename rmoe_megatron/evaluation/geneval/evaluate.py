@@ -1,0 +1,205 @@
+"""GenEval from prompts to scores: images in the published layout, judged by all ranks, summed up by rank 0."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pydantic import TypeAdapter
+
+from rmoe_megatron import durable
+from rmoe_megatron.encoders.source import model_folder
+from rmoe_megatron.evaluation.generation import (
+    ImageRequest,
+    Progress,
+    Sampling,
+    generate,
+    is_folder_of_images,
+    require_images,
+    require_same,
+)
+from rmoe_megatron.evaluation.geneval.colors import ColorClassifier
+from rmoe_megatron.evaluation.geneval.detector import Detector
+from rmoe_megatron.evaluation.geneval.prompts import Metadata, is_official
+from rmoe_megatron.evaluation.geneval.rules import QUIRKS, Detection, Protocol, judge, keep_most_confident
+from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
+from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.typed_files import read_json
+from rmoe_megatron.work_queue import WorkQueue
+
+THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS = 0.3, 0.9, 16  # of scores; objects per class
+DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
+MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
+EXAMPLES_PER_TASK = 3
+JUDGED = TypeAdapter(list[dict[str, Any]])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is judged by which models and rules; all of it is part of the result."""
+
+    out: Path
+    images_per_prompt: int = 4
+    protocol: Protocol = Protocol.official
+    detector: str = DETECTOR
+    clip: str = CLIP
+
+
+def evaluate_geneval(
+    prompts: list[Metadata],
+    sampling: Sampling,
+    settings: Settings,
+    progress: Callable[[str], Progress | None],
+) -> None:
+    """Make the images, unless the model is a folder of them, judge them and write the results; every rank takes part.
+
+    ``out`` gets images as ``images/00000/samples/00000.png`` beside ``metadata.jsonl``, verdicts as ``judged/00000.json``, and
+    ``results.json``, ``results.md``, ``gallery.png``. What is there is not done again.
+
+    Args:
+        progress: makes a progress bar with a title.
+
+    Raises:
+        UserError: images are missing, or a model cannot be had.
+    """
+    model, out = Path(sampling.model), settings.out
+    is_given = is_folder_of_images(model)
+    require_same(out, {"model": str(model.absolute())} if is_given else sampling.described())
+    folder = model if is_given else out / "images"
+    requests = [
+        ImageRequest(
+            metadata["prompt"], number, image, folder / f"{number:05d}" / "samples" / f"{image:05d}.png"
+        )
+        for number, metadata in enumerate(prompts)
+        for image in range(settings.images_per_prompt)
+    ]
+    if is_given:
+        require_images(requests, model)
+    else:
+        if rank() == 0:
+            for number, metadata in enumerate(prompts):
+                (folder / f"{number:05d}").mkdir(parents=True, exist_ok=True)
+                durable.write(folder / f"{number:05d}" / "metadata.jsonl", json.dumps(metadata))
+        generate(requests, sampling, out / "claims" / "images", progress("sample"))
+    judged = judge_all(prompts, requests, settings, progress("judge"))
+    if rank() == 0:
+        results = summarise(judged, prompts, sampling, settings, is_given)
+        write_results(out, results, table(results), _examples(judged))
+
+
+def judge_all(
+    prompts: list[Metadata], requests: list[ImageRequest], settings: Settings, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Judge the images of every prompt that is not judged yet; returns all verdicts, of all ranks."""
+    folder = settings.out / "judged"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number:05d}.{settings.protocol.value}.json" for number in range(len(prompts))]
+    queue = WorkQueue(
+        settings.out / "claims" / "judged", len(prompts), lambda number: files[number].exists(),
+        first=rank() * len(prompts) // world_size(),
+    )  # fmt: skip
+    judges = None
+    for number in queue.take(progress):
+        if judges is None:
+            judges = _load_judges(settings)
+        of_prompt = [request for request in requests if request.prompt_index == number]
+        verdicts = [
+            judge_image(request.path, prompts[number], *judges, settings.protocol) for request in of_prompt
+        ]
+        with durable.writing(files[number]) as partial:
+            partial.write_text(json.dumps(verdicts))
+    return [verdict for file in files for verdict in read_json(file, JUDGED)]
+
+
+def _load_judges(settings: Settings) -> tuple[Detector, ColorClassifier]:
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    detector = Detector(model_folder(settings.detector, MODEL_FILES), device)
+    return detector, ColorClassifier(model_folder(settings.clip, MODEL_FILES), device)
+
+
+def judge_image(
+    path: Path, metadata: Metadata, detector: Detector, classifier: ColorClassifier, protocol: Protocol
+) -> dict[str, Any]:
+    """Return the verdict of one image in the form of the published results, and its detections."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
+    kept = {
+        name: keep_most_confident(found, threshold, MAX_OBJECTS)
+        for name, found in detector.detect(image).items()
+    }
+    detected = {name: found for name, found in kept.items() if found}
+
+    def color_of(objects: list[Detection], name: str) -> list[str]:
+        return classifier.classify(image, objects, name)
+
+    verdict = judge(detected, metadata, color_of, protocol)
+    return {
+        "filename": str(path), "tag": metadata["tag"], "prompt": metadata["prompt"], "correct": verdict.correct,
+        "reason": verdict.reason,
+        "details": {name: [[*each.box, each.score] for each in found] for name, found in detected.items()},
+    }  # fmt: skip
+
+
+def summarise(
+    judged: list[dict[str, Any]],
+    prompts: list[Metadata],
+    sampling: Sampling,
+    settings: Settings,
+    is_given: bool,
+) -> dict[str, Any]:
+    """Return the results: the share of right images per task, and the mean of the tasks as the overall score."""
+    by_task: dict[str, list[bool]] = defaultdict(list)
+    by_prompt: dict[str, list[bool]] = defaultdict(list)
+    for verdict in judged:
+        by_task[verdict["tag"]].append(verdict["correct"])
+        by_prompt[Path(verdict["filename"]).parts[-3]].append(verdict["correct"])
+    tasks = {name: float(np.mean(verdicts)) for name, verdicts in by_task.items()}
+    complete = is_official(prompts) and settings.images_per_prompt == 4
+    return {
+        "benchmark": "GenEval",
+        "protocol": settings.protocol.value,
+        "quirks": QUIRKS if settings.protocol is Protocol.official else [],
+        "differences": [
+            f"detector {settings.detector} through transformers, in place of mmdet's weights of the same architecture",
+            *([] if complete else ["not the published 553 prompts with 4 images each"]),
+        ],
+        "clip": settings.clip,
+        **({"images": sampling.model} if is_given else {"sampling": sampling.described()}),
+        "overall": float(np.mean(list(tasks.values()))),
+        "tasks": tasks,
+        "images_right": float(np.mean([verdict["correct"] for verdict in judged])),
+        "prompts_right": float(np.mean([any(verdicts) for verdicts in by_prompt.values()])),
+        "prompts": len(by_prompt),
+        "images_judged": len(judged),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the scores as a Markdown table, with what they differ in from published ones."""
+    header = ["GenEval", "overall", *results["tasks"], "images"]
+    row = [results["protocol"], f"{results['overall']:.4f}"]
+    row += [f"{score:.4f}" for score in results["tasks"].values()]
+    notes = "".join(f"- {note}\n" for note in results["differences"])
+    return f"{markdown_table(header, [[*row, str(results['images_judged'])]])}\n{notes}"
+
+
+def _examples(judged: list[dict[str, Any]]) -> list[Example]:
+    taken: dict[tuple[bool, str], int] = defaultdict(int)
+    examples = []
+    for verdict in sorted(judged, key=lambda verdict: not verdict["correct"]):
+        key = (verdict["correct"], verdict["tag"])
+        taken[key] += 1
+        if taken[key] <= EXAMPLES_PER_TASK:
+            label = (
+                f"{verdict['prompt']}: {verdict['reason'].splitlines()[0] if verdict['reason'] else 'right'}"
+            )
+            examples.append(
+                Example("right" if verdict["correct"] else "wrong", Path(verdict["filename"]), label)
+            )
+    return examples
