@@ -93,7 +93,7 @@ def eval_geneval(
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
     from rmoe_megatron.evaluation.geneval.prompts import make_prompts, read_metadata
-    from rmoe_megatron.evaluation.geneval.rules import Protocol
+    from rmoe_megatron.evaluation.protocol import Protocol
 
     check_guidance(guidance, guidance_interval)
     durable.check_writable(out, "--out")
@@ -112,6 +112,50 @@ def eval_geneval(
     )
     settings = Settings(out, images_per_prompt, Protocol(_one_of(protocol)), detector, clip)
     evaluate_geneval(prompts[:limit], sampling, settings, _bars())
+
+
+@eval_app.command("geneval2")
+def eval_geneval2(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="GenEval 2's geneval2_data.jsonl.")],
+    out: Out,
+    protocol: ProtocolName = "official",
+    answerer: Annotated[
+        str, typer.Option(help="Qwen3-VL that answers the questions: folder or hub repository.")
+    ] = "Qwen/Qwen3-VL-8B-Instruct",
+    limit: Limit = None,
+    steps: Steps = 50,
+    guidance: Guidance = 7.0,
+    guidance_interval: Interval = (0.0, 1.0),
+    scheduler: Scheduler = None,
+    negative_prompt: NegativePrompt = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    compile: Compile = False,  # noqa: A002
+) -> None:
+    """GenEval 2: Soft-TIFA by skill and atomicity; with torchrun or srun all ranks share the work."""
+    from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
+    from rmoe_megatron.evaluation.geneval2.prompts import read_prompts
+    from rmoe_megatron.evaluation.protocol import Protocol
+
+    check_guidance(guidance, guidance_interval)
+    durable.check_writable(out, "--out")
+    sampling = Sampling(
+        model,
+        steps,
+        guidance,
+        seed,
+        batch_size,
+        guidance_interval,
+        scheduler,
+        negative_prompt,
+        dtype,
+        compile,
+    )
+    settings = Settings(out, Protocol(_one_of(protocol)), answerer)
+    evaluate_geneval2(read_prompts(data)[:limit], sampling, settings, _bars())
 
 
 def _one_of(protocol: str) -> str:

@@ -49,7 +49,9 @@ class Sampling:
     compile: bool = False
 
     def described(self) -> dict[str, Any]:
-        """Return what of it changes images, for a result."""
+        """Return what of it changes images, for a result; of a folder of images its name."""
+        if is_folder_of_images(Path(self.model)):
+            return {"images": self.model}
         return {
             name: value for name, value in asdict(self).items() if value is not None and value is not False
         }
@@ -138,6 +140,32 @@ def generate(
             if not request.path.exists():
                 with durable.writing(request.path) as partial:
                     partial.write_bytes(png(Image.fromarray(image)))
+
+
+def make_or_require(
+    requests_below: Callable[[Path], list[ImageRequest]],
+    sampling: Sampling,
+    out: Path,
+    progress: Progress | None,
+) -> list[ImageRequest]:
+    """Return the images of a benchmark: made below ``out/images``, or those of the folder that stands in the model's place.
+
+    Args:
+        requests_below: from a folder to what belongs there.
+
+    Raises:
+        UserError: the folder lacks images, or ``out`` holds another evaluation.
+    """
+    model = Path(sampling.model)
+    if is_folder_of_images(model):
+        require_same(out, {"model": str(model.absolute())})
+        requests = requests_below(model)
+        require_images(requests, model)
+    else:
+        require_same(out, sampling.described())
+        requests = requests_below(out / "images")
+        generate(requests, sampling, out / "claims" / "images", progress)
+    return requests
 
 
 def require_same(out: Path, description: dict[str, Any]) -> None:

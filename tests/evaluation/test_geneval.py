@@ -25,11 +25,11 @@ from rmoe_megatron.evaluation.geneval.prompts import (
 )
 from rmoe_megatron.evaluation.geneval.rules import (
     Detection,
-    Protocol,
     judge,
     keep_most_confident,
     relations,
 )
+from rmoe_megatron.evaluation.protocol import Protocol
 from tests.support.judges import save_clip, save_detector
 from tests.support.local_slurm import ROOT
 from tests.support.runs import rmoe

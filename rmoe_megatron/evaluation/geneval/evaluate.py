@@ -18,15 +18,13 @@ from rmoe_megatron.evaluation.generation import (
     ImageRequest,
     Progress,
     Sampling,
-    generate,
-    is_folder_of_images,
-    require_images,
-    require_same,
+    make_or_require,
 )
 from rmoe_megatron.evaluation.geneval.colors import ColorClassifier
 from rmoe_megatron.evaluation.geneval.detector import Detector
 from rmoe_megatron.evaluation.geneval.prompts import Metadata, is_official
-from rmoe_megatron.evaluation.geneval.rules import QUIRKS, Detection, Protocol, judge, keep_most_confident
+from rmoe_megatron.evaluation.geneval.rules import QUIRKS, Detection, judge, keep_most_confident
+from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
 from rmoe_megatron.launch import local_rank, rank, world_size
 from rmoe_megatron.typed_files import read_json
@@ -67,28 +65,24 @@ def evaluate_geneval(
     Raises:
         UserError: images are missing, or a model cannot be had.
     """
-    model, out = Path(sampling.model), settings.out
-    is_given = is_folder_of_images(model)
-    require_same(out, {"model": str(model.absolute())} if is_given else sampling.described())
-    folder = model if is_given else out / "images"
-    requests = [
-        ImageRequest(
-            metadata["prompt"], number, image, folder / f"{number:05d}" / "samples" / f"{image:05d}.png"
-        )
-        for number, metadata in enumerate(prompts)
-        for image in range(settings.images_per_prompt)
-    ]
-    if is_given:
-        require_images(requests, model)
-    else:
-        if rank() == 0:
-            for number, metadata in enumerate(prompts):
-                (folder / f"{number:05d}").mkdir(parents=True, exist_ok=True)
-                durable.write(folder / f"{number:05d}" / "metadata.jsonl", json.dumps(metadata))
-        generate(requests, sampling, out / "claims" / "images", progress("sample"))
+    out = settings.out
+
+    def requests_below(folder: Path) -> list[ImageRequest]:
+        return [
+            ImageRequest(
+                metadata["prompt"], number, image, folder / f"{number:05d}" / "samples" / f"{image:05d}.png"
+            )
+            for number, metadata in enumerate(prompts)
+            for image in range(settings.images_per_prompt)
+        ]
+
+    requests = make_or_require(requests_below, sampling, out, progress("sample"))
+    if rank() == 0 and requests[0].path.is_relative_to(out):
+        for number, metadata in enumerate(prompts):
+            durable.write(out / "images" / f"{number:05d}" / "metadata.jsonl", json.dumps(metadata))
     judged = judge_all(prompts, requests, settings, progress("judge"))
     if rank() == 0:
-        results = summarise(judged, prompts, sampling, settings, is_given)
+        results = summarise(judged, prompts, sampling, settings)
         write_results(out, results, table(results), _examples(judged))
 
 
@@ -151,7 +145,6 @@ def summarise(
     prompts: list[Metadata],
     sampling: Sampling,
     settings: Settings,
-    is_given: bool,
 ) -> dict[str, Any]:
     """Return the results: the share of right images per task, and the mean of the tasks as the overall score."""
     by_task: dict[str, list[bool]] = defaultdict(list)
@@ -170,7 +163,7 @@ def summarise(
             *([] if complete else ["not the published 553 prompts with 4 images each"]),
         ],
         "clip": settings.clip,
-        **({"images": sampling.model} if is_given else {"sampling": sampling.described()}),
+        "sampling": sampling.described(),
         "overall": float(np.mean(list(tasks.values()))),
         "tasks": tasks,
         "images_right": float(np.mean([verdict["correct"] for verdict in judged])),

@@ -6,23 +6,16 @@ The protocol ``official`` is the published code's, to the letter; ``fixed`` repa
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rmoe_megatron.evaluation.geneval.prompts import Metadata, Requirement
+from rmoe_megatron.evaluation.protocol import Protocol
 
 POSITION_MARGIN = 0.1  # of the sum of both boxes' sizes
 MIN_DIRECTION = 0.5  # of an offset along an axis, over the offset's length
 NO_OFFSET = 1e-3  # pixels
-
-
-class Protocol(Enum):
-    """Which rules: those of the published code with its quirks, or repaired."""
-
-    official = "official"
-    fixed = "fixed"
 
 
 QUIRKS = [

@@ -1,0 +1,57 @@
+"""GenEval 2's prompts with their questions, read from its data file."""
+
+from pathlib import Path
+from typing import Annotated, Literal, TypedDict
+
+from pydantic import Field, TypeAdapter, with_config
+
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.typed_files import OPEN, parse_json, read_text
+
+NUM_PROMPTS, ATOMICITIES = 800, range(3, 11)  # of the published set
+MAX_BYTES = 1 << 26
+
+type Skill = Literal["object", "attribute", "count", "position", "verb"]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+@with_config(OPEN)
+class Prompt(TypedDict):
+    """A prompt, how many atoms it has, and for every atom a question, its right answer and its skill."""
+
+    prompt: Text
+    atom_count: Annotated[int, Field(ge=1, le=100)]
+    vqa_list: Annotated[
+        list[Annotated[list[Text], Field(min_length=2, max_length=2)]], Field(min_length=1, max_length=100)
+    ]
+    skills: Annotated[list[Skill], Field(min_length=1, max_length=100)]
+
+
+PROMPT = TypeAdapter(Prompt)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Return the prompts of ``geneval2_data.jsonl``.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no prompt; names it.
+    """
+    prompts = []
+    for number, line in enumerate(read_text(path, MAX_BYTES).splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"Line {number} of {path}"
+        prompt = parse_json(line, PROMPT, where)
+        if len(prompt["vqa_list"]) != len(prompt["skills"]):
+            raise UserError(
+                f"{where} has {len(prompt['vqa_list'])} questions and {len(prompt['skills'])} skills; get the file again."
+            )
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path} holds no prompt; give GenEval 2's geneval2_data.jsonl.")
+    return prompts
+
+
+def is_official(prompts: list[Prompt]) -> bool:
+    """Whether they can be the published set: as many prompts, of every published atomicity."""
+    return len(prompts) == NUM_PROMPTS and {prompt["atom_count"] for prompt in prompts} == set(ATOMICITIES)
