@@ -14,8 +14,10 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.geneval.colors import TEXTS, ColorClassifier, crop
 from rmoe_megatron.evaluation.geneval.detector import MEAN, STD, Detector, instances
+from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
 from rmoe_megatron.evaluation.geneval.prompts import (
     CLASSES,
     COLORS,
@@ -32,7 +34,6 @@ from rmoe_megatron.evaluation.geneval.rules import (
 from rmoe_megatron.evaluation.protocol import Protocol
 from tests.support.judges import save_clip, save_detector
 from tests.support.local_slurm import ROOT
-from tests.support.runs import rmoe
 from tests.support.sd3_pipeline import save_pipeline
 
 
@@ -269,12 +270,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(models: Path, out: Path, *options: str, model: str | None = None) -> list[str]:
-    return [
-        "eval", "geneval", model or str(models / "model"), "--out", str(out), "--metadata", str(models / "prompts.jsonl"),
-        "--detector", str(models / "detector"), "--clip", str(models / "clip"), "--steps", "1", "--images-per-prompt", "2",
-        "--batch-size", "3", *options,
-    ]  # fmt: skip
+def settings(models: Path, out: Path, protocol: Protocol = Protocol.official) -> Settings:
+    return Settings(out, 2, protocol, str(models / "detector"), str(models / "clip"))
+
+
+def score(
+    models: Path, out: Path, seed: int = 0, protocol: Protocol = Protocol.official, model: Path | None = None
+) -> None:
+    """Score in this process, as one rank does."""
+    sampling = Sampling(str(model or models / "model"), 1, 7.0, seed, 3)
+    prompts = read_metadata(models / "prompts.jsonl")
+    evaluate_geneval(prompts, sampling, settings(models, out, protocol), lambda title: None)
 
 
 def images(folder: Path) -> dict[str, bytes]:
@@ -282,15 +288,11 @@ def images(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_whole_with_two_ranks_again_and_from_a_folder(models: Path, tmp_path: Path) -> None:
-    assert rmoe(*command(models, tmp_path / "one"))[0] == 0
-    results = json.loads((tmp_path / "one" / "results.json").read_text())
-    assert results["images_judged"] == 6
-    assert results["overall"] == pytest.approx(np.mean(list(results["tasks"].values())))
-    assert "not the published 553 prompts with 4 images each" in results["differences"]
-    assert (tmp_path / "one" / "gallery.png").is_file()
-    made = images(tmp_path / "one" / "images")
-    assert len(made) == 6
-    assert len(set(made.values())) == 6
+    command = [
+        "eval", "geneval", str(models / "model"), "--out", str(tmp_path / "two"), "--metadata", str(models / "prompts.jsonl"),
+        "--detector", str(models / "detector"), "--clip", str(models / "clip"), "--steps", "1", "--images-per-prompt", "2",
+        "--batch-size", "3",
+    ]  # fmt: skip
     # Ranks of a job, started by hand: they share nothing but the folder.
     shared = {
         **os.environ,
@@ -300,36 +302,37 @@ def test_the_whole_with_two_ranks_again_and_from_a_folder(models: Path, tmp_path
         "PYTHONPATH": str(ROOT),
     }
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "rmoe_megatron", *command(models, tmp_path / "two")],
-            env={**shared, "RANK": str(rank)},
-        )
+        subprocess.Popen([sys.executable, "-m", "rmoe_megatron", *command], env={**shared, "RANK": str(rank)})
         for rank in (0, 1)
     ]
+    score(models, tmp_path / "one")
     assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert results["images_judged"] == 6
+    assert results["overall"] == pytest.approx(np.mean(list(results["tasks"].values())))
+    assert "not the published 553 prompts with 4 images each" in results["differences"]
+    assert (tmp_path / "one" / "gallery.png").is_file()
+    made = images(tmp_path / "one" / "images")
+    assert len(made) == 6
+    assert len(set(made.values())) == 6
     assert images(tmp_path / "two" / "images") == made
     again = json.loads((tmp_path / "two" / "results.json").read_text())
     assert (again["overall"], again["tasks"]) == (results["overall"], results["tasks"])
     # What was lost is made again, and nothing else.
-    lost, kept = sorted((tmp_path / "two" / "images").rglob("*.png"))[4:6]
+    lost, kept = sorted((tmp_path / "one" / "images").rglob("*.png"))[2:4]
     before = kept.stat().st_mtime_ns
     lost.unlink()
-    code, errors = rmoe(*command(models, tmp_path / "two"))
-    assert code == 0, errors
-    assert images(tmp_path / "two" / "images") == made
+    score(models, tmp_path / "one")
+    assert images(tmp_path / "one" / "images") == made
     assert kept.stat().st_mtime_ns == before
-    code, errors = rmoe(*command(models, tmp_path / "two", "--seed", "1"))
-    assert code == 2
-    assert "holds an evaluation with seed 0, not 1; choose another --out" in errors
-    # A folder of images is scored as it is, under the other rules beside the first.
-    code, errors = rmoe(
-        *command(models, tmp_path / "given", "--protocol", "fixed", model=str(tmp_path / "one" / "images"))
-    )
-    assert code == 0, errors
-    given = json.loads((tmp_path / "given" / "results.json").read_text())
-    assert (given["protocol"], given["quirks"], given["images_judged"]) == ("fixed", [], 6)
-    lost = tmp_path / "one" / "images" / "00002" / "samples" / "00001.png"
-    lost.unlink()
-    code, errors = rmoe(*command(models, tmp_path / "holes", model=str(tmp_path / "one" / "images")))
-    assert code == 2
-    assert "lacks 1 of 6 images, 00002/samples/00001.png the first" in errors
+    with pytest.raises(UserError, match="holds an evaluation with seed 0, not 1; choose another --out"):
+        score(models, tmp_path / "one", seed=1)
+    # A folder of images is scored as it is, under the other rules.
+    given = tmp_path / "given"
+    score(models, given, protocol=Protocol.fixed, model=tmp_path / "one" / "images")
+    results = json.loads((given / "results.json").read_text())
+    assert (results["protocol"], results["quirks"], results["images_judged"]) == ("fixed", [], 6)
+    assert not (given / "images").exists()
+    (tmp_path / "one" / "images" / "00002" / "samples" / "00001.png").unlink()
+    with pytest.raises(UserError, match="lacks 1 of 6 images, 00002/samples/00001.png the first"):
+        score(models, tmp_path / "holes", model=tmp_path / "one" / "images")

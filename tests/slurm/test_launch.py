@@ -27,7 +27,8 @@ def batch(slurm: LocalSlurm, out: Path, command: str, *options: str, **variables
 def test_tasks_know_their_rank_and_the_first_node(slurm: LocalSlurm, tmp_path: Path) -> None:
     command = f"{sys.executable} -c '{SAY}'; srun {sys.executable} -c '{SAY}'; srun -n2 -N2 {sys.executable} -c '{SAY}'"
     output = batch(slurm, tmp_path / "out", command, "--nodes=2", "--ntasks-per-node=2")
-    job, alone, *tasks = output.splitlines()
+    # On a busy machine srun says that it waits for the step before it to be cleared away.
+    job, alone, *tasks = [line for line in output.splitlines() if not line.startswith("srun: ")]
     assert alone == "0 1 0 1 True env://"  # a batch script is no rank of anything
     port = 10_000 + int(job) * 101 % 20_000
     assert sorted(tasks[:4]) == [
@@ -53,14 +54,16 @@ def test_torchrun_and_srun_must_not_disagree(slurm: LocalSlurm, tmp_path: Path) 
 
 def test_two_nodes_train_as_one_process_does(slurm: LocalSlurm, tmp_path: Path) -> None:
     config = make_run(tmp_path)
-    train = f"srun {sys.executable} -m rmoe_megatron train {config} training.micro_batch_size=2 training.steps=10 run_dir={tmp_path}/four"
+    train = f"srun {sys.executable} -m rmoe_megatron train {config} training.micro_batch_size=2 training.steps=5 training.sample_prompts=[] run_dir={tmp_path}/four"
     # The node's names are SLURM's alone; on a cluster the network knows them.
     output = batch(
         slurm, tmp_path / "out", train, "--nodes=2", "--ntasks-per-node=2", MASTER_ADDR="127.0.0.1"
     )
-    code, errors = rmoe("train", str(config), "training.steps=10", f"run_dir={tmp_path}/one")
+    code, errors = rmoe(
+        "train", str(config), "training.steps=5", "training.sample_prompts=[]", f"run_dir={tmp_path}/one"
+    )
     assert code == 0, errors
-    assert losses(tmp_path / "four").keys() == set(range(1, 11)), output
+    assert losses(tmp_path / "four").keys() == set(range(1, 6)), output
     # Float32, summed in another order; a token near the border of two modules takes the other one in time.
     for key, tolerance in {"loss": 1e-4, "validation_loss": 1e-4, "grad_norm": 1e-2}.items():
         found, expected = losses(tmp_path / "four", key), losses(tmp_path / "one", key)
