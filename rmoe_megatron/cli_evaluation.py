@@ -158,6 +158,54 @@ def eval_geneval2(
     evaluate_geneval2(read_prompts(data)[:limit], sampling, settings, _bars())
 
 
+@eval_app.command("dpg")
+def eval_dpg(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="DPG-Bench's dpg_bench.csv.")],
+    out: Out,
+    images_per_prompt: Annotated[int, typer.Option(help="4, in a grid of two by two, or 1.")] = 4,
+    protocol: ProtocolName = "official",
+    answerer: Annotated[
+        str, typer.Option(help="mplug (through modelscope), or a Qwen3-VL: folder or hub repository.")
+    ] = "mplug",
+    limit: Limit = None,
+    steps: Steps = 50,
+    guidance: Guidance = 7.0,
+    guidance_interval: Interval = (0.0, 1.0),
+    scheduler: Scheduler = None,
+    negative_prompt: NegativePrompt = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    compile: Compile = False,  # noqa: A002
+) -> None:
+    """DPG-Bench: long prompts by proposition and category; with torchrun or srun all ranks share the work."""
+    from rmoe_megatron.evaluation.dpg.evaluate import Settings, evaluate_dpg
+    from rmoe_megatron.evaluation.dpg.questions import read_items
+    from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.evaluation.protocol import Protocol
+
+    check_guidance(guidance, guidance_interval)
+    durable.check_writable(out, "--out")
+    if images_per_prompt not in (1, 4):
+        raise UserError(f"--images-per-prompt {images_per_prompt} must be 4 or 1.")
+    rules = Protocol(_one_of(protocol))
+    sampling = Sampling(
+        model,
+        steps,
+        guidance,
+        seed,
+        batch_size,
+        guidance_interval,
+        scheduler,
+        negative_prompt,
+        dtype,
+        compile,
+    )
+    settings = Settings(out, images_per_prompt, rules, answerer)
+    evaluate_dpg(read_items(data, rules)[:limit], sampling, settings, _bars())
+
+
 def _one_of(protocol: str) -> str:
     if protocol not in ("official", "fixed"):
         raise UserError(f"--protocol {protocol} must be official or fixed.")

@@ -1,0 +1,177 @@
+"""DPG-Bench from prompts to scores: four images a prompt, asked by all ranks, summed up by rank 0."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import TypeAdapter
+
+from rmoe_megatron import durable
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.dpg.answering import load_answerer
+from rmoe_megatron.evaluation.dpg.questions import NUM_PROMPTS, Item
+from rmoe_megatron.evaluation.dpg.scoring import QUIRKS, score
+from rmoe_megatron.evaluation.generation import (
+    ImageRequest,
+    Progress,
+    Sampling,
+    generate,
+    is_folder_of_images,
+    require_same,
+)
+from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
+from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.pictures import png
+from rmoe_megatron.typed_files import read_json
+from rmoe_megatron.work_queue import WorkQueue
+
+ANSWERS = TypeAdapter(list[dict[str, str]])
+EXAMPLES = 12
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked by which model and rules. ``images_per_prompt`` is 4, in a grid of two by two, or 1."""
+
+    out: Path
+    images_per_prompt: int = 4
+    protocol: Protocol = Protocol.official
+    answerer: str = "mplug"
+
+
+def evaluate_dpg(
+    items: list[Item], sampling: Sampling, settings: Settings, progress: Callable[[str], Progress | None]
+) -> None:
+    """Make the images (``ITEM.png``, grids), unless the model is a folder of them, ask and write the results.
+
+    Every rank takes part. What is there is not done again.
+
+    Raises:
+        UserError: images are missing, or a model cannot be had.
+    """
+    model, out = Path(sampling.model), settings.out
+    if is_folder_of_images(model):
+        require_same(out, {"model": str(model.absolute())})
+        files = [model / f"{item.name}.png" for item in items]
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise UserError(
+                f"{model} lacks {len(missing)} of {len(files)} images, {missing[0].name} the first."
+            )
+    else:
+        require_same(out, sampling.described() | {"images_per_prompt": settings.images_per_prompt})
+        files = _make_grids(items, sampling, settings, progress)
+    answers = ask_all(items, files, settings, progress("ask"))
+    if rank() == 0:
+        results = {
+            "benchmark": "DPG-Bench",
+            "protocol": settings.protocol.value,
+            "quirks": QUIRKS if settings.protocol is Protocol.official else [],
+            "differences": [
+                *(
+                    []
+                    if settings.answerer == "mplug"
+                    else [f"asked of {settings.answerer}, not of mPLUG: not comparable"]
+                ),
+                *([] if len(items) == NUM_PROMPTS else [f"not the published {NUM_PROMPTS} prompts"]),
+                *([] if settings.images_per_prompt == 4 else ["not four images a prompt"]),
+            ],
+            "sampling": sampling.described(),
+            **score(items, answers, settings.protocol),
+        }
+        examples = [Example("prompts", file, item.prompt) for item, file in zip(items, files, strict=True)][
+            :EXAMPLES
+        ]
+        write_results(out, results, table(results), examples)
+
+
+def _make_grids(
+    items: list[Item], sampling: Sampling, settings: Settings, progress: Callable[[str], Progress | None]
+) -> list[Path]:
+    """Make the images one by one, then put those of a prompt into the published layout."""
+    number = settings.images_per_prompt
+    requests = [
+        ImageRequest(item.prompt, index, image, settings.out / "tiles" / item.name / f"{image}.png")
+        for index, item in enumerate(items)
+        for image in range(number)
+    ]
+    generate(requests, sampling, settings.out / "claims" / "images", progress("sample"))
+    files = [settings.out / "images" / f"{item.name}.png" for item in items]
+    queue = WorkQueue(settings.out / "claims" / "grids", len(files), lambda index: files[index].exists())
+    for index in queue.take():
+        made = [
+            Image.open(request.path).convert("RGB")
+            for request in requests[index * number : (index + 1) * number]
+        ]
+        files[index].parent.mkdir(parents=True, exist_ok=True)
+        with durable.writing(files[index]) as partial:
+            partial.write_bytes(png(grid(made)))
+    return files
+
+
+def grid(images: list[Image.Image]) -> Image.Image:
+    """Put four images into a grid of two by two, or take one as it is."""
+    if len(images) == 1:
+        return images[0]
+    width, height = images[0].size
+    whole = Image.new("RGB", (2 * width, 2 * height))
+    for place, image in enumerate(images):
+        whole.paste(image, (place % 2 * width, place // 2 * height))
+    return whole
+
+
+def tiles(image: Image.Image, number: int) -> list[Image.Image]:
+    """Cut a grid of two by two into its images, or take one image as it is."""
+    if number == 1:
+        return [image]
+    width, height = image.width // 2, image.height // 2
+    places = [(place % 2 * width, place // 2 * height) for place in range(4)]
+    return [image.crop((left, top, left + width, top + height)) for left, top in places]
+
+
+def ask_all(
+    items: list[Item], files: list[Path], settings: Settings, progress: Progress | None
+) -> list[list[dict[int, str]]]:
+    """Ask about the images of every prompt that is not answered yet; returns all answers, of all ranks."""
+    folder = settings.out / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    answered = [folder / f"{item.name}.{settings.protocol.value}.json" for item in items]
+    queue = WorkQueue(
+        settings.out / "claims" / "answers", len(items), lambda number: answered[number].exists(),
+        first=rank() * len(items) // world_size(),
+    )  # fmt: skip
+    answerer = None
+    for number in queue.take(progress):
+        answerer = answerer or load_answerer(settings.answerer, _device())
+        with Image.open(files[number]) as image:
+            of_images = [
+                {
+                    key: answerer.answer(tile, each.question)
+                    for key, each in items[number].propositions.items()
+                }
+                for tile in tiles(image.convert("RGB"), settings.images_per_prompt)
+            ]
+        with durable.writing(answered[number]) as partial:
+            partial.write_text(json.dumps(of_images))
+    return [
+        [{int(key): answer for key, answer in of_image.items()} for of_image in read_json(file, ANSWERS)]
+        for file in answered
+    ]
+
+
+def _device() -> str:
+    return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the scores as Markdown tables, with what they differ in from published ones."""
+    header = ["DPG-Bench", "overall", *results["categories_l1"]]
+    overall = "-" if results["overall"] is None else f"{results['overall']:.2f}"
+    row = [results["protocol"], overall, *(f"{value:.2f}" for value in results["categories_l1"].values())]
+    notes = "".join(f"- {note}\n" for note in results["differences"])
+    return f"{markdown_table(header, [row])}\n{notes}"

@@ -1,0 +1,73 @@
+"""DPG-Bench's prompts and the questions about them, read from its table."""
+
+import csv
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.typed_files import read_text
+
+NUM_PROMPTS = 1065  # of the published set
+MAX_BYTES = 1 << 27
+COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
+# It names a file.
+_ITEM = re.compile(r"[\w-][\w.-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Proposition:
+    """A question, its category as ``broad - detailed``, and the propositions that have to be true for it to be asked."""
+
+    question: str
+    category: str
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt with its propositions by number, in the order of the table."""
+
+    name: str
+    prompt: str
+    propositions: dict[int, Proposition] = field(default_factory=dict)
+
+
+def read_items(path: Path, protocol: Protocol) -> list[Item]:
+    """Return the items of ``dpg_bench.csv``; the official code leaves its first row out.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column, or a row is malformed; names it.
+    """
+    reader = csv.DictReader(read_text(path, MAX_BYTES).splitlines(keepends=True))
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]}; give DPG-Bench's dpg_bench.csv.")
+    items: dict[str, Item] = {}
+    for number, row in enumerate(reader):
+        where = f"Row {number + 1} of {path}"
+        name = row["item_id"] or ""
+        if _ITEM.fullmatch(name) is None:
+            raise UserError(f"{where} has the item {name!r:.60}, which can name no image.")
+        item = items.setdefault(name, Item(name, row["text"] or ""))
+        if number == 0 and protocol is Protocol.official:
+            continue
+        identity = _numbers(row["proposition_id"], where, "proposition_id")[0]
+        parents = tuple(parent for parent in _numbers(row["dependency"], where, "dependency") if parent != 0)
+        category = (row["tuple"] or "").partition("(")[0].strip()
+        item.propositions[identity] = Proposition(row["question_natural_language"] or "", category, parents)
+    found = [item for item in items.values() if item.propositions]
+    if not found:
+        raise UserError(f"{path} has no row; give DPG-Bench's dpg_bench.csv.")
+    return found
+
+
+def _numbers(text: str | None, where: str, column: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in (text or "").split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"{where} has {column} {text!r:.60}, which is no list of numbers; get the file again."
+        ) from error
+    return numbers
