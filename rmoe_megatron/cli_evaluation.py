@@ -206,6 +206,42 @@ def eval_dpg(
     evaluate_dpg(read_items(data, rules)[:limit], sampling, settings, _bars())
 
 
+@eval_app.command("imagenet")
+def eval_imagenet(
+    model: Annotated[str, typer.Argument(help="diffusers folder of a class-conditional model.")],
+    reference: Annotated[Path, typer.Option(help="ADM's VIRTUAL_imagenet256_labeled.npz.")],
+    inception: Annotated[
+        Path, typer.Option(help="torch-fidelity's weights-inception-2015-12-05-6726825d.pth.")
+    ],
+    out: Out,
+    num_images: Annotated[
+        int, typer.Option(min=8, max=10_000_000, help="Fewer than 50,000 are marked.")
+    ] = 50_000,
+    balanced: Annotated[
+        bool, typer.Option("--balanced/--random", help="Classes in turn, or drawn from the seed.")
+    ] = True,
+    steps: Steps = 250,
+    guidance: Guidance = 1.5,
+    guidance_interval: Interval = (0.0, 1.0),
+    scheduler: Scheduler = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 50,
+    dtype: Dtype = None,
+    compile: Compile = False,  # noqa: A002
+) -> None:
+    """ImageNet 256: FID, sFID, Inception score, precision, recall; with torchrun or srun all ranks share the work."""
+    from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.evaluation.imagenet.evaluate import Settings, evaluate_imagenet
+
+    check_guidance(guidance, guidance_interval)
+    durable.check_writable(out, "--out")
+    sampling = Sampling(
+        model, steps, guidance, seed, batch_size, guidance_interval, scheduler, None, dtype, compile
+    )
+    settings = Settings(out, reference, inception, num_images, balanced=balanced)
+    evaluate_imagenet(sampling, settings, _bars())
+
+
 def _one_of(protocol: str) -> str:
     if protocol not in ("official", "fixed"):
         raise UserError(f"--protocol {protocol} must be official or fixed.")

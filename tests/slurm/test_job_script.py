@@ -161,3 +161,13 @@ def test_options_of_one_task_reach_the_command(site: Site) -> None:
         "0 convert to-hf runs/x models/x --raw",
     ]
     assert site.slurm.describe(job)["TimeLimit"] == "00:05:00"
+
+
+def test_an_evaluation_has_a_task_for_every_gpu(site: Site) -> None:
+    site.stand_in("echo rank $SLURM_PROCID of $SLURM_NTASKS")
+    job = site.submit("eval_geneval.sh", "--nodes=2", "models/x", "--out", "scores")
+    assert site.slurm.wait(job) == "COMPLETED", site.log()
+    assert sorted(line for line in site.log().splitlines() if line.startswith("rank")) == [
+        f"rank {rank} of 4" for rank in range(4)
+    ]
+    assert site.calls() == ["0 eval geneval --help", "0 eval geneval models/x --out scores"]

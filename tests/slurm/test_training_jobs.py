@@ -66,11 +66,6 @@ def test_a_wrong_configuration_is_not_submitted(site: Site) -> None:
         ),
         ("pretrain_t2i.sh", ["-N", "2", str(config)], "give options of sbatch as --option=value"),
         ("precompute_latents.sh", [str(config), f"{site.folder}/data", f"{site.folder}/data/x"], "overlap"),
-        (
-            "eval_imagenet.sh",
-            ["model"],
-            "`rmoe eval imagenet` is not part of this version; nothing is submitted.",
-        ),
         ("pipeline.sh", ["--evaluate=poetry", str(config)], "there is no benchmark poetry"),
     ):
         done = site.slurm.run(str(ROOT / "slurm" / script), *arguments, cwd=site.folder, **site.settings)

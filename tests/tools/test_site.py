@@ -91,6 +91,19 @@ def test_a_login_node_without_rmoe_says_that_nothing_was_checked(tmp_path: Path)
     ]  # fmt: skip
 
 
+def test_a_command_that_this_version_has_not_is_said(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "activate").write_text("")
+    rmoe = tmp_path / "bin" / "rmoe"
+    rmoe.write_text('#!/usr/bin/env bash\n[[ "$*" == "eval geneval --help" ]]\n')
+    rmoe.chmod(0o755)
+    assert call(tmp_path, "require_command eval geneval", SITE_VENV=str(tmp_path)).returncode == 0
+    done = call(tmp_path, "require_command eval poetry", SITE_VENV=str(tmp_path))
+    assert (done.returncode, done.stderr) == (
+        2, "error: `rmoe eval poetry` is not part of this version; nothing is submitted.\n",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "slurm").glob("*.sh")))
 def test_scripts_can_be_called(script: str) -> None:
     is_sourced = script in ("site.sh", "job.sh")

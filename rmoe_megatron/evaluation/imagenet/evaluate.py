@@ -1,0 +1,270 @@
+"""ImageNet-256 from classes to scores: images and features in parts, by all ranks, summed up by rank 0."""
+
+import io
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rmoe_megatron import durable
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.generation import Progress, Sampling, build_pipeline, image_seed, require_same
+from rmoe_megatron.evaluation.imagenet.features import WEIGHTS, Features, Inception
+from rmoe_megatron.evaluation.imagenet.metrics import (
+    Gaussian,
+    RunningGaussian,
+    frechet_distance,
+    inception_score,
+    precision_and_recall,
+)
+from rmoe_megatron.evaluation.results import markdown_table, write_results
+from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.pictures import labelled_grid, png
+from rmoe_megatron.refusal import refusal
+from rmoe_megatron.sampling import sample_images
+from rmoe_megatron.work_queue import WorkQueue
+
+NUM_IMAGES = 50_000  # of FID-50K
+REFERENCE_PART = 500  # images of the reference whose features are computed together
+SHOWN = 64  # images of the grid
+
+Extract = Callable[[NDArray[np.uint8]], Features]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How many images of which classes, and what they are compared with.
+
+    ``balanced`` takes the classes in turn; else they are drawn from the seed.
+    """
+
+    out: Path
+    reference: Path
+    inception: Path
+    num_images: int = NUM_IMAGES
+    num_classes: int = 1000
+    balanced: bool = True
+
+
+def evaluate_imagenet(
+    sampling: Sampling,
+    settings: Settings,
+    progress: Callable[[str], Progress | None],
+    extract: Extract | None = None,
+) -> None:
+    """Make the images, compute features and write the results; every rank takes part, what is there is not done again.
+
+    ``out`` gets ``parts/`` (images) and ``features/``, ``samples.npz`` in ADM's layout, ``gallery.png`` and the results.
+
+    Args:
+        extract: computes features; None is :class:`Inception`.
+
+    Raises:
+        UserError: a file is missing or not what it should be.
+    """
+    out = settings.out
+    reference = open_reference(settings.reference)
+    if extract is None and not settings.inception.is_file():
+        raise UserError(
+            f"There is no file {settings.inception} (--inception); get torch-fidelity's {WEIGHTS}."
+        )
+    made_by = sampling.described() | {"num_images": settings.num_images, "balanced": settings.balanced}
+    require_same(out, made_by)
+    classes = class_labels(settings, sampling.seed)
+    starts = range(0, settings.num_images, sampling.batch_size)
+    parts = [out / "parts" / f"{number:06d}.npy" for number in range(len(starts))]
+    _make_parts(parts, classes, sampling, out, progress("sample"))
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    extractor = _Lazy(lambda: extract or Inception(settings.inception, device))
+    features = _compute_features(
+        parts, lambda number: np.load(parts[number]), out / "features", extractor, progress("features")
+    )
+    of_reference = _compute_features(
+        range(0, len(reference.images), REFERENCE_PART),
+        lambda number: reference.images[number * REFERENCE_PART : (number + 1) * REFERENCE_PART],
+        out / "reference_features", extractor, progress("reference"),
+    )  # fmt: skip
+    if rank() == 0:
+        write_npz(out / "samples.npz", parts, settings.num_images)
+        results = {
+            "benchmark": "ImageNet 256",
+            "extractor": "torch-fidelity's Inception v3 with TensorFlow's weights of 2015-12-05",
+            "differences": [
+                *(
+                    []
+                    if settings.num_images == NUM_IMAGES
+                    else [f"{settings.num_images} images: not FID-50K"]
+                ),
+                "precision and recall from distances in float32 (the published code takes float16 where it can)",
+            ],
+            "sampling": sampling.described(),
+            "classes": "balanced" if settings.balanced else "random",
+            **compare(features, of_reference, reference, device),
+        }
+        write_results(out, results, table(results), [])
+        shown = np.load(parts[0])[:SHOWN]
+        durable.write(
+            out / "gallery.png", png(labelled_grid(shown, [str(each) for each in classes[: len(shown)]]))
+        )
+
+
+def class_labels(settings: Settings, seed: int) -> NDArray[np.int64]:
+    """Return the class of every image."""
+    if settings.balanced:
+        return np.arange(settings.num_images) % settings.num_classes
+    return np.random.default_rng([seed, settings.num_images]).integers(
+        0, settings.num_classes, settings.num_images
+    )
+
+
+class _Lazy:
+    """Calls what is built at the first call."""
+
+    def __init__(self, build: Callable[[], Extract]) -> None:
+        self.build, self.built = build, None
+
+    def __call__(self, images: NDArray[np.uint8]) -> Features:
+        if self.built is None:
+            self.built = self.build()  # type: ignore[assignment]
+        return self.built(images)  # type: ignore[misc]
+
+
+def _make_parts(
+    parts: list[Path], classes: NDArray[np.int64], sampling: Sampling, out: Path, progress: Progress | None
+) -> None:
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    first = rank() * len(parts) // world_size()
+    queue = WorkQueue(out / "claims" / "parts", len(parts), lambda number: parts[number].exists(), first)
+    pipeline = None
+    for number in queue.take(progress):
+        pipeline = pipeline or build_pipeline(sampling)
+        indices = range(number * sampling.batch_size, min((number + 1) * sampling.batch_size, len(classes)))
+        images = sample_images(
+            pipeline, [str(classes[index]) for index in indices],
+            [image_seed(sampling.seed, index, 0) for index in indices],
+            sampling.steps, sampling.guidance, sampling.batch_size, guidance_interval=sampling.guidance_interval,
+        )  # fmt: skip
+        with durable.writing(parts[number]) as partial, partial.open("wb") as file:
+            np.save(file, images)
+
+
+def _compute_features(
+    units: Any,
+    images_of: Callable[[int], NDArray[np.uint8]],
+    folder: Path,
+    extract: Extract,
+    progress: Progress | None,
+) -> list[Path]:
+    """Compute the features of every unit that has none yet; returns their files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number:06d}.npz" for number in range(len(units))]
+    first = rank() * len(files) // world_size()
+    queue = WorkQueue(
+        folder.parent / "claims" / folder.name, len(files), lambda number: files[number].exists(), first
+    )
+    for number in queue.take(progress):
+        found = extract(np.ascontiguousarray(images_of(number)))
+        with durable.writing(files[number]) as partial, partial.open("wb") as file:
+            np.savez(file, pool=found.pool, spatial=found.spatial, probabilities=found.probabilities)
+    return files
+
+
+@dataclass(frozen=True)
+class Reference:
+    """ADM's reference: images uint8 [N, H, W, 3], and their statistics if the file has them."""
+
+    images: NDArray[np.uint8]
+    pool: Gaussian | None
+    spatial: Gaussian | None
+
+
+def open_reference(path: Path) -> Reference:
+    """Open a reference npz; nothing in it is unpickled.
+
+    Raises:
+        UserError: there is no such file, or it holds no images.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path} (--reference); get ADM's VIRTUAL_imagenet256_labeled.npz.")
+    with refusal(f"{path} cannot be read as a reference"), np.load(path, allow_pickle=False) as file:
+        names = set(file.files)
+        images = file["arr_0"] if "arr_0" in names else None
+        gaussians = [
+            Gaussian(file[mean].astype(np.float64), file[covariance].astype(np.float64))
+            if {mean, covariance} <= names
+            else None
+            for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
+        ]
+    if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != 3:
+        raise UserError(f"{path} holds no images uint8 [N, H, W, 3] under arr_0, as ADM's references do.")
+    return Reference(images, *gaussians)
+
+
+def compare(
+    features: list[Path], of_reference: list[Path], reference: Reference, device: torch.device
+) -> dict[str, float | int]:
+    """Return the scores of samples against a reference, from files of features read one by one."""
+    pool, spatial = _gaussian(features, "pool"), _gaussian(features, "spatial")
+    real_pool = reference.pool or _gaussian(of_reference, "pool")
+    real_spatial = reference.spatial or _gaussian(of_reference, "spatial")
+    samples, real = (np.concatenate(list(_read(files, "pool"))) for files in (features, of_reference))
+    precision, recall = precision_and_recall(real, samples, device)
+    return {
+        "fid": frechet_distance(pool, real_pool),
+        "sfid": frechet_distance(spatial, real_spatial),
+        "inception_score": inception_score(_read(features, "probabilities")),
+        "precision": precision,
+        "recall": recall,
+        "images": len(samples),
+        "reference_images": len(real),
+    }
+
+
+def _gaussian(files: list[Path], name: str) -> Gaussian:
+    running: RunningGaussian | None = None
+    for batch in _read(files, name):
+        running = running or RunningGaussian(batch.shape[1])
+        running.add(batch)
+    assert running is not None
+    return running.result()
+
+
+def _read(files: list[Path], name: str) -> Iterator[NDArray[np.float32]]:
+    for path in files:
+        with np.load(path, allow_pickle=False) as file:
+            yield file[name]
+
+
+def write_npz(path: Path, parts: list[Path], number: int) -> None:
+    """Write parts [B, H, W, 3] as one array ``arr_0``, part by part: the images are never all in memory."""
+    shape = np.load(parts[0], mmap_mode="r").shape
+    header = io.BytesIO()
+    description = {"descr": "|u1", "fortran_order": False, "shape": (number, *shape[1:])}
+    np.lib.format.write_array_header_1_0(header, description)
+    with (
+        durable.writing(path) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(header.getvalue())
+        for part in parts:
+            member.write(np.load(part).tobytes())
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the scores as a Markdown table, with what they differ in from published ones."""
+    names = {
+        "fid": "FID",
+        "sfid": "sFID",
+        "inception_score": "IS",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    row = ["ImageNet 256", *(f"{results[name]:.4g}" for name in names), str(results["images"])]
+    notes = "".join(f"- {note}\n" for note in results["differences"])
+    return f"{markdown_table(['', *names.values(), 'images'], [row])}\n{notes}"
