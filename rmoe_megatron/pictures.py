@@ -11,6 +11,7 @@ from rmoe_megatron import durable
 
 CELL = 128  # pixels of a picture in a grid, at least
 LINE = 12  # pixels of a line of text
+TITLE = 20  # pixels above a titled picture
 
 
 def save_images(images: np.ndarray, folder: Path, names: list[str]) -> list[Path]:
@@ -27,6 +28,18 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="png")
     return buffer.getvalue()
+
+
+def stacked(grids: dict[str, Image.Image]) -> Image.Image:
+    """Lay pictures out one below the other, each under its title."""
+    height = sum(grid.height + TITLE for grid in grids.values())
+    picture = Image.new("RGB", (max(grid.width for grid in grids.values()), height), "white")
+    draw, top = ImageDraw.Draw(picture), 0
+    for title, grid in grids.items():
+        draw.text((4, top + 4), title, fill="black")
+        picture.paste(grid, (0, top + TITLE))
+        top += grid.height + TITLE
+    return picture
 
 
 def labelled_grid(images: np.ndarray, labels: list[str], columns: int = 8) -> Image.Image:

@@ -189,6 +189,24 @@ def require_same(out: Path, description: dict[str, Any]) -> None:
             )
 
 
+def fill(
+    files: Sequence[Path], claims: Path, make: Callable[[int], bytes], progress: Progress | None = None
+) -> None:
+    """Write the files that are not there yet, each by one rank; every rank takes part, and returns when all are there.
+
+    Args:
+        make: from a file's number to its content.
+    """
+    queue = WorkQueue(
+        claims, len(files), lambda number: files[number].exists(), rank() * len(files) // world_size()
+    )
+    for number in queue.take(progress):
+        files[number].parent.mkdir(parents=True, exist_ok=True)
+        content = make(number)
+        with durable.writing(files[number]) as partial:
+            partial.write_bytes(content)
+
+
 def require_images(requests: Sequence[ImageRequest], folder: Path) -> None:
     """Check that a folder that is scored as it is holds every image.
 

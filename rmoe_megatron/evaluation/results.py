@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from rmoe_megatron import durable
-from rmoe_megatron.pictures import labelled_grid, png
+from rmoe_megatron.pictures import labelled_grid, png, stacked
 
 SIDE = 192  # pixels of an image in a gallery
 
@@ -42,23 +42,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def gallery(examples: Sequence[Example]) -> Image.Image:
     """Lay images out in grids, one under each heading."""
-    parts = []
+    grids = {}
     for heading in dict.fromkeys(example.heading for example in examples):
         chosen = [example for example in examples if example.heading == heading]
         images = np.stack([_thumbnail(example.path) for example in chosen])
-        grid = labelled_grid(images, [example.label for example in chosen], columns=6)
-        titled = Image.new("RGB", (grid.width, grid.height + 20), "white")
-        ImageDraw.Draw(titled).text((4, 4), heading, fill="black")
-        titled.paste(grid, (0, 20))
-        parts.append(titled)
-    picture = Image.new(
-        "RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white"
-    )
-    top = 0
-    for part in parts:
-        picture.paste(part, (0, top))
-        top += part.height
-    return picture
+        grids[heading] = labelled_grid(images, [example.label for example in chosen], columns=6)
+    return stacked(grids)
 
 
 def _thumbnail(path: Path) -> np.ndarray:

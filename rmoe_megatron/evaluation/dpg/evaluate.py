@@ -1,5 +1,6 @@
 """DPG-Bench from prompts to scores: four images a prompt, asked by all ranks, summed up by rank 0."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.dpg.answering import load_answerer
 from rmoe_megatron.evaluation.dpg.questions import NUM_PROMPTS, Item
@@ -19,16 +19,16 @@ from rmoe_megatron.evaluation.generation import (
     ImageRequest,
     Progress,
     Sampling,
+    fill,
     generate,
     is_folder_of_images,
     require_same,
 )
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
-from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.pictures import png
 from rmoe_megatron.typed_files import read_json
-from rmoe_megatron.work_queue import WorkQueue
 
 ANSWERS = TypeAdapter(list[dict[str, str]])
 EXAMPLES = 12
@@ -102,15 +102,12 @@ def _make_grids(
     ]
     generate(requests, sampling, settings.out / "claims" / "images", progress("sample"))
     files = [settings.out / "images" / f"{item.name}.png" for item in items]
-    queue = WorkQueue(settings.out / "claims" / "grids", len(files), lambda index: files[index].exists())
-    for index in queue.take():
-        made = [
-            Image.open(request.path).convert("RGB")
-            for request in requests[index * number : (index + 1) * number]
-        ]
-        files[index].parent.mkdir(parents=True, exist_ok=True)
-        with durable.writing(files[index]) as partial:
-            partial.write_bytes(png(grid(made)))
+
+    def whole(index: int) -> bytes:
+        tiles_of = requests[index * number : (index + 1) * number]
+        return png(grid([Image.open(request.path).convert("RGB") for request in tiles_of]))
+
+    fill(files, settings.out / "claims" / "grids", whole)
     return files
 
 
@@ -138,26 +135,21 @@ def ask_all(
     items: list[Item], files: list[Path], settings: Settings, progress: Progress | None
 ) -> list[list[dict[int, str]]]:
     """Ask about the images of every prompt that is not answered yet; returns all answers, of all ranks."""
-    folder = settings.out / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
-    answered = [folder / f"{item.name}.{settings.protocol.value}.json" for item in items]
-    queue = WorkQueue(
-        settings.out / "claims" / "answers", len(items), lambda number: answered[number].exists(),
-        first=rank() * len(items) // world_size(),
-    )  # fmt: skip
-    answerer = None
-    for number in queue.take(progress):
-        answerer = answerer or load_answerer(settings.answerer, _device())
+    answered = [settings.out / "answers" / f"{item.name}.{settings.protocol.value}.json" for item in items]
+    answerer = functools.cache(lambda: load_answerer(settings.answerer, _device()))
+
+    def answers(number: int) -> bytes:
         with Image.open(files[number]) as image:
             of_images = [
                 {
-                    key: answerer.answer(tile, each.question)
+                    key: answerer().answer(tile, each.question)
                     for key, each in items[number].propositions.items()
                 }
                 for tile in tiles(image.convert("RGB"), settings.images_per_prompt)
             ]
-        with durable.writing(answered[number]) as partial:
-            partial.write_text(json.dumps(of_images))
+        return json.dumps(of_images).encode()
+
+    fill(answered, settings.out / "claims" / "answers", answers, progress)
     return [
         [{int(key): answer for key, answer in of_image.items()} for of_image in read_json(file, ANSWERS)]
         for file in answered

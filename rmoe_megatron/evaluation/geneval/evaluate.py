@@ -1,5 +1,6 @@
 """GenEval from prompts to scores: images in the published layout, judged by all ranks, summed up by rank 0."""
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from rmoe_megatron.evaluation.generation import (
     ImageRequest,
     Progress,
     Sampling,
+    fill,
     make_or_require,
 )
 from rmoe_megatron.evaluation.geneval.colors import ColorClassifier
@@ -26,9 +28,8 @@ from rmoe_megatron.evaluation.geneval.prompts import Metadata, is_official
 from rmoe_megatron.evaluation.geneval.rules import QUIRKS, Detection, judge, keep_most_confident
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
-from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.typed_files import read_json
-from rmoe_megatron.work_queue import WorkQueue
 
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS = 0.3, 0.9, 16  # of scores; objects per class
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
@@ -90,23 +91,22 @@ def judge_all(
     prompts: list[Metadata], requests: list[ImageRequest], settings: Settings, progress: Progress | None
 ) -> list[dict[str, Any]]:
     """Judge the images of every prompt that is not judged yet; returns all verdicts, of all ranks."""
-    folder = settings.out / "judged"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{number:05d}.{settings.protocol.value}.json" for number in range(len(prompts))]
-    queue = WorkQueue(
-        settings.out / "claims" / "judged", len(prompts), lambda number: files[number].exists(),
-        first=rank() * len(prompts) // world_size(),
-    )  # fmt: skip
-    judges = None
-    for number in queue.take(progress):
-        if judges is None:
-            judges = _load_judges(settings)
+    files = [
+        settings.out / "judged" / f"{number:05d}.{settings.protocol.value}.json"
+        for number in range(len(prompts))
+    ]
+    judges = functools.cache(lambda: _load_judges(settings))
+
+    def verdicts(number: int) -> bytes:
         of_prompt = [request for request in requests if request.prompt_index == number]
-        verdicts = [
-            judge_image(request.path, prompts[number], *judges, settings.protocol) for request in of_prompt
-        ]
-        with durable.writing(files[number]) as partial:
-            partial.write_text(json.dumps(verdicts))
+        return json.dumps(
+            [
+                judge_image(request.path, prompts[number], *judges(), settings.protocol)
+                for request in of_prompt
+            ]
+        ).encode()
+
+    fill(files, settings.out / "claims" / "judged", verdicts, progress)
     return [verdict for file in files for verdict in read_json(file, JUDGED)]
 
 

@@ -1,5 +1,6 @@
 """GenEval 2 from prompts to scores: one image a prompt, asked by all ranks, summed up by rank 0."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ from typing import Any
 from PIL import Image
 from pydantic import TypeAdapter
 
-from rmoe_megatron import durable
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
     Progress,
     Sampling,
+    fill,
     make_or_require,
 )
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt, is_official
@@ -26,9 +27,8 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import QWEN3_VL, Qwen3VL
 from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
-from rmoe_megatron.launch import rank, world_size
+from rmoe_megatron.launch import rank
 from rmoe_megatron.typed_files import read_json
-from rmoe_megatron.work_queue import WorkQueue
 
 SCORES = TypeAdapter(list[float])
 EXAMPLES = 6  # best and worst
@@ -90,23 +90,21 @@ def ask_all(
     prompts: list[Prompt], images: list[ImageRequest], settings: Settings, progress: Progress | None
 ) -> list[list[float]]:
     """Score the atoms of every image that is not scored yet; returns all scores, of all ranks."""
-    folder = settings.out / "scores"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{number:05d}.{settings.protocol.value}.json" for number in range(len(prompts))]
-    queue = WorkQueue(
-        settings.out / "claims" / "scores", len(prompts), lambda number: files[number].exists(),
-        first=rank() * len(prompts) // world_size(),
-    )  # fmt: skip
-    answerer = None
-    for number in queue.take(progress):
-        answerer = answerer or Qwen3VL(settings.answerer)
+    files = [
+        settings.out / "scores" / f"{number:05d}.{settings.protocol.value}.json"
+        for number in range(len(prompts))
+    ]
+    answerer = functools.cache(lambda: Qwen3VL(settings.answerer))
+
+    def scores(number: int) -> bytes:
         with Image.open(images[number].path) as image:
             atoms = [
-                score_atom(answerer, image, question, answer, settings.protocol)
+                score_atom(answerer(), image, question, answer, settings.protocol)
                 for question, answer in prompts[number]["vqa_list"]
             ]
-        with durable.writing(files[number]) as partial:
-            partial.write_text(json.dumps(atoms))
+        return json.dumps(atoms).encode()
+
+    fill(files, settings.out / "claims" / "scores", scores, progress)
     return [read_json(file, SCORES) for file in files]
 
 

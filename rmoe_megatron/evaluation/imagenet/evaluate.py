@@ -1,5 +1,6 @@
 """ImageNet-256 from classes to scores: images and features in parts, by all ranks, summed up by rank 0."""
 
+import functools
 import io
 import zipfile
 from collections.abc import Callable, Iterator
@@ -13,7 +14,14 @@ from numpy.typing import NDArray
 
 from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.generation import Progress, Sampling, build_pipeline, image_seed, require_same
+from rmoe_megatron.evaluation.generation import (
+    Progress,
+    Sampling,
+    build_pipeline,
+    fill,
+    image_seed,
+    require_same,
+)
 from rmoe_megatron.evaluation.imagenet.features import WEIGHTS, Features, Inception
 from rmoe_megatron.evaluation.imagenet.metrics import (
     Gaussian,
@@ -23,11 +31,10 @@ from rmoe_megatron.evaluation.imagenet.metrics import (
     precision_and_recall,
 )
 from rmoe_megatron.evaluation.results import markdown_table, write_results
-from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.pictures import labelled_grid, png
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.sampling import sample_images
-from rmoe_megatron.work_queue import WorkQueue
 
 NUM_IMAGES = 50_000  # of FID-50K
 REFERENCE_PART = 500  # images of the reference whose features are computed together
@@ -80,7 +87,11 @@ def evaluate_imagenet(
     parts = [out / "parts" / f"{number:06d}.npy" for number in range(len(starts))]
     _make_parts(parts, classes, sampling, out, progress("sample"))
     device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    extractor = _Lazy(lambda: extract or Inception(settings.inception, device))
+    network = functools.cache(lambda: extract or Inception(settings.inception, device))
+
+    def extractor(images: NDArray[np.uint8]) -> Features:
+        return network()(images)
+
     features = _compute_features(
         parts, lambda number: np.load(parts[number]), out / "features", extractor, progress("features")
     )
@@ -122,35 +133,23 @@ def class_labels(settings: Settings, seed: int) -> NDArray[np.int64]:
     )
 
 
-class _Lazy:
-    """Calls what is built at the first call."""
-
-    def __init__(self, build: Callable[[], Extract]) -> None:
-        self.build, self.built = build, None
-
-    def __call__(self, images: NDArray[np.uint8]) -> Features:
-        if self.built is None:
-            self.built = self.build()  # type: ignore[assignment]
-        return self.built(images)  # type: ignore[misc]
-
-
 def _make_parts(
     parts: list[Path], classes: NDArray[np.int64], sampling: Sampling, out: Path, progress: Progress | None
 ) -> None:
-    (out / "parts").mkdir(parents=True, exist_ok=True)
-    first = rank() * len(parts) // world_size()
-    queue = WorkQueue(out / "claims" / "parts", len(parts), lambda number: parts[number].exists(), first)
-    pipeline = None
-    for number in queue.take(progress):
-        pipeline = pipeline or build_pipeline(sampling)
+    pipeline = functools.cache(lambda: build_pipeline(sampling))
+
+    def images(number: int) -> bytes:
         indices = range(number * sampling.batch_size, min((number + 1) * sampling.batch_size, len(classes)))
-        images = sample_images(
-            pipeline, [str(classes[index]) for index in indices],
+        made = sample_images(
+            pipeline(), [str(classes[index]) for index in indices],
             [image_seed(sampling.seed, index, 0) for index in indices],
             sampling.steps, sampling.guidance, sampling.batch_size, guidance_interval=sampling.guidance_interval,
         )  # fmt: skip
-        with durable.writing(parts[number]) as partial, partial.open("wb") as file:
-            np.save(file, images)
+        buffer = io.BytesIO()
+        np.save(buffer, made)
+        return buffer.getvalue()
+
+    fill(parts, out / "claims" / "parts", images, progress)
 
 
 def _compute_features(
@@ -161,16 +160,14 @@ def _compute_features(
     progress: Progress | None,
 ) -> list[Path]:
     """Compute the features of every unit that has none yet; returns their files."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{number:06d}.npz" for number in range(len(units))]
-    first = rank() * len(files) // world_size()
-    queue = WorkQueue(
-        folder.parent / "claims" / folder.name, len(files), lambda number: files[number].exists(), first
-    )
-    for number in queue.take(progress):
-        found = extract(np.ascontiguousarray(images_of(number)))
-        with durable.writing(files[number]) as partial, partial.open("wb") as file:
-            np.savez(file, pool=found.pool, spatial=found.spatial, probabilities=found.probabilities)
+
+    def features(number: int) -> bytes:
+        found, buffer = extract(np.ascontiguousarray(images_of(number))), io.BytesIO()
+        np.savez(buffer, pool=found.pool, spatial=found.spatial, probabilities=found.probabilities)
+        return buffer.getvalue()
+
+    fill(files, folder.parent / "claims" / folder.name, features, progress)
     return files
 
 

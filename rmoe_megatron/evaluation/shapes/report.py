@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from rmoe_megatron import durable
 from rmoe_megatron.evaluation.shapes.rules import Verdict
-from rmoe_megatron.pictures import labelled_grid, png
+from rmoe_megatron.pictures import labelled_grid, png, stacked
 
 PER_SKILL = 3  # right and wrong examples each
 
@@ -65,27 +65,12 @@ def examples(judged: Sequence[JudgedImage]) -> Image.Image:
         group = chosen[(item.verdict.correct, item.skill)]
         if len(group) < PER_SKILL and item.caption not in [other.caption for other in group]:
             group.append(item)
-    parts = []
+    grids = {}
     for correct, title in ((True, "right"), (False, "wrong")):
         items = [
             item for (verdict, _), group in sorted(chosen.items()) if verdict == correct for item in group
         ]
         if items:
             labels = [f"{item.caption}: {item.verdict.reason or 'right'}" for item in items]
-            grid = labelled_grid(np.stack([item.image for item in items]), labels, columns=6)
-            parts.append(_titled(grid, title))
-    picture = Image.new(
-        "RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white"
-    )
-    top = 0
-    for part in parts:
-        picture.paste(part, (0, top))
-        top += part.height
-    return picture
-
-
-def _titled(grid: Image.Image, title: str) -> Image.Image:
-    titled = Image.new("RGB", (grid.width, grid.height + 20), "white")
-    ImageDraw.Draw(titled).text((4, 4), title, fill="black")
-    titled.paste(grid, (0, 20))
-    return titled
+            grids[title] = labelled_grid(np.stack([item.image for item in items]), labels, columns=6)
+    return stacked(grids)
