@@ -350,7 +350,8 @@ def sample(
         tuple[float, float], typer.Option(help="Guide where timestep / 1000 lies in it.")
     ] = (0.0, 1.0),
     scheduler: Annotated[
-        str | None, typer.Option(help="euler, ddim or dpm; default is the folder's.")
+        str | None,
+        typer.Option(help="euler, ddim, dpm or a scheduler class of diffusers; default is the folder's."),
     ] = None,
     seed: Seed = 0,
     images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 1,

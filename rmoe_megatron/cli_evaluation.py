@@ -19,7 +19,10 @@ Out = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="The first so many prompts only.")]
 Interval = Annotated[tuple[float, float], typer.Option(help="Guide where timestep / 1000 lies in it.")]
-Scheduler = Annotated[str | None, typer.Option(help="euler, ddim or dpm; default is the folder's.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="euler, ddim, dpm or a scheduler class of diffusers; default is the folder's."),
+]
 NegativePrompt = Annotated[str | None, typer.Option(help="What guidance leads away from.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default is the folder's.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the transformer.")]
@@ -208,7 +211,9 @@ def eval_dpg(
 
 @eval_app.command("imagenet")
 def eval_imagenet(
-    model: Annotated[str, typer.Argument(help="diffusers folder of a class-conditional model.")],
+    model: Annotated[
+        str, typer.Argument(help="diffusers folder of a class-conditional model, or a folder of PNG files.")
+    ],
     reference: Annotated[Path, typer.Option(help="ADM's VIRTUAL_imagenet256_labeled.npz.")],
     inception: Annotated[
         Path, typer.Option(help="torch-fidelity's weights-inception-2015-12-05-6726825d.pth.")

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -11,6 +12,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
 )
 
 from rmoe_megatron.errors import UserError
@@ -27,7 +29,8 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     """Replace a pipeline's sampler by another one for the same objective.
 
     Args:
-        name: ``euler`` (rectified flow), ``ddim`` (DDPM), or ``dpm`` (DPM-Solver++ of either).
+        name: ``euler`` (rectified flow), ``ddim`` (DDPM), ``dpm`` (DPM-Solver++ of either), or the class of a scheduler of
+            diffusers that does the model's objective (``FlowMatchHeunDiscreteScheduler``, ``UniPCMultistepScheduler``).
 
     Raises:
         UserError: the sampler is unknown or for the other objective.
@@ -46,9 +49,32 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
         pipeline.scheduler = DDIMScheduler.from_config(config)
     elif name == "dpm":
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    elif name.endswith("Scheduler") and issubclass(getattr(diffusers, name, object), SchedulerMixin):
+        pipeline.scheduler = _of_class(getattr(diffusers, name), config, shift)
     else:
         fitting = "euler and dpm" if is_flow else "ddim and dpm"
-        raise UserError(f"--scheduler {name} does not fit this model; {fitting} do.")
+        raise UserError(
+            f"--scheduler {name} does not fit this model; {fitting} and scheduler classes of diffusers do."
+        )
+
+
+def _of_class(scheduler_class: Any, config: Any, shift: float | None) -> SchedulerMixin:
+    """Return a scheduler of any class of diffusers for the model's objective."""
+    name, parameters = scheduler_class.__name__, inspect.signature(scheduler_class).parameters
+    with refusal(f"--scheduler {name} cannot be made for this model"):
+        if shift is None:
+            if "prediction_type" not in parameters:
+                raise UserError(
+                    f"--scheduler {name} is none of a model that predicts noise; choose another one."
+                )
+            return scheduler_class.from_config(config)
+        if "use_flow_sigmas" in parameters:
+            return scheduler_class(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        if "shift" not in parameters:
+            raise UserError(
+                f"--scheduler {name} is none of rectified flow, which this model is; choose another one."
+            )
+        return scheduler_class(shift=shift)
 
 
 def sample_images(

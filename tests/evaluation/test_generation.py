@@ -63,5 +63,13 @@ def test_what_a_model_does_not_take_is_refused(models: Path, tmp_path: Path) -> 
         make(tmp_path / "negative", replace(dit, negative_prompt="3"), ["1"])
     with pytest.raises(UserError, match="no class label"):
         make(tmp_path / "label", dit, ["a cat"])
+    make(tmp_path / "unipc", replace(dit, steps=2, scheduler="UniPCMultistepScheduler"), ["1"])
+    for scheduler in ("FlowMatchEulerDiscreteScheduler", "AutoencoderKL", "os"):
+        with pytest.raises(UserError, match=f"--scheduler {scheduler}"):
+            make(tmp_path / scheduler, replace(dit, scheduler=scheduler), ["1"])
+    flow = Sampling(str(models / "sd3"), 2, 7.0, 0, 2)
+    make(tmp_path / "heun", replace(flow, scheduler="FlowMatchHeunDiscreteScheduler"), ["a cat"])
+    with pytest.raises(UserError, match="none of rectified flow"):
+        make(tmp_path / "ddpm", replace(flow, scheduler="DDPMScheduler"), ["a cat"])
     with pytest.raises(UserError, match="--dtype fp8"):
         make(tmp_path / "dtype", replace(dit, dtype="fp8"), ["1"])

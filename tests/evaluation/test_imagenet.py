@@ -1,12 +1,14 @@
 """ImageNet's metrics against closed forms, scipy and brute force; its files; the whole of it with other features."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import linalg, stats
 
 from rmoe_megatron.errors import UserError
@@ -169,6 +171,32 @@ def test_the_whole(tmp_path: Path) -> None:
     assert again["fid"] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(UserError, match="--inception"):
         evaluate_imagenet(sampling, settings, lambda title: None)
+    # The same images as files give the same scores.
+    (tmp_path / "given").mkdir()
+    for number, image in enumerate(samples):
+        Image.fromarray(image).save(tmp_path / "given" / f"{number:03d}.png")
+    given = replace(sampling, model=str(tmp_path / "given"))
+    evaluate_imagenet(
+        given, replace(settings, out=tmp_path / "from_files"), lambda title: None, extract=colours
+    )
+    assert json.loads((tmp_path / "from_files" / "results.json").read_text())["fid"] == again["fid"]
+    with pytest.raises(UserError, match="holds 12 PNG files, fewer than --num-images 13"):
+        evaluate_imagenet(
+            given,
+            replace(settings, out=tmp_path / "more", num_images=13),
+            lambda title: None,
+            extract=colours,
+        )
+
+
+def test_a_reference_is_read_in_parts(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "reference.npz", arr_0=images, arr_1=np.arange(9))
+        reference = open_reference(tmp_path / "reference.npz")
+        assert reference.shape == images.shape
+        assert (reference.images(2, 6) == images[2:6]).all()
+        assert (reference.images(6, 99) == images[6:]).all()
 
 
 def test_features_are_torch_fidelitys(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
@@ -20,6 +21,7 @@ from rmoe_megatron.evaluation.generation import (
     build_pipeline,
     fill,
     image_seed,
+    is_folder_of_images,
     require_same,
 )
 from rmoe_megatron.evaluation.imagenet.features import WEIGHTS, Features, Inception
@@ -96,8 +98,8 @@ def evaluate_imagenet(
         parts, lambda number: np.load(parts[number]), out / "features", extractor, progress("features")
     )
     of_reference = _compute_features(
-        range(0, len(reference.images), REFERENCE_PART),
-        lambda number: reference.images[number * REFERENCE_PART : (number + 1) * REFERENCE_PART],
+        range(0, reference.shape[0], REFERENCE_PART),
+        lambda number: reference.images(number * REFERENCE_PART, (number + 1) * REFERENCE_PART),
         out / "reference_features", extractor, progress("reference"),
     )  # fmt: skip
     if rank() == 0:
@@ -137,14 +139,22 @@ def _make_parts(
     parts: list[Path], classes: NDArray[np.int64], sampling: Sampling, out: Path, progress: Progress | None
 ) -> None:
     pipeline = functools.cache(lambda: build_pipeline(sampling))
+    given = sorted(Path(sampling.model).rglob("*.png")) if is_folder_of_images(Path(sampling.model)) else None
+    if given is not None and len(given) < len(classes):
+        raise UserError(
+            f"{sampling.model} holds {len(given)} PNG files, fewer than --num-images {len(classes)}."
+        )
 
     def images(number: int) -> bytes:
         indices = range(number * sampling.batch_size, min((number + 1) * sampling.batch_size, len(classes)))
-        made = sample_images(
-            pipeline(), [str(classes[index]) for index in indices],
-            [image_seed(sampling.seed, index, 0) for index in indices],
-            sampling.steps, sampling.guidance, sampling.batch_size, guidance_interval=sampling.guidance_interval,
-        )  # fmt: skip
+        if given is not None:
+            made = np.stack([np.asarray(Image.open(given[index]).convert("RGB")) for index in indices])
+        else:
+            made = sample_images(
+                pipeline(), [str(classes[index]) for index in indices],
+                [image_seed(sampling.seed, index, 0) for index in indices],
+                sampling.steps, sampling.guidance, sampling.batch_size, guidance_interval=sampling.guidance_interval,
+            )  # fmt: skip
         buffer = io.BytesIO()
         np.save(buffer, made)
         return buffer.getvalue()
@@ -173,11 +183,27 @@ def _compute_features(
 
 @dataclass(frozen=True)
 class Reference:
-    """ADM's reference: images uint8 [N, H, W, 3], and their statistics if the file has them."""
+    """ADM's reference: so many images uint8 [N, H, W, 3], read in parts, and their statistics if the file has them."""
 
-    images: NDArray[np.uint8]
+    path: Path
+    shape: tuple[int, ...]
     pool: Gaussian | None
     spatial: Gaussian | None
+
+    def images(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return some of the images; the others are not kept in memory."""
+        size = int(np.prod(self.shape[1:]))
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            _read_header(member)
+            member.seek(start * size, io.SEEK_CUR)
+            content = member.read((min(stop, self.shape[0]) - start) * size)
+        return np.frombuffer(content, dtype=np.uint8).reshape(-1, *self.shape[1:])
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(member)
 
 
 def open_reference(path: Path) -> Reference:
@@ -190,16 +216,17 @@ def open_reference(path: Path) -> Reference:
         raise UserError(f"There is no file {path} (--reference); get ADM's VIRTUAL_imagenet256_labeled.npz.")
     with refusal(f"{path} cannot be read as a reference"), np.load(path, allow_pickle=False) as file:
         names = set(file.files)
-        images = file["arr_0"] if "arr_0" in names else None
         gaussians = [
             Gaussian(file[mean].astype(np.float64), file[covariance].astype(np.float64))
             if {mean, covariance} <= names
             else None
             for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
         ]
-    if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != 3:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            shape, is_fortran, dtype = _read_header(member)
+    if len(shape) != 4 or dtype != np.uint8 or is_fortran or shape[-1] != 3:
         raise UserError(f"{path} holds no images uint8 [N, H, W, 3] under arr_0, as ADM's references do.")
-    return Reference(images, *gaussians)
+    return Reference(path, shape, *gaussians)
 
 
 def compare(
