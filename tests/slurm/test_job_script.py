@@ -171,3 +171,22 @@ def test_an_evaluation_has_a_task_for_every_gpu(site: Site) -> None:
         f"rank {rank} of 4" for rank in range(4)
     ]
     assert site.calls() == ["0 eval geneval --help", "0 eval geneval models/x --out scores"]
+
+
+def test_a_stage_that_fails_cancels_those_after_it(site: Site) -> None:
+    site.stand_in("[[ $1 != convert || $* == *--help* ]]")
+    done = site.slurm.run(
+        str(ROOT / "slurm" / "pipeline.sh"),
+        "--nodes=1",
+        "--evaluate=shapes --data x",
+        "c.yaml",
+        cwd=site.folder,
+        **site.settings,
+    )
+    assert done.returncode == 0, done.stderr
+    jobs = [line.split()[-1] for line in done.stdout.splitlines()]
+    assert [site.slurm.wait(job) for job in jobs] == ["COMPLETED", "FAILED", "CANCELLED"], site.log()
+    assert site.calls()[-2:] == [
+        "0 train c.yaml",
+        f"0 convert to-hf {site.folder}/run {site.folder}/run/model",
+    ]

@@ -24,7 +24,7 @@ from rmoe_megatron.training.history import read_history
 from rmoe_megatron.training.interruption import Interruption, StopRequest
 from rmoe_megatron.training.logging import RunLogger
 from tests.support.configurations import one_rank, tiny_config
-from tests.support.runs import finish, kill, losses, make_run, rmoe, start
+from tests.support.runs import finish, kill, losses, make_run, start
 
 SETTINGS = [
     "training.steps=3", "training.validate_every=3", "training.sample_every=3", "training.sample_steps=2",
@@ -115,21 +115,20 @@ def has_logged(run_dir: Path, step: int) -> Callable[[], bool]:
     return lambda: (run_dir / "metrics.jsonl").is_file() and max(losses(run_dir), default=0) >= step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_every_process_of_a_job(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_every_process_of_a_job(tmp_path: Path) -> None:
     run_dir, settings = (
         tmp_path / "run",
         ["training.steps=100000", "checkpoint.every=100000", "data.num_workers=2"],
     )
     process = start(["train", str(make_run(tmp_path)), *settings])
     until(has_logged(run_dir, 3), process)
-    os.killpg(process.pid, number)  # as SLURM does, its data loading processes too
+    os.killpg(process.pid, signal.SIGTERM)  # as SLURM does, its data loading processes too
     code, errors = finish(process, timeout=60)
     assert code == 75, errors
     step = list_checkpoints(run_dir)[0].step
     last = errors.splitlines()[-1]
     assert last == (
-        f"interrupted: {number.name}: {run_dir} stopped after step {step}; `rmoe train --resume {run_dir}` goes on."
+        f"interrupted: SIGTERM: {run_dir} stopped after step {step}; `rmoe train --resume {run_dir}` goes on."
     )
     assert max(losses(run_dir)) == step
 
@@ -148,17 +147,10 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
     assert "interrupted: SIGUSR1" in errors
     step = list_checkpoints(run_dir)[0].step
     assert max(losses(run_dir)) == step
-    code, errors = rmoe("train", "--resume", str(run_dir), f"training.steps={step + 2}", ranks=2)
-    assert code == 0, errors
-    whole = tmp_path / "whole"
-    assert rmoe("train", str(config), f"run_dir={whole}", f"training.steps={step + 2}")[0] == 0
-    # One rank and two sum in another order.
-    found, expected = losses(run_dir), losses(whole)
-    assert found == pytest.approx(expected, rel=1e-3)
     assert {event["ranks"] for event in read_history(run_dir)} == {2}
 
 
-def test_a_run_stops_before_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stops_before_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
     now = 0.0
     interruption = Interruption(clock=lambda: now)
@@ -172,10 +164,6 @@ def test_a_run_stops_before_its_time_is_up(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(stop_signals, "received", [("SIGUSR1", 0.0)])
         with pytest.raises(StopRequest, match="SIGUSR1"):
             interruption.check()
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 20))
-    code, errors = rmoe("train", str(make_run(tmp_path)), "training.steps=100000")
-    assert code == 75
-    assert "interrupted: the job's time limit" in errors
 
 
 def test_a_process_that_cannot_stop_ends_at_a_later_sigterm() -> None:
