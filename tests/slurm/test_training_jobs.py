@@ -43,7 +43,7 @@ def site(slurm: LocalSlurm, tmp_path: Path) -> Site:
 
 
 def until(condition: Callable[[], bool], site: Site) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     while not condition():
         assert time.monotonic() < deadline, site.log()
         time.sleep(0.05)

@@ -79,7 +79,7 @@ class LocalSlurm:
         text = self.run("scontrol", "--oneliner", "show", "job", job).stdout
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, job: str, *states: str, timeout: float = 240) -> str:
+    def wait(self, job: str, *states: str, timeout: float = 480) -> str:
         """Wait until a job has one of ``states``, by default an end; returns its state."""
         wanted, deadline = set(states) or ENDED, time.monotonic() + timeout
         while (state := self.describe(job)["JobState"]) not in wanted:
