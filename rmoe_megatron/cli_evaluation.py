@@ -254,4 +254,4 @@ def _one_of(protocol: str) -> str:
 
 
 def _bars():  # type: ignore[no-untyped-def]  # a function of a title to a progress bar, shown by the first rank
-    return lambda title: Bar(title, "unit") if launch.speaks() else None
+    return lambda title: Bar(title, "image" if title == "sample" else "unit") if launch.speaks() else None

@@ -159,7 +159,11 @@ def _make_parts(
         np.save(buffer, made)
         return buffer.getvalue()
 
-    fill(parts, out / "claims" / "parts", images, progress)
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(min(done * sampling.batch_size, len(classes)), len(classes))
+
+    fill(parts, out / "claims" / "parts", images, report)
 
 
 def _compute_features(
