@@ -10,7 +10,8 @@ from PIL import Image
 from rmoe_megatron import durable
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.data.loader import GlobalOrder, find_draw
+from rmoe_megatron.data.loader import find_draw
+from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.shards import CLASS_LABEL, SampleLocation, ShardDataset, TrainingDataset
 from rmoe_megatron.encoders.autoencoder import decode_latents, load_autoencoder
 from rmoe_megatron.errors import UserError

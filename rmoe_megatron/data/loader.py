@@ -5,34 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from rmoe_megatron import stop_signals
+from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.shards import SampleLocation, TrainingDataset
 from rmoe_megatron.errors import UserError
-
-
-class GlobalOrder:
-    """Which sample the i-th draw of a run takes: a new permutation in every epoch if shuffled.
-
-    Any draw can be asked for, so a run resumes from one integer.
-    """
-
-    def __init__(self, num_samples: int, shuffle: bool, seed: int) -> None:
-        self.num_samples = num_samples
-        self.shuffle = shuffle
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = np.arange(num_samples)
-
-    def __getitem__(self, draw: int) -> int:
-        epoch, position = divmod(draw, self.num_samples)
-        if self.shuffle and epoch != self._epoch:
-            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-            self._epoch = epoch
-        return int(self._permutation[position])
 
 
 def find_draw(dataset: TrainingDataset, order: GlobalOrder, draw: int) -> tuple[int, SampleLocation]:

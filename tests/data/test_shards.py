@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rmoe_megatron.data import loader
-from rmoe_megatron.data.loader import BatchLayout, GlobalOrder, batches
+from rmoe_megatron.data.loader import BatchLayout, batches
+from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.shards import ShardDataset, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.support.runs import array, write_shard
@@ -101,14 +102,6 @@ def test_resuming_at_a_draw_continues_the_same_batches(tmp_path: Path, workers: 
         batch["caption"] for batch in islice(batches(dataset, order, layout, 12, num_workers=workers), 4)
     ]
     assert resumed == whole[6:10]
-
-
-def test_every_epoch_is_another_permutation() -> None:
-    order = GlobalOrder(50, shuffle=True, seed=0)
-    epochs = [[order[draw] for draw in range(50 * epoch, 50 * epoch + 50)] for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert [order[draw] for draw in range(50)] == epochs[0]
 
 
 def test_a_corrupt_member_is_skipped_counted_and_named(

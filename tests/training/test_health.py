@@ -15,7 +15,7 @@ from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.run import CheckpointConfig
 from rmoe_megatron.data.batch import TextConditions
-from rmoe_megatron.data.loader import GlobalOrder
+from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import RunError

@@ -1,0 +1,94 @@
+"""The order of a run's samples: computed for any draw, stored nowhere, near in space where it is near in time.
+
+An epoch visits its blocks of consecutive samples in a new order, a window of blocks at a time, and mixes the samples inside a
+window. So a loader touches few shards at a time, whatever the size of the data. Both permutations are Feistel networks whose
+round function hashes a key (SplitMix64); on a domain that is no power of two the network is applied until the value is inside
+("cycle walking", Black and Rogaway, 2002).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 6
+
+
+def _hash(value: int) -> int:
+    """Return the finalizer of SplitMix64 of a value below 2**64."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+@lru_cache(maxsize=1024)
+def _round_keys(key: tuple[int, ...]) -> tuple[int, ...]:
+    state = 0
+    for part in key:
+        state = _hash(state ^ (part & _MASK))
+    return tuple(_hash(state ^ number) for number in range(1, _ROUNDS + 1))
+
+
+def permuted(position: int, size: int, *key: int) -> int:
+    """Return where a permutation of ``range(size)`` takes ``position``; every ``key`` is another permutation.
+
+    Args:
+        position: from 0 to ``size - 1``.
+        size: at least 1.
+        key: integers, for instance seed, epoch and what the permutation is for.
+    """
+    bits = max((size - 1).bit_length(), 2)
+    right_bits = bits // 2
+    left_bits = bits - right_bits
+    keys = _round_keys(key)
+    while True:
+        left, right = position >> right_bits, position & ((1 << right_bits) - 1)
+        for number, round_key in enumerate(keys):
+            # The halves take turns: an unbalanced network needs no swap.
+            if number % 2:
+                left ^= _hash(round_key ^ right) & ((1 << left_bits) - 1)
+            else:
+                right ^= _hash(round_key ^ left) & ((1 << right_bits) - 1)
+        position = left << right_bits | right
+        if position < size:
+            return position
+
+
+@dataclass(frozen=True)
+class GlobalOrder:
+    """Which sample the i-th draw of a run takes: in every epoch each sample once, in a new order if shuffled.
+
+    Any draw can be asked for, in the same time, so a run resumes from one integer.
+
+    Args:
+        num_samples: at least 1.
+        window: samples that are mixed with each other; a data set that is no larger is shuffled as a whole.
+        block: consecutive samples that stay in one window.
+    """
+
+    num_samples: int
+    shuffle: bool
+    seed: int
+    window: int = 1 << 18
+    block: int = 1 << 12
+
+    def __getitem__(self, draw: int) -> int:
+        """Return the index of the sample of a draw."""
+        epoch, position = divmod(draw, self.num_samples)
+        if not self.shuffle:
+            return position
+        if self.num_samples <= self.window:
+            return permuted(position, self.num_samples, self.seed, epoch)
+        number, inside = divmod(position, self.window)
+        first = number * self.window
+        mixed = first + permuted(
+            inside, min(self.window, self.num_samples - first), self.seed, epoch, 1 + number
+        )
+        slot, offset = divmod(mixed, self.block)
+        whole_blocks = (
+            self.num_samples // self.block
+        )  # what is left comes last, and begins elsewhere in every epoch
+        if slot < whole_blocks:
+            slot = permuted(slot, whole_blocks, self.seed, epoch, 0)
+        start = permuted(0, self.num_samples, self.seed, epoch, -1)
+        return (start + slot * self.block + offset) % self.num_samples
