@@ -10,17 +10,16 @@ from typing import Annotated, NoReturn
 import typer
 
 from rmoe_megatron import durable, launch, stop_signals
+from rmoe_megatron.cli_data import data_app
 from rmoe_megatron.cli_evaluation import eval_app
 from rmoe_megatron.cli_options import (
     Bar,
     BatchSize,
     Guidance,
-    Overrides,
     ParallelOverrides,
     Seed,
     Steps,
     check_guidance,
-    parse_part,
     read_prompts,
 )
 from rmoe_megatron.errors import Interrupted, RunError, UserError
@@ -34,13 +33,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Train, convert, sample and score diffusion transformers with recursive sparse mixture-of-experts.",
 )
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and prepare data.")
 convert_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Convert checkpoints.")
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
 
-INTERRUPTED = 75
 INTERRUPTED = 75
 
 
@@ -89,70 +86,6 @@ def _command_called() -> str:
             command = commands[word]
             words.append(word)
     return " ".join(words)
-
-
-@data_app.command("build-shapes")
-def build_shapes_command(
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    train: Annotated[int, typer.Option(min=1, max=10_000_000, help="Training images.")] = 20000,
-    val: Annotated[int, typer.Option(min=1, max=1_000_000, help="Validation prompts.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the drawn scenes.")] = 0,
-) -> None:
-    """Write the toy shapes set as WebDataset shards."""
-    from rmoe_megatron.data.shapes.build import build_shapes
-
-    build_shapes(out, train, val, seed, progress=Bar("shapes", "image"))
-
-
-@data_app.command("precompute")
-def precompute_command(
-    config: Annotated[Path, typer.Argument(help="Configuration whose encoders are used.")],
-    source: Annotated[Path, typer.Argument(help="Folder with raw shards, possibly in subfolders.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    overrides: Overrides = None,
-    part: Annotated[
-        str, typer.Option(help="K/N: the K-th (from 0) of N processes or jobs that fill OUT together.")
-    ] = "0/1",
-    check: Annotated[bool, typer.Option("--check", help="Check what is asked for; encode nothing.")] = False,
-) -> None:
-    """Encode raw shards once into latents and text embeddings; with torchrun or srun each rank encodes its part."""
-    from rmoe_megatron.config.loading import load_config
-    from rmoe_megatron.precompute import check_precompute, precompute
-
-    loaded = load_config(config, overrides or [])
-    if check:
-        check_precompute(loaded, source, out)
-        return
-    is_finished = precompute(loaded, source, out, parse_part(part), Bar("precompute", "shard"))
-    if launch.speaks():
-        print(
-            f"{out} is complete"
-            if is_finished
-            else f"part {part} is done; {out} appears when the last part is"
-        )
-
-
-@data_app.command("show")
-def show_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
-    draw: Annotated[int, typer.Option(min=0, max=1 << 40, help="Number of the draw, as logs name it.")],
-    out: Annotated[
-        Path | None, typer.Option(help="PNG to write; default is below RUN/draws.", show_default=False)
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Print where a training draw's sample lies and what it says, and save its picture."""
-    from rmoe_megatron.show_draw import show_draw
-
-    found = show_draw(run_dir, draw, overrides or [], out)
-    print(f"shard    {found.shard}\nkey      {found.key}")
-    if found.caption is not None:
-        print(f"caption  {found.caption}")
-    if found.class_label is not None:
-        print(f"class    {found.class_label}")
-    if not found.is_finite:
-        print("latents  not finite, black in the picture")
-    print(f"picture  {found.picture}")
 
 
 @app.command()

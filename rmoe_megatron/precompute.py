@@ -15,11 +15,10 @@ from torch import Tensor
 from rmoe_megatron import durable
 from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.data.index import IMAGES, LATENTS
 from rmoe_megatron.data.shard_writer import open_shard
 from rmoe_megatron.data.shards import (
     CLASS_LABEL,
-    IMAGES,
-    LATENTS,
     TEXT_HIDDEN_STATES,
     TEXT_POOLED,
     ShardDataset,
@@ -210,7 +209,7 @@ def encode_shard(shard: Path, target: Path, captions: CaptionCache | None, autoe
 def _own_sample(samples: ShardDataset, index: int) -> dict[str, Any] | None:
     """Return a sample, or None where the data set has put another in its place: that one has its own turn."""
     sample = samples[index]
-    return sample if sample["__key__"] == samples.locations[index].key else None
+    return sample if sample["__key__"] == samples.locate(index).key else None
 
 
 def _image(sample: dict[str, Any]) -> np.ndarray:

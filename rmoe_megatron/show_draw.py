@@ -67,7 +67,7 @@ def _members(location: SampleLocation, extensions: list[str]) -> dict[str, Any]:
     if not wanted:
         return {}
     shard = ShardDataset(location.shard.parent, wanted, shards=[location.shard])
-    index = next(number for number, each in enumerate(shard.locations) if each.key == location.key)
+    index = next(number for number in range(len(shard)) if shard.locate(number).key == location.key)
     return shard[index]
 
 

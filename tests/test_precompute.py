@@ -12,7 +12,8 @@ import pytest
 from rmoe_megatron.cli_options import parse_part
 from rmoe_megatron.config.model import DiffusionConfig, Objective
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.data.shards import LATENTS, ShardDataset
+from rmoe_megatron.data.index import LATENTS
+from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.precompute import encode_shard, precompute
@@ -39,7 +40,7 @@ def test_samples_that_cannot_be_encoded_are_named(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         encode_shard(source, target, None, PixelCodec())
     encoded = ShardDataset(tmp_path, shards=[target])
-    assert [location.key for location in encoded.locations] == ["000000", "000001", "000002"]
+    assert [encoded.locate(index).key for index in range(len(encoded))] == ["000000", "000001", "000002"]
     with tarfile.open(target) as tar:
         names = tar.getnames()
     assert len(names) == len(set(names)) == 6  # nothing is written twice in the place of what cannot be read

@@ -17,7 +17,7 @@ from rmoe_megatron.errors import UserError
 def find_draw(dataset: TrainingDataset, order: GlobalOrder, draw: int) -> tuple[int, SampleLocation]:
     """Return the index of a training draw's sample, and where it lies."""
     index = order[draw]
-    return index, dataset.samples.locations[index]
+    return index, dataset.samples.locate(index)
 
 
 @dataclass(frozen=True)

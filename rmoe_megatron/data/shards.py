@@ -1,166 +1,33 @@
-"""Random access to the samples of WebDataset tar shards.
+"""Random access to the samples of WebDataset tar shards, over the index of their folder."""
 
-A shard is scanned once for the position of its members; a sample is then read by seeking. Decoders are restricted to
-PNG and JPEG images, text, JSON and plain numpy arrays of numbers: nothing from the data is ever unpickled.
-"""
-
-import io
-import json
 import logging
 import os
-import re
-import stat
-import tarfile
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
-from math import prod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
+from rmoe_megatron.data.archive import parse
+from rmoe_megatron.data.decoding import DECODERS
+from rmoe_megatron.data.index import IMAGES, LATENTS, MEMBERS, Selection, index_shards, open_index
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-
-def _decode_image(content: bytes) -> np.ndarray:
-    """Return uint8 [3, H, W]; other formats than PNG and JPEG are not tried, some of which start programs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-            if image.mode.startswith(("I", "F")):  # conversion would clip it
-                raise ValueError(f"pixels of mode {image.mode}, which has more than 8 bits a channel")
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()
+MAX_OPEN_SHARDS = 256
 
 
-def _decode_array(content: bytes) -> np.ndarray:
-    """Return the array of a .npy file; it shares the bytes and is read-only."""
-    start = 10 + int.from_bytes(content[8:10], "little")
-    shape, is_fortran, dtype = _array_header(content[:start])
-    if dtype.kind not in "biuf":
-        raise ValueError(f"an array of {dtype}, which is no type of real numbers")
-    if min(shape, default=0) < 0 or len(content) - start != prod(shape) * dtype.itemsize:
-        raise ValueError(f"not the content of an array of {dtype} {shape}")
-    return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
-
-
-@lru_cache(maxsize=256)
-def _array_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Parse a .npy header of format 1.0; cached because parsing costs more than reading, and few differ."""
-    stream = io.BytesIO(header)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("not a .npy file of format 1.0")
-    return np.lib.format.read_array_header_1_0(stream)
-
-
-DECODERS: dict[str, Callable[[bytes], Any]] = {
-    "png": _decode_image,
-    "jpg": _decode_image,
-    "jpeg": _decode_image,
-    "txt": lambda content: content.decode("utf-8"),
-    "json": json.loads,
-    "cls": int,
-    "npy": _decode_array,
-}
-
-
-@dataclass
+@dataclass(frozen=True)
 class SampleLocation:
     """Where the members of one sample lie: extension -> (offset, size) in the shard."""
 
     shard: Path
     key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-def list_shards(folder: Path) -> list[Path]:
-    """Return the tar shards of a folder by name.
-
-    Raises:
-        UserError: the folder is missing or has no shards.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"There is no shard folder {folder}; point the data setting at a folder of .tar shards."
-        )
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
-        raise UserError(f"The folder {folder} has no .tar shards; build or download the data first.")
-    return shards
-
-
-def base_plus_ext(path: str) -> tuple[str | None, str]:
-    """Split a member's path into the key of its sample and its extension, as WebDataset does; None is no sample's."""
-    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", path)
-    return (match[1], match[2]) if match else (None, "")
-
-
-def index_shard(shard: Path) -> list[SampleLocation]:
-    """Scan the headers of a shard.
-
-    Of a damaged shard everything that can be found is kept; a warning says where the damage is and how many samples
-    there are. Damage is what a sound archive cannot have: anything but members and the zeros at the end.
-
-    Raises:
-        UserError: it is no regular file or cannot be read.
-    """
-    samples: dict[str, SampleLocation] = {}
-    damage: list[str] = []
-    for member in _members(shard, damage):
-        key, extension = base_plus_ext(member.name)
-        if member.isfile() and key is not None and extension.rsplit(".", 1)[-1] in DECODERS:
-            location = samples.setdefault(key, SampleLocation(shard, key))
-            location.members[extension] = (member.offset_data, member.size)
-    if not samples:
-        damage.append("it holds no samples")
-    if damage:
-        places = "; ".join(damage[:3]) + (f"; {len(damage) - 3} more" if len(damage) > 3 else "")
-        logger.warning(
-            "Shard %s is damaged (%s); the %d samples found are used.", shard, places, len(samples)
-        )
-    return list(samples.values())
-
-
-def _members(shard: Path, damage: list[str]) -> Iterator[tarfile.TarInfo]:
-    """Yield the members whose headers pass their checksum; what else there is, is told to ``damage``."""
-    end = 0  # of the members so far
-    try:
-        if not stat.S_ISREG(shard.stat().st_mode):  # opening a pipe would wait for its writer
-            raise OSError(0, "it is no regular file")
-        # Without ignore_zeros tarfile takes a damaged header, or zeros in the middle, for the end of the archive.
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
-            size = file.seek(0, os.SEEK_END)
-            for member in tar:
-                if member.offset != end:
-                    damage.append(f"no members in bytes {end} to {member.offset}")
-                if not 0 <= member.size <= size - member.offset_data:
-                    raise tarfile.ReadError(f"member {member.name} is cut off")
-                end = tar.offset
-                yield member
-            if not _is_end_of_archive(file, end):
-                damage.append(f"no header and no end of the archive at byte {end}")
-    except OSError as error:
-        raise UserError(
-            f"The shard {shard} cannot be read ({error.strerror}); remove or replace it."
-        ) from error
-    except Exception as error:  # on damaged headers tarfile raises nearly anything
-        damage.append(f"{error} at byte {end}")
-
-
-def _is_end_of_archive(file: BinaryIO, offset: int) -> bool:
-    """Whether from ``offset`` on there are zeros only, and at least one block of them."""
-    file.seek(offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    complete = len(block) == tarfile.BLOCKSIZE
-    while block and not block.strip(b"\0"):
-        block = file.read(1 << 20)
-    return complete and not block
+    members: dict[str, tuple[int, int]]
 
 
 class ShardDataset(Dataset[Any]):
@@ -172,7 +39,7 @@ class ShardDataset(Dataset[Any]):
     Args:
         folder: folder of .tar shards.
         extensions: the members to decode; samples that lack one are left out. None decodes all.
-        shards: the shards of ``folder`` to use; None takes all.
+        shards: the shards of ``folder`` to use, which are scanned; None takes all, by the folder's index.
 
     Raises:
         UserError: the folder is missing or has no usable sample.
@@ -182,11 +49,9 @@ class ShardDataset(Dataset[Any]):
         self, folder: Path, extensions: list[str] | None = None, shards: list[Path] | None = None
     ) -> None:
         self.folder = folder
-        self.locations = [
-            location for shard in shards or list_shards(folder) for location in index_shard(shard)
-        ]
+        self.index = open_index(folder) if shards is None else index_shards(folder, shards)
         self.skipped = 0
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors: dict[int, int] = {}
         self.restrict(extensions)
 
     def restrict(self, extensions: list[str] | None) -> None:
@@ -210,18 +75,16 @@ class ShardDataset(Dataset[Any]):
         Raises:
             UserError: no sample is left.
         """
-        found = len(self.locations)
-        self.locations = [location for location in self.locations if is_usable(set(location.members))]
-        if not self.locations:
+        self.selection = Selection(self.index, is_usable)
+        if not len(self):
             raise UserError(
                 f"The shards in {self.folder} hold no samples with members {needed}; build the data again."
             )
-        if len(self.locations) < found:
-            left_out = found - len(self.locations)
+        if len(self) < len(self.index):
             logger.warning(
                 "%d of the %d samples in %s have no members %s; left out.",
-                left_out,
-                found,
+                len(self.index) - len(self),
+                len(self.index),
                 self.folder,
                 needed,
             )
@@ -232,35 +95,76 @@ class ShardDataset(Dataset[Any]):
         self.shapes = {name: array.shape for name, array in arrays.items()}
 
     def __len__(self) -> int:
-        return len(self.locations)
+        return len(self.selection)
+
+    def members(self, index: int) -> list[str]:
+        """Return the extensions of a sample's members, as the index has them; nothing is read."""
+        return self.index.kinds[self.index.records[self.selection[index]]["kind"]].members
+
+    def locate(self, index: int) -> SampleLocation:
+        """Read where the members of a sample lie.
+
+        Raises:
+            UserError: its headers cannot be read.
+        """
+        try:
+            return self._read(index)[0]
+        except (OSError, ValueError) as error:
+            shard = self._shard(index)
+            raise UserError(
+                f"Sample {index} of {self.folder}, in {shard}, cannot be read ({error})."
+            ) from error
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        for attempt in range(len(self.locations)):
-            location = self.locations[(index + attempt) % len(self.locations)]
+        for attempt in range(len(self)):
+            number, key = (index + attempt) % len(self), ""
             try:
-                return self._read(location)
+                location, contents = self._read(number)
+                key = location.key
+                return self._decode(key, contents)
             except (OSError, ValueError) as error:
                 self.skipped += 1
                 logger.warning(
                     "Sample %s of %s cannot be read (%s); skipped, %d so far.",
-                    location.key, location.shard, error, self.skipped,
+                    key or number, self._shard(number), error, self.skipped,
                 )  # fmt: skip
         raise UserError(
-            f"None of the {len(self.locations)} samples in {self.folder} can be read; build the data again."
+            f"None of the {len(self)} samples in {self.folder} can be read; build the data again."
         )
 
-    def _read(self, location: SampleLocation) -> dict[str, Any]:
-        if location.shard not in self._descriptors:
-            self._descriptors[location.shard] = os.open(location.shard, os.O_RDONLY)
-        sample: dict[str, Any] = {"__key__": location.key}
-        for extension in self.extensions or location.members:
-            offset, size = location.members[extension]
-            # pread has no file position, which forked workers would share.
-            content = os.pread(self._descriptors[location.shard], size, offset)
-            if len(content) != size:
-                raise ValueError(f"{extension}: cut off")
+    def _shard(self, index: int) -> Path:
+        return self.folder / self.index.shards[self.index.records[self.selection[index]]["shard"]].name
+
+    def _read(self, index: int) -> tuple[SampleLocation, dict[str, memoryview]]:
+        """Read the headers and contents of a sample's members in one go."""
+        record = self.index.records[self.selection[index]]
+        shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
+        # pread has no file position, which forked workers would share.
+        content = memoryview(os.pread(self._descriptor(shard), size, offset))
+        if len(content) != size:
+            raise ValueError("cut off")
+        sample = parse(content, offset)
+        members = {
+            name: place for name, place in sample.members.items() if name.rsplit(".", 1)[-1] in MEMBERS
+        }
+        contents = {name: content[start - offset :][:length] for name, (start, length) in members.items()}
+        return SampleLocation(self._shard(index), sample.key, members), contents
+
+    def _descriptor(self, shard: int) -> int:
+        """Return an open shard's descriptor; the shards that were opened longest ago are closed."""
+        if shard not in self._descriptors:
+            if len(self._descriptors) == MAX_OPEN_SHARDS:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            self._descriptors[shard] = os.open(self.folder / self.index.shards[shard].name, os.O_RDONLY)
+        return self._descriptors[shard]
+
+    def _decode(self, key: str, contents: dict[str, memoryview]) -> dict[str, Any]:
+        sample: dict[str, Any] = {"__key__": key}
+        for extension in self.extensions or contents:
+            if extension not in contents:
+                raise ValueError(f"{extension}: no such member")
             try:
-                sample[extension] = DECODERS[extension.rsplit(".", 1)[-1]](content)
+                sample[extension] = DECODERS[extension.rsplit(".", 1)[-1]](bytes(contents[extension]))
             except Exception as error:  # on damaged content the libraries raise nearly anything
                 raise ValueError(f"{extension}: {error}") from error
             shape = self.shapes.get(extension)
@@ -271,8 +175,7 @@ class ShardDataset(Dataset[Any]):
         return sample
 
 
-IMAGES = ("png", "jpg", "jpeg")
-LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED = "latents.npy", "text_hidden_states.npy", "text_pooled.npy"
+TEXT_HIDDEN_STATES, TEXT_POOLED = "text_hidden_states.npy", "text_pooled.npy"
 PRECOMPUTED_TEXT = {"text_hidden_states": TEXT_HIDDEN_STATES, "text_pooled": TEXT_POOLED}
 CLASS_LABEL = "cls"
 
@@ -292,7 +195,7 @@ class TrainingDataset(Dataset[Any]):
     def __init__(self, folder: Path, num_classes: int = 0, shards: list[Path] | None = None) -> None:
         self.samples = ShardDataset(folder, shards=shards)
         self.num_classes = num_classes
-        members = self.samples.locations[0].members
+        members = self.samples.members(0)
         self.precomputed = LATENTS in members
         self.image_extension = next((name for name in IMAGES if name in members), "png")
         images = LATENTS if self.precomputed else self.image_extension

@@ -15,7 +15,8 @@ from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import Device, Precision, RunConfig, Trainable
 from rmoe_megatron.config.validation import validate
-from rmoe_megatron.data.shards import TrainingDataset, list_shards
+from rmoe_megatron.data.index import list_shards
+from rmoe_megatron.data.shards import TrainingDataset
 from rmoe_megatron.encoders.source import present_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.checks import check_model

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import default_collate
 
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, typed_batch
+from rmoe_megatron.data.index import open_index
 from rmoe_megatron.data.loader import BatchLayout, batches, find_draw
 from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.shards import TrainingDataset
@@ -20,6 +22,14 @@ from rmoe_megatron.training.preflight import check_shapes
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
 FIRST_VALIDATION_DRAW = 1 << 40
+
+
+def _index_once(folders: list[Path]) -> None:
+    """Have rank 0 bring the indices of shard folders up to date before the other ranks open them."""
+    if dist.get_rank() == 0:
+        for folder in folders:
+            open_index(folder)
+    dist.barrier()
 
 
 class TrainingSource:
@@ -33,6 +43,7 @@ class TrainingSource:
         self.config = config
         self.device = device
         classes, validation = config.model.num_classes, config.data.validation
+        _index_once([Path(each) for each in (config.data.train, validation) if each is not None])
         self.train = TrainingDataset(Path(config.data.train), classes)
         # Of :meth:`locate`; it keeps the permutation of an epoch, whose samples are asked for one by one.
         self._order = GlobalOrder(len(self.train), config.data.shuffle, config.seed)

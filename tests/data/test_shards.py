@@ -181,7 +181,7 @@ def test_a_hole_of_zeros_is_no_end_of_the_archive(tmp_path: Path, caplog: pytest
     shard.write_bytes(content[:start] + bytes(end - start) + content[end:])
     with caplog.at_level(logging.WARNING):
         samples = ShardDataset(tmp_path, ["png", "txt"])
-    assert [location.key for location in samples.locations] == [
+    assert [samples.locate(index).key for index in range(len(samples))] == [
         f"{sample:06d}" for sample in range(40) if sample not in (4, 5)
     ]
     assert f"{shard} is damaged (no members in bytes {start} to {end}); the 38 samples found" in caplog.text
@@ -218,8 +218,12 @@ def test_what_cannot_be_a_shard_is_named(tmp_path: Path, make: Callable[[Path], 
 def test_a_shard_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path, shards=1)
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.suffix == ".tar":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **named)
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match=r"part-000\.tar cannot be read \(Permission denied\)"):
@@ -279,16 +283,16 @@ def test_damage_is_told_or_harmless(sound_shard: Path, mutations: list[tuple[str
     damaged.parent.mkdir(exist_ok=True)
     damaged.write_bytes(mutate(sound_shard.read_bytes(), mutations))
     told = logging.handlers.BufferingHandler(capacity=1 << 30)
-    logger = logging.getLogger("rmoe_megatron.data.shards")
+    logger = logging.getLogger("rmoe_megatron.data")
     logger.addHandler(told)
     try:
-        dataset = ShardDataset(damaged.parent)
+        dataset = ShardDataset(damaged.parent, ["png", "json", "txt", "cls", "npy"])
         samples = [dataset[index] for index in range(len(dataset))]
     except UserError:
         return
     finally:
         logger.removeHandler(told)
-    assert len(samples) == len(dataset.locations) <= 4
+    assert len(samples) == len(dataset) <= 4
     assert {sample["__key__"] for sample in samples} <= {f"{number:06d}" for number in range(4)}
     assert told.buffer or is_sound(damaged.read_bytes(), sound_shard)
 

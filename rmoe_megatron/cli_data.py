@@ -1,0 +1,91 @@
+"""The command line of data: ``rmoe data build-shapes / index / precompute / show``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmoe_megatron import launch
+from rmoe_megatron.cli_options import Bar, Overrides, parse_part
+
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and prepare data.")
+
+
+@data_app.command("build-shapes")
+def build_shapes_command(
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    train: Annotated[int, typer.Option(min=1, max=10_000_000, help="Training images.")] = 20000,
+    val: Annotated[int, typer.Option(min=1, max=1_000_000, help="Validation prompts.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the drawn scenes.")] = 0,
+) -> None:
+    """Write the toy shapes set as WebDataset shards."""
+    from rmoe_megatron.data.shapes.build import build_shapes
+
+    build_shapes(out, train, val, seed, progress=Bar("shapes", "image"))
+
+
+@data_app.command("index")
+def index_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of .tar shards.")],
+    processes: Annotated[int, typer.Option(min=1, max=256, help="That scan shards at the same time.")] = 1,
+) -> None:
+    """Find the samples of all shards, once; shards that haven't changed since the last time are not read again."""
+    from rmoe_megatron.data.index import build_index, index_paths
+
+    index = build_index(folder, processes, Bar("index", "shard"))
+    for kind in sorted(index.kinds, key=lambda kind: -kind.samples):
+        if kind.samples:
+            print(f"{kind.samples:>12} samples with {', '.join(kind.members)}")
+    print(f"{len(index):>12} samples in {len(index.shards)} shards")
+    print(f"index {next((path for path in index_paths(folder) if path.is_file()), 'not written')}")
+
+
+@data_app.command("precompute")
+def precompute_command(
+    config: Annotated[Path, typer.Argument(help="Configuration whose encoders are used.")],
+    source: Annotated[Path, typer.Argument(help="Folder with raw shards, possibly in subfolders.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    overrides: Overrides = None,
+    part: Annotated[
+        str, typer.Option(help="K/N: the K-th (from 0) of N processes or jobs that fill OUT together.")
+    ] = "0/1",
+    check: Annotated[bool, typer.Option("--check", help="Check what is asked for; encode nothing.")] = False,
+) -> None:
+    """Encode raw shards once into latents and text embeddings; with torchrun or srun each rank encodes its part."""
+    from rmoe_megatron.config.loading import load_config
+    from rmoe_megatron.precompute import check_precompute, precompute
+
+    loaded = load_config(config, overrides or [])
+    if check:
+        check_precompute(loaded, source, out)
+        return
+    is_finished = precompute(loaded, source, out, parse_part(part), Bar("precompute", "shard"))
+    if launch.speaks():
+        print(
+            f"{out} is complete"
+            if is_finished
+            else f"part {part} is done; {out} appears when the last part is"
+        )
+
+
+@data_app.command("show")
+def show_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    draw: Annotated[int, typer.Option(min=0, max=1 << 40, help="Number of the draw, as logs name it.")],
+    out: Annotated[
+        Path | None, typer.Option(help="PNG to write; default is below RUN/draws.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print where a training draw's sample lies and what it says, and save its picture."""
+    from rmoe_megatron.show_draw import show_draw
+
+    found = show_draw(run_dir, draw, overrides or [], out)
+    print(f"shard    {found.shard}\nkey      {found.key}")
+    if found.caption is not None:
+        print(f"caption  {found.caption}")
+    if found.class_label is not None:
+        print(f"class    {found.class_label}")
+    if not found.is_finite:
+        print("latents  not finite, black in the picture")
+    print(f"picture  {found.picture}")

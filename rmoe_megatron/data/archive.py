@@ -1,0 +1,154 @@
+"""What lies where in an uncompressed tar archive: all of a shard once, then one sample from the bytes of its own members."""
+
+import io
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from rmoe_megatron.errors import UserError
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass
+class ArchiveSample:
+    """Consecutive members with one key.
+
+    Attributes:
+        key: the members' path up to the first dot of the file's name.
+        offset: of the first header, in bytes.
+        size: from there to the end of the last member's content.
+        members: extension -> (offset, size) of the content in the archive.
+    """
+
+    key: str
+    offset: int
+    size: int = 0
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def next_header(self) -> int:
+        """Return the offset behind the last member's content and what fills its block."""
+        return self.offset + -(-self.size // _BLOCK) * _BLOCK
+
+
+def base_plus_ext(path: str) -> tuple[str | None, str]:
+    """Split a member's path into the key of its sample and its extension, as WebDataset does; None is no sample's."""
+    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", path)
+    return (match[1], match[2]) if match else (None, "")
+
+
+def scan(shard: Path) -> tuple[list[ArchiveSample], str]:
+    """Find the samples of a shard from its headers.
+
+    Of a damaged shard everything that can be found is returned. Damage is what a sound archive cannot have: anything but
+    members and the zeros at the end.
+
+    Returns:
+        The samples in their order, and where the shard is damaged (empty for a sound one).
+
+    Raises:
+        UserError: it is no regular file or cannot be read.
+    """
+    samples: list[ArchiveSample] = []
+    damage: list[str] = []
+    for member in _members(shard, damage):
+        key, extension = base_plus_ext(member.name)
+        if not member.isfile() or key is None:
+            continue
+        # After a hole the other members of the sample are not to be had in one piece.
+        if not samples or samples[-1].key != key or samples[-1].next_header != member.offset:
+            samples.append(ArchiveSample(key, member.offset))
+        sample = samples[-1]
+        sample.members[extension.lower()] = (member.offset_data, member.size)
+        sample.size = member.offset_data + member.size - sample.offset
+    if not samples:
+        damage.append("it holds no samples")
+    return samples, "; ".join(damage[:3]) + (f"; {len(damage) - 3} more" if len(damage) > 3 else "")
+
+
+def parse(content: memoryview, offset: int) -> ArchiveSample:
+    """Return the sample whose members' headers and contents are ``content``, read at ``offset``.
+
+    Raises:
+        ValueError: these bytes are no members of one sample.
+    """
+    sample = ArchiveSample("", offset, len(content))
+    position = 0
+    while position + _BLOCK <= len(content):
+        header = bytes(content[position : position + _BLOCK])
+        if header[156:157] not in (b"0", b"\0") or header[124] & 0x80:
+            return _parse_extended(content, offset)
+        name = header[:100].rstrip(b"\0")
+        if header[257:263] == b"ustar\0" and (prefix := header[345:500].rstrip(b"\0")):
+            name = prefix + b"/" + name
+        size = int(header[124:136].strip(b" \0") or b"0", 8)
+        _add(sample, name.decode("utf-8", "surrogateescape"), offset + position + _BLOCK, size)
+        position += _BLOCK + -(-size // _BLOCK) * _BLOCK
+    return sample
+
+
+def _parse_extended(content: memoryview, offset: int) -> ArchiveSample:
+    """Do as :func:`parse` for names or sizes that take headers of their own."""
+    sample = ArchiveSample("", offset, len(content))
+    try:
+        padded = io.BytesIO(bytes(content) + bytes(-len(content) % _BLOCK))
+        with tarfile.open(fileobj=padded, mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    _add(sample, member.name, offset + member.offset_data, member.size)
+    except Exception as error:  # on damaged headers tarfile raises nearly anything
+        raise ValueError(f"damaged headers: {error}") from error
+    return sample
+
+
+def _add(sample: ArchiveSample, name: str, offset: int, size: int) -> None:
+    key, extension = base_plus_ext(name)
+    if key is None or (sample.members and key != sample.key):
+        raise ValueError(f"the member {name!r} is not of this sample")
+    if offset + size > sample.offset + sample.size:
+        raise ValueError(f"the member {name!r} is cut off")
+    sample.key = key
+    sample.members[extension.lower()] = (offset, size)
+
+
+def _members(shard: Path, damage: list[str]) -> Iterator[tarfile.TarInfo]:
+    """Yield the members whose headers pass their checksum; what else there is, is told to ``damage``."""
+    end = 0  # of the members so far
+    try:
+        if not stat.S_ISREG(shard.stat().st_mode):  # opening a pipe would wait for its writer
+            raise OSError(0, "it is no regular file")
+        # Without ignore_zeros tarfile takes a damaged header, or zeros in the middle, for the end of the archive.
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+            size = file.seek(0, os.SEEK_END)
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
+                if member.offset != end:
+                    damage.append(f"no members in bytes {end} to {member.offset}")
+                if not 0 <= member.size <= size - member.offset_data:
+                    raise tarfile.ReadError(f"member {member.name} is cut off")
+                end = tar.offset
+                yield member
+            if not _is_end_of_archive(file, end):
+                damage.append(f"no header and no end of the archive at byte {end}")
+    except OSError as error:
+        raise UserError(
+            f"The shard {shard} cannot be read ({error.strerror}); remove or replace it."
+        ) from error
+    except Exception as error:  # on damaged headers tarfile raises nearly anything
+        damage.append(f"{error} at byte {end}")
+
+
+def _is_end_of_archive(file: BinaryIO, offset: int) -> bool:
+    """Whether from ``offset`` on there are zeros only, and at least one block of them."""
+    file.seek(offset)
+    block = file.read(_BLOCK)
+    complete = len(block) == _BLOCK
+    while block and not block.strip(b"\0"):
+        block = file.read(1 << 20)
+    return complete and not block
