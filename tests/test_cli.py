@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.runs import losses, make_run, rmoe, write_shard
+from tests.support.commands import rmoe
+from tests.support.runs import losses, make_run, write_shard
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.show_run import show_run
-from tests.support.runs import make_run, rmoe
+from tests.support.commands import rmoe
+from tests.support.runs import make_run
 
 
 def test_checkpoints_and_restarts_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from rmoe_megatron import work_queue
 from rmoe_megatron.work_queue import WorkQueue
-from tests.support.runs import kill
+from tests.support.commands import kill
 
 PROGRAM = """\
 import sys, time

@@ -13,7 +13,8 @@ import torch
 from rmoe_megatron.checkpoint.folders import find_checkpoint, list_checkpoints, verify, write_manifest
 from rmoe_megatron.checkpoint.unpickling import read_metadata
 from rmoe_megatron.errors import UserError
-from tests.support.runs import make_run, rmoe
+from tests.support.commands import rmoe
+from tests.support.runs import make_run
 
 
 class Touch:

@@ -22,6 +22,7 @@ from rmoe_megatron.conversion.weight_names import to_diffusers
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentDiTTransformer2DModel, RecurrentSD3Transformer2DModel
 from rmoe_megatron.platform import PARAMS_DTYPE
+from tests.support.commands import rmoe
 from tests.support.configurations import one_rank, randomise
 from tests.support.diffusers_models import (
     ARCHITECTURES,
@@ -31,7 +32,6 @@ from tests.support.diffusers_models import (
     run_ours,
     save_model,
 )
-from tests.support.runs import rmoe
 
 NO_SIZES = ("-5GB", "0GB", "0.0001KB", "5", "GB", "nanGB", "1e999GB", "many")
 RECURRENCE = RecurrenceConfig(layers=[0, 2], num_modules=3, steps=3, rank=4)

@@ -10,7 +10,8 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 import rmoe_megatron.hf  # noqa: F401  # diffusers loads the recurrent transformer from it
-from tests.support.runs import losses, rmoe, write_shard
+from tests.support.commands import rmoe
+from tests.support.runs import losses, write_shard
 from tests.support.sd3_pipeline import T5_WIDTH, TEXT_LENGTH, save_pipeline
 
 CONFIG = f"""\

@@ -12,7 +12,8 @@ from PIL import Image
 
 from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.checkpoint.weights import RunWeights
-from tests.support.runs import losses, make_run, rmoe
+from tests.support.commands import rmoe
+from tests.support.runs import losses, make_run
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 

@@ -20,8 +20,8 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
 )
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
+from tests.support.commands import rmoe
 from tests.support.judges import save_answerer
-from tests.support.runs import rmoe
 from tests.support.sd3_pipeline import save_pipeline
 
 # Of the published README.

@@ -13,8 +13,9 @@ import pytest
 from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.precompute import DATASET
 from rmoe_megatron.training.history import read_history
+from tests.support.commands import rmoe
 from tests.support.local_slurm import ROOT, LocalSlurm
-from tests.support.runs import losses, make_run, rmoe
+from tests.support.runs import losses, make_run
 
 STEPS = 24
 
@@ -77,6 +78,7 @@ def test_a_wrong_configuration_is_not_submitted(site: Site) -> None:
     assert not (site.folder / "logs").exists()
 
 
+@pytest.mark.slurm_full
 def test_an_interrupted_job_starts_anew_and_ends_as_if_it_had_not_been(site: Site) -> None:
     config = make_run(site.folder)
     settings = [
@@ -105,6 +107,7 @@ def test_an_interrupted_job_starts_anew_and_ends_as_if_it_had_not_been(site: Sit
     assert list(restarts.values()) == sorted(restarts.values())
 
 
+@pytest.mark.slurm_full
 def test_a_lost_node_is_replaced_and_its_orphans_write_nothing(site: Site) -> None:
     config, run_dir = make_run(site.folder), site.folder / "run"
     settings = [
@@ -203,6 +206,7 @@ def test_precomputation_in_an_array(site: Site) -> None:
     }
 
 
+@pytest.mark.slurm_full
 def test_train_convert_evaluate(site: Site) -> None:
     shapes, config = site.folder / "shapes", str(ROOT / "configs" / "shapes_tiny.yaml")
     assert rmoe("data", "build-shapes", str(shapes), "--train", "40", "--val", "10")[0] == 0

@@ -17,11 +17,12 @@ from rmoe_megatron.config.model import Architecture, ModelConfig
 from rmoe_megatron.config.run import ParallelConfig, RunConfig
 from rmoe_megatron.counter_rng import normal, sample_keys, uniform
 from rmoe_megatron.data.batch import Batch, ClassConditions, Conditions, TextConditions
+from tests.support.commands import PRELOADED
 from tests.support.configurations import MODEL, RECURRENCE, tiny_config
 
 # Ranks are forked from a server that has imported everything and run nothing: a fork of this process, whose threads and
 # communication state may be anything by now, can hang.
-multiprocessing.set_forkserver_preload(["rmoe_megatron.training.run", "rmoe_megatron.conversion.importing"])
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 STEPS = 10
 TIMEOUT = 300

@@ -1,17 +1,11 @@
-"""Real training runs for tests: tiny shards, a tiny configuration file, and processes with a time-out."""
+"""Real training runs for tests: tiny shards and a tiny configuration file; tests/support/commands.py starts them."""
 
-import contextlib
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 CONFIG = """\
 run_dir: {folder}/run
@@ -62,54 +56,6 @@ def make_run(folder: Path) -> Path:
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(folder=folder))
     return config
-
-
-def start(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
-    """Start ``rmoe`` with ``arguments`` in a process group of its own, under torchrun for several ranks."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [*launcher, "-m", "rmoe_megatron", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
-    """Wait for a process; returns exit code and standard error. A time-out kills the whole group."""
-    try:
-        _, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        raise
-    return process.returncode, errors
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """kill -9 the process and its children."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def session_processes(session: int) -> list[str]:
-    """Return the command lines of the processes that still run in a session."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid} {' '.join(process.cmdline())}")
-    return found
-
-
-def rmoe(*arguments: str, ranks: int = 1) -> tuple[int, str]:
-    """Run ``rmoe`` to its end; returns exit code and standard error."""
-    return finish(start(list(arguments), ranks))
 
 
 def losses(run_dir: Path, key: str = "loss") -> dict[int, float]:

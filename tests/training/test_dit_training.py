@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.runs import array, losses, rmoe, write_shard
+from tests.support.commands import rmoe
+from tests.support.runs import array, losses, write_shard
 
 CONFIG = """\
 run_dir: {folder}/run

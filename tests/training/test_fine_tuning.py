@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from rmoe_megatron.checkpoint.folders import find_checkpoint
 from rmoe_megatron.checkpoint.weights import CheckpointReader, RunWeights
-from tests.support.runs import kill, losses, make_run, rmoe, start
+from tests.support.commands import kill, rmoe, start
+from tests.support.runs import losses, make_run
 
 RECURRENCE = "recurrence={layers: [0, 2], num_modules: 2, steps: 2, rank: 4}"
 

@@ -22,8 +22,9 @@ from rmoe_megatron.errors import RunError
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.state import Progress, TrainingState, save_checkpoint
+from tests.support.commands import rmoe
 from tests.support.configurations import one_rank, tiny_config
-from tests.support.runs import losses, make_run, rmoe
+from tests.support.runs import losses, make_run
 
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 

@@ -13,7 +13,8 @@ from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.training import preflight
 from tests.data.test_shards import png
-from tests.support.runs import make_run, rmoe, write_shard
+from tests.support.commands import rmoe
+from tests.support.runs import make_run, write_shard
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 # As the command line does it, on a machine that has no Megatron-Core.

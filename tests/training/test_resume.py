@@ -10,7 +10,8 @@ import pytest
 
 from rmoe_megatron.checkpoint.folders import find_checkpoint, list_checkpoints
 from rmoe_megatron.errors import UserError
-from tests.support.runs import finish, kill, losses, make_run, rmoe, session_processes, start
+from tests.support.commands import finish, kill, rmoe, session_processes, start
+from tests.support.runs import losses, make_run
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.training import run_lock
 from rmoe_megatron.training.history import count_restarts, read_history, record
 from rmoe_megatron.training.run_lock import Fence, exclusive
-from tests.support.runs import kill
+from tests.support.commands import kill
 
 HOLD = """\
 import sys, time

@@ -20,7 +20,7 @@ from rmoe_megatron.engine.megatron.optimizer import (
     create_adam_state,
     load_optimizer,
 )
-from rmoe_megatron.engine.megatron.routing import load_balancing_loss
+from rmoe_megatron.engine.megatron.routing import forget_losses, load_balancing_loss
 from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.engine.suspects import find_suspects
 from rmoe_megatron.model.family import vision_tokens
@@ -46,6 +46,7 @@ class MegatronEngine:
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = get_forward_backward_func()
         self.model.train()
+        forget_losses()
 
     def step(
         self, micro_batches: Iterator[Batch], before_update: Callable[[], None] = lambda: None

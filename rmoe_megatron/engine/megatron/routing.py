@@ -8,6 +8,11 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from rmoe_megatron.config.run import RunConfig
 
 
+def forget_losses() -> None:
+    """Clear Megatron-Core's tracker, which is the process's: another model may have run in it before."""
+    get_moe_metrics_tracker().clear()
+
+
 def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch.device) -> dict[str, float]:
     """Return the mean load-balancing loss of a gate in the last step and clear Megatron-Core's tracker.
 
