@@ -13,15 +13,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rmoe_megatron import durable
-from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.data.index import IMAGES, LATENTS
+from rmoe_megatron.data.index import LATENTS
 from rmoe_megatron.data.shard_writer import open_shard
 from rmoe_megatron.data.shards import (
     CLASS_LABEL,
     TEXT_HIDDEN_STATES,
     TEXT_POOLED,
+    SampleFormat,
     ShardDataset,
+    image_of,
 )
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT
@@ -37,6 +38,7 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import local_rank, rank, world_size
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.platform import select_device
+from rmoe_megatron.training.preflight import sample_format
 from rmoe_megatron.typed_files import read_json
 
 BATCH = 256
@@ -79,6 +81,7 @@ def precompute(
     if not config.model.is_class_conditional:
         captions = CaptionCache(load_text_encoder(config.encoders, config.model.text_length, device))
     autoencoder = load_autoencoder(config.encoders.autoencoder, device)
+    taken = sample_format(config)
     unfinished = durable.unfinished(out)
     _claim(config, source, unfinished)
     if captions is not None and not (unfinished / NULL_TEXT).exists():
@@ -91,13 +94,13 @@ def precompute(
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             with durable.writing(target) as partial:
-                encode_shard(shard, partial, captions, autoencoder)
+                encode_shard(shard, partial, captions, autoencoder, taken)
         if progress is not None:
             progress(done + 1, len(mine))
     return _publish(unfinished, out, [shard.relative_to(source) for shard in shards])
 
 
-def check_precompute(config: ModelDescription, source: Path, out: Path) -> list[Path]:
+def check_precompute(config: RunConfig, source: Path, out: Path) -> list[Path]:
     """Check where shards come from and go to; returns those that are to be encoded, in the order of their names.
 
     None are if ``out`` is the finished work of the same configuration: a part of it may be asked for again.
@@ -121,7 +124,7 @@ def check_precompute(config: ModelDescription, source: Path, out: Path) -> list[
     return shards
 
 
-def _claim(config: ModelDescription, source: Path, unfinished: Path) -> None:
+def _claim(config: RunConfig, source: Path, unfinished: Path) -> None:
     """Make the unfinished folder, or find that it was made for the same: its ``dataset.json`` says for what."""
     unfinished.mkdir(parents=True, exist_ok=True)
     description = _description(config, source)
@@ -179,24 +182,38 @@ class CaptionCache:
             }
 
 
-def encode_shard(shard: Path, target: Path, captions: CaptionCache | None, autoencoder: Autoencoder) -> None:
+def encode_shard(
+    shard: Path,
+    target: Path,
+    captions: CaptionCache | None,
+    autoencoder: Autoencoder,
+    sample_format: SampleFormat,
+) -> None:
     """Encode the samples of one shard; without ``captions`` text is copied and not embedded."""
     samples = ShardDataset(shard.parent, shards=[shard])
-    needed = set() if captions is None else {"txt"}
-    samples.keep(
-        lambda members: needed <= members and not members.isdisjoint(IMAGES),
-        ", ".join([*needed, " or ".join(IMAGES)]),
-    )
+    samples.square = sample_format.square
+    samples.keep(sample_format.takes, sample_format.needed)
     samples.require_shapes_of_first()
+
+    def read(index: int) -> dict[str, Any]:
+        """Return a sample with its caption as ``txt``; of several one, by the place in the shard."""
+        with_caption = captions is not None
+        return samples.read(
+            index,
+            lambda sample: sample | ({"txt": sample_format.caption(sample, index)} if with_caption else {}),
+        )
+
     if captions is not None:
-        captions.add({samples[index]["txt"] for index in range(len(samples))})
+        captions.add({read(index)["txt"] for index in range(len(samples))})
     with open_shard(target) as write:
         for start in range(0, len(samples), BATCH):
             batch = range(start, min(start + BATCH, len(samples)))
-            batch_samples = [sample for index in batch if (sample := _own_sample(samples, index))]
+            own = [(samples.locate(index).key, read(index)) for index in batch]
+            # What cannot be read has its place taken by another sample, which has its own turn.
+            batch_samples = [sample for key, sample in own if sample["__key__"] == key]
             if not batch_samples:
                 continue
-            images = torch.from_numpy(np.stack([_image(sample) for sample in batch_samples]))
+            images = torch.from_numpy(np.stack([image_of(sample) for sample in batch_samples]))
             for sample, latents in zip(batch_samples, encode_images(autoencoder, images), strict=True):
                 members = {LATENTS: latents.cpu()}
                 if captions is not None:
@@ -206,17 +223,7 @@ def encode_shard(shard: Path, target: Path, captions: CaptionCache | None, autoe
                 write(sample["__key__"], members | kept)
 
 
-def _own_sample(samples: ShardDataset, index: int) -> dict[str, Any] | None:
-    """Return a sample, or None where the data set has put another in its place: that one has its own turn."""
-    sample = samples[index]
-    return sample if sample["__key__"] == samples.locate(index).key else None
-
-
-def _image(sample: dict[str, Any]) -> np.ndarray:
-    return next(sample[extension] for extension in IMAGES if extension in sample)
-
-
-def _description(config: ModelDescription, source: Path) -> dict[str, Any]:
+def _description(config: RunConfig, source: Path) -> dict[str, Any]:
     """Return the ``dataset.json`` to be: that of the source, and which encoders make the embeddings."""
     path = source / DATASET
     description: dict[str, Any] = {"name": source.name}
@@ -231,7 +238,8 @@ def _description(config: ModelDescription, source: Path) -> dict[str, Any]:
             "text_encoders_dropped": encoders.dropped,
             "text_length": config.model.text_length,
         }
-    return description | {"encoders": described}
+    samples = {"captions": config.data.captions, "upscale": config.data.upscale}
+    return description | {"encoders": described, "samples": samples}
 
 
 def _text_encoder_sha256(name: str) -> str:

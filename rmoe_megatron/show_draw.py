@@ -16,6 +16,7 @@ from rmoe_megatron.data.shards import CLASS_LABEL, SampleLocation, ShardDataset,
 from rmoe_megatron.encoders.autoencoder import decode_latents, load_autoencoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pictures import png
+from rmoe_megatron.training.preflight import sample_format
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def show_draw(run_dir: Path, draw: int, overrides: list[str], out: Path | None =
     check_bounds(config)
     out = out or run_dir / "draws" / f"draw-{draw:08d}.png"
     durable.check_writable(out.parent, "The folder of the picture")
-    dataset = TrainingDataset(Path(config.data.train), config.model.num_classes)
+    dataset = TrainingDataset(Path(config.data.train), sample_format(config))
     order = GlobalOrder(len(dataset), config.data.shuffle, config.seed)
     index, location = find_draw(dataset, order, draw)
     if dataset.samples[index]["__key__"] != location.key:
@@ -55,7 +56,7 @@ def show_draw(run_dir: Path, draw: int, overrides: list[str], out: Path | None =
             "readable one in its place."
         )
     said = _members(location, ["txt", CLASS_LABEL])
-    image, is_finite = _image(dataset[index], config.encoders.autoencoder)
+    image, is_finite = _image(dataset.draw(index, draw), config.encoders.autoencoder)
     out.parent.mkdir(parents=True, exist_ok=True)
     durable.write(out, png(image))
     return Draw(location.shard, location.key, said.get("txt"), said.get(CLASS_LABEL), is_finite, out)

@@ -20,7 +20,8 @@ from tests.support.runs import losses, make_run, write_shard
         (["train"], "configuration file"),
         (["train", "{config}", "parallel.tensor_model_parallel_size=2"], "is not divisible by"),
         (["train", "{config}", "data.train={folder}/empty"], "no .tar shards"),
-        (["train", "{config}", "data.train={folder}/images"], "latents from"),
+        (["train", "{config}", "data.train={folder}/images"], "smaller than the model"),
+        (["train", "{config}", "data.captions=[text]"], "data.captions has the entry"),
         (["train", "{config}", "model.text_length=7"], "text_hidden_states from"),
         (["train", "{config}", "run_dir={folder}/config.yaml/run"], "is a file"),
         (["train", "--resume", "{folder}/nothing"], "no run"),
@@ -50,7 +51,7 @@ def test_mistakes_get_one_sentence_and_exit_code_2(tmp_path: Path, arguments: li
     config = make_run(tmp_path)
     (tmp_path / "empty").mkdir()
     picture = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(picture, format="png")
+    Image.new("RGB", (7, 32)).save(picture, format="png")
     write_shard(tmp_path / "images" / "a.tar", [{"png": picture.getvalue(), "txt": b"a circle"}])
     code, errors = rmoe(*[argument.format(config=config, folder=tmp_path) for argument in arguments])
     assert code == 2, errors

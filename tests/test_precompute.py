@@ -13,7 +13,7 @@ from rmoe_megatron.cli_options import parse_part
 from rmoe_megatron.config.model import DiffusionConfig, Objective
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.index import LATENTS
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards import SampleFormat, ShardDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.precompute import encode_shard, precompute
@@ -38,7 +38,7 @@ def test_samples_that_cannot_be_encoded_are_named(tmp_path: Path, caplog: pytest
     samples = [{"png": png(value), "cls": b"1"} for value in (0, 128, 255)]
     write_shard(source, [*samples, {"cls": b"1"}, {"png": picture("png", "RGB", 5), "cls": b"1"}])
     with caplog.at_level(logging.WARNING):
-        encode_shard(source, target, None, PixelCodec())
+        encode_shard(source, target, None, PixelCodec(), SampleFormat(num_classes=2))
     encoded = ShardDataset(tmp_path, shards=[target])
     assert [encoded.locate(index).key for index in range(len(encoded))] == ["000000", "000001", "000002"]
     with tarfile.open(target) as tar:
@@ -53,10 +53,13 @@ def test_samples_that_cannot_be_encoded_are_named(tmp_path: Path, caplog: pytest
 
 def test_long_names_are_kept(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "source.tar", "w") as tar:
-        header = tarfile.TarInfo(f"{'long' * 50}.png")
-        header.size = len(png(1))
-        tar.addfile(header, io.BytesIO(png(1)))
-    encode_shard(tmp_path / "source.tar", tmp_path / "encoded.tar", None, PixelCodec())
+        for extension, content in (("png", png(1)), ("cls", b"1")):
+            header = tarfile.TarInfo(f"{'long' * 50}.{extension}")
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    encode_shard(
+        tmp_path / "source.tar", tmp_path / "encoded.tar", None, PixelCodec(), SampleFormat(num_classes=2)
+    )
     assert ShardDataset(tmp_path, shards=[tmp_path / "encoded.tar"])[0]["__key__"] == "long" * 50
 
 

@@ -62,6 +62,9 @@ class DataConfig:
 
     train: str = MISSING  # folder of .tar shards
     validation: str | None = None
+    # txt, caption or json:KEY, each with =WEIGHT behind it or without; a sample takes one of those it has
+    captions: list[str] = field(default_factory=lambda: ["txt"])
+    upscale: bool = False  # enlarge images that are smaller than the model's; otherwise they are left out
     shuffle: bool = True
     num_workers: int = number(
         0, least=0, most=256, why="each is a process of this host"

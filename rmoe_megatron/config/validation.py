@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 from rmoe_megatron.config.bounds import check_bounds
+from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.layout_checks import check_batch, check_layout
 from rmoe_megatron.config.requirements import require, require_blocks
 from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
@@ -27,6 +28,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     check_batch(config, world_size)
     check_wandb(config.logging.wandb)
     _check_prompts(config)
+    parse_captions(config.data.captions)
 
 
 def _check_schedule(config: RunConfig) -> None:

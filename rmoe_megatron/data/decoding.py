@@ -1,25 +1,75 @@
-"""Members of samples from their bytes: PNG and JPEG images, text, JSON, classes, plain arrays; nothing is unpickled."""
+"""Members of samples from their bytes: PNG, JPEG and WebP images, text, JSON, classes, plain arrays; nothing is unpickled."""
 
 import io
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
-def _decode_image(content: bytes) -> np.ndarray:
-    """Return uint8 [3, H, W]; other formats than PNG and JPEG are not tried, some of which start programs."""
+@dataclass(frozen=True)
+class Square:
+    """The images of a model: the middle of a picture, resized.
+
+    Attributes:
+        side: pixels.
+        upscale: enlarge what is smaller; otherwise it is refused.
+    """
+
+    side: int
+    upscale: bool = False
+
+
+def decode_image(content: bytes, square: Square | None = None) -> np.ndarray:
+    """Return a picture as uint8 RGB, [3, H, W], or [3, side, side] as ``square`` says.
+
+    It is turned upright as its EXIF data say, and what is transparent becomes white. Other formats than PNG, JPEG and WebP are
+    not tried, some of which start programs.
+
+    Raises:
+        ValueError: it is an animation, has more than 8 bits a channel, or is smaller than ``square``.
+        Exception: Pillow cannot read it, or it is larger than Pillow's limit against decompression bombs.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"an animation of {frames} pictures")
             if image.mode.startswith(("I", "F")):  # conversion would clip it
                 raise ValueError(f"pixels of mode {image.mode}, which has more than 8 bits a channel")
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()
+            upright = _on_white(ImageOps.exif_transpose(image))
+    if square is not None:
+        upright = _fitted(upright, square)
+    return np.asarray(upright).transpose(2, 0, 1).copy()
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    ground = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(ground, layer).convert("RGB")
+
+
+def _fitted(image: Image.Image, square: Square) -> Image.Image:
+    width, height = image.size
+    shorter = min(width, height)
+    if shorter < square.side and not square.upscale:
+        raise ValueError(
+            f"{width} x {height} pixels, smaller than the model's {square.side} x {square.side} (data.upscale=true "
+            "enlarges pictures)"
+        )
+    left, top = (width - shorter) // 2, (height - shorter) // 2
+    # One step: the resized whole of a picture of 1 x 10000 would be huge.
+    return image.resize(
+        (square.side, square.side), Image.Resampling.BICUBIC, (left, top, left + shorter, top + shorter)
+    )
 
 
 def _decode_array(content: bytes) -> np.ndarray:
@@ -43,10 +93,12 @@ def _array_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 DECODERS: dict[str, Callable[[bytes], Any]] = {
-    "png": _decode_image,
-    "jpg": _decode_image,
-    "jpeg": _decode_image,
+    "png": decode_image,
+    "jpg": decode_image,
+    "jpeg": decode_image,
+    "webp": decode_image,
     "txt": lambda content: content.decode("utf-8"),
+    "caption": lambda content: content.decode("utf-8"),
     "json": json.loads,
     "cls": int,
     "npy": _decode_array,

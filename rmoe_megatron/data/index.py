@@ -33,12 +33,14 @@ MEMBERS = (
     "png",
     "jpg",
     "jpeg",
+    "webp",
     "txt",
+    "caption",
     "json",
     "cls",
     "npy",
 )  # by the last part of an extension; others are passed over
-IMAGES = ("png", "jpg", "jpeg")
+IMAGES = ("png", "jpg", "jpeg", "webp")
 LATENTS = "latents.npy"
 BLOCK = 4096  # records
 MAX_KINDS = 256
@@ -325,7 +327,7 @@ def _image_size(file: BinaryIO, sample: ArchiveSample) -> tuple[int, int]:
                 return 0, 0
             height, width = np.lib.format.read_array_header_1_0(content)[0][-2:]
         else:
-            with Image.open(content, formats=("PNG", "JPEG")) as image:
+            with Image.open(content, formats=("PNG", "JPEG", "WEBP")) as image:
                 width, height = image.size
         return (width, height) if min(width, height) >= 0 and max(width, height) < 1 << 32 else (0, 0)
     except (

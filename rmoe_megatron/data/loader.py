@@ -45,14 +45,14 @@ class _Collated(Dataset[Any]):
     A user's mistake comes back in the batch's place: raised in a worker it would arrive as the text of a traceback.
     """
 
-    def __init__(self, dataset: Dataset[Any], order: GlobalOrder) -> None:
+    def __init__(self, dataset: TrainingDataset, order: GlobalOrder) -> None:
         self.dataset = dataset
         self.order = order
 
     def __getitem__(self, draws: list[int]) -> dict[str, Any] | UserError:
         try:
             return default_collate(
-                [{**self.dataset[self.order[draw]], "sample_index": draw} for draw in draws]
+                [{**self.dataset.draw(self.order[draw], draw), "sample_index": draw} for draw in draws]
             )
         except UserError as error:
             return error
@@ -73,7 +73,7 @@ class _MicroBatches(Sampler[list[int]]):
 
 
 def batches(
-    dataset: Dataset[Any],
+    dataset: TrainingDataset,
     order: GlobalOrder,
     layout: BatchLayout,
     first_draw: int = 0,
@@ -83,7 +83,6 @@ def batches(
     """Iterate over this rank's micro-batches.
 
     Args:
-        dataset: maps a sample's index to a dictionary.
         first_draw: draws consumed so far by the run, a multiple of the global batch size.
         last_draw: where to stop; None never stops.
         num_workers: data loading processes.

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from rmoe_megatron.config.captions import CaptionSource
 from rmoe_megatron.data.archive import parse
-from rmoe_megatron.data.decoding import DECODERS
+from rmoe_megatron.data.decoding import DECODERS, Square, decode_image
 from rmoe_megatron.data.index import IMAGES, LATENTS, MEMBERS, Selection, index_shards, open_index
+from rmoe_megatron.data.order import hashed
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class ShardDataset(Dataset[Any]):
     ) -> None:
         self.folder = folder
         self.index = open_index(folder) if shards is None else index_shards(folder, shards)
+        self.square: Square | None = None  # of the images; None leaves them as they are
         self.skipped = 0
         self._descriptors: dict[int, int] = {}
         self.restrict(extensions)
@@ -61,6 +64,7 @@ class ShardDataset(Dataset[Any]):
             UserError: no sample is left.
         """
         self.extensions = extensions
+        self.wanted: set[str] | None = None  # of the members that a sample happens to have; None decodes all
         self.shapes: dict[str, tuple[int, ...]] = {}
         wanted = set(extensions or ())
         self.keep(lambda members: wanted <= members, ", ".join(extensions or ["any"]))
@@ -92,7 +96,7 @@ class ShardDataset(Dataset[Any]):
     def require_shapes_of_first(self) -> None:
         """From now on take a sample whose arrays differ in shape from the first sample's for unreadable."""
         arrays = {name: value for name, value in self[0].items() if isinstance(value, np.ndarray)}
-        self.shapes = {name: array.shape for name, array in arrays.items()}
+        self.shapes = {"image" if name in IMAGES else name: array.shape for name, array in arrays.items()}
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -116,20 +120,32 @@ class ShardDataset(Dataset[Any]):
             ) from error
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(index, lambda sample: sample)
+
+    def read(self, index: int, use: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """Return what ``use`` makes of a sample, or of the next one that can be read and of which it makes something.
+
+        Args:
+            use: raises ValueError for a sample that it cannot use.
+
+        Raises:
+            UserError: there is no such sample.
+        """
         for attempt in range(len(self)):
             number, key = (index + attempt) % len(self), ""
             try:
                 location, contents = self._read(number)
                 key = location.key
-                return self._decode(key, contents)
+                return use(self._decode(key, contents))
             except (OSError, ValueError) as error:
                 self.skipped += 1
+                why = error
                 logger.warning(
                     "Sample %s of %s cannot be read (%s); skipped, %d so far.",
                     key or number, self._shard(number), error, self.skipped,
                 )  # fmt: skip
         raise UserError(
-            f"None of the {len(self)} samples in {self.folder} can be read; build the data again."
+            f"None of the {len(self)} samples in {self.folder} can be read (the last: {why}); build the data again."
         )
 
     def _shard(self, index: int) -> Path:
@@ -160,24 +176,88 @@ class ShardDataset(Dataset[Any]):
 
     def _decode(self, key: str, contents: dict[str, memoryview]) -> dict[str, Any]:
         sample: dict[str, Any] = {"__key__": key}
-        for extension in self.extensions or contents:
+        present = [name for name in contents if self.wanted is None or name in self.wanted]
+        for extension in self.extensions or present:
             if extension not in contents:
                 raise ValueError(f"{extension}: no such member")
+            kind, content = extension.rsplit(".", 1)[-1], bytes(contents[extension])
             try:
-                sample[extension] = DECODERS[extension.rsplit(".", 1)[-1]](bytes(contents[extension]))
+                value = decode_image(content, self.square) if kind in IMAGES else DECODERS[kind](content)
             except Exception as error:  # on damaged content the libraries raise nearly anything
                 raise ValueError(f"{extension}: {error}") from error
-            shape = self.shapes.get(extension)
-            if shape is not None and sample[extension].shape != shape:
-                raise ValueError(
-                    f"{extension} has shape {sample[extension].shape}, the first sample's {shape}"
-                )
+            shape = self.shapes.get("image" if kind in IMAGES else extension)
+            if shape is not None and value.shape != shape:
+                raise ValueError(f"{extension} has shape {value.shape}, the first sample's {shape}")
+            sample[extension] = value
         return sample
 
 
 TEXT_HIDDEN_STATES, TEXT_POOLED = "text_hidden_states.npy", "text_pooled.npy"
 PRECOMPUTED_TEXT = {"text_hidden_states": TEXT_HIDDEN_STATES, "text_pooled": TEXT_POOLED}
 CLASS_LABEL = "cls"
+
+
+@dataclass(frozen=True)
+class SampleFormat:
+    """What a model takes of samples.
+
+    Attributes:
+        num_classes: of a class-conditional model, 0 for text.
+        square: of raw images; None leaves them as they are.
+        captions: where they are in raw samples.
+        seed: of the run, which the choice among several captions depends on.
+    """
+
+    num_classes: int = 0
+    square: Square | None = None
+    captions: tuple[CaptionSource, ...] = (CaptionSource("txt"),)
+    seed: int = 0
+
+    def takes(self, members: set[str]) -> bool:
+        """Whether a raw sample of these members has an image, and a class or a caption."""
+        if members.isdisjoint(IMAGES):
+            return False
+        if self.num_classes:
+            return CLASS_LABEL in members
+        return any(source.member in members for source in self.captions)
+
+    @property
+    def needed(self) -> str:
+        """Return in words which members a raw sample has to have."""
+        conditions = [CLASS_LABEL] if self.num_classes else [source.member for source in self.captions]
+        return f"{' or '.join(dict.fromkeys(conditions))}, {' or '.join(IMAGES)}"
+
+    def caption(self, sample: dict[str, Any], draw: int) -> str:
+        """Return one of a raw sample's captions, by their weights; another draw may give another.
+
+        Raises:
+            ValueError: it has none.
+        """
+        found = [
+            (text, source.weight)
+            for source in self.captions
+            if (text := _caption(sample, source)) is not None
+        ]
+        if not found:
+            raise ValueError("its JSON has no caption")
+        place = hashed(hashed(self.seed) ^ draw) / 2**64 * sum(weight for _, weight in found)
+        for text, weight in found:
+            place -= weight
+            if place < 0:
+                return text
+        return found[-1][0]
+
+
+def _caption(sample: dict[str, Any], source: CaptionSource) -> str | None:
+    value = sample.get(source.member)
+    if source.key is not None:
+        value = value.get(source.key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def image_of(sample: dict[str, Any]) -> np.ndarray:
+    """Return the image of a decoded raw sample, uint8 [3, H, W]."""
+    return next(sample[extension] for extension in IMAGES if extension in sample)
 
 
 class TrainingDataset(Dataset[Any]):
@@ -188,44 +268,56 @@ class TrainingDataset(Dataset[Any]):
     ``class_labels``, an int, takes the place of caption and text.
 
     Args:
-        num_classes: of a class-conditional model, 0 for text.
+        sample_format: what the model takes.
         shards: the shards of ``folder`` to use; None takes all.
     """
 
-    def __init__(self, folder: Path, num_classes: int = 0, shards: list[Path] | None = None) -> None:
+    def __init__(self, folder: Path, sample_format: SampleFormat, shards: list[Path] | None = None) -> None:
         self.samples = ShardDataset(folder, shards=shards)
-        self.num_classes = num_classes
-        members = self.samples.members(0)
-        self.precomputed = LATENTS in members
-        self.image_extension = next((name for name in IMAGES if name in members), "png")
-        images = LATENTS if self.precomputed else self.image_extension
-        text = list(PRECOMPUTED_TEXT.values()) if self.precomputed else ["txt"]
-        self.samples.restrict([images, *([CLASS_LABEL] if num_classes else text)])
+        self.format = sample_format
+        self.precomputed = LATENTS in self.samples.members(0)
+        if self.precomputed:
+            text = list(PRECOMPUTED_TEXT.values())
+            self.samples.restrict([LATENTS, *([CLASS_LABEL] if sample_format.num_classes else text)])
+        else:
+            self.samples.square = sample_format.square
+            self.samples.keep(sample_format.takes, sample_format.needed)
+            self.samples.wanted = {
+                *IMAGES,
+                CLASS_LABEL,
+                *(source.member for source in sample_format.captions),
+            }
         self.samples.require_shapes_of_first()  # samples of a batch are stacked
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.samples[index]
-        return self._image(sample) | (self._label(sample) if self.num_classes else self._text(sample))
+    def draw(self, index: int, draw: int) -> dict[str, Any]:
+        """Return the sample at ``index`` as the ``draw``-th draw of a run sees it.
+
+        Raises:
+            UserError: no sample can be read, or its class is none of the model's.
+        """
+        return self.samples.read(index, lambda sample: self._image(sample) | self._conditions(sample, draw))
 
     def _image(self, sample: dict[str, Any]) -> dict[str, Any]:
         if self.precomputed:
             return {"latents": torch.from_numpy(sample[LATENTS].astype(np.float32))}
-        return {"image": torch.from_numpy(sample[self.image_extension])}
+        return {"image": torch.from_numpy(image_of(sample))}
 
-    def _text(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def _conditions(self, sample: dict[str, Any], draw: int) -> dict[str, Any]:
+        if self.format.num_classes:
+            return self._label(sample)
         if not self.precomputed:
-            return {"caption": sample["txt"]}
+            return {"caption": self.format.caption(sample, draw)}
         arrays = {name: sample[member].astype(np.float32) for name, member in PRECOMPUTED_TEXT.items()}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _label(self, sample: dict[str, Any]) -> dict[str, Any]:
-        label = sample[CLASS_LABEL]
-        if not 0 <= label < self.num_classes:
+        label, classes = sample[CLASS_LABEL], self.format.num_classes
+        if not 0 <= label < classes:
             raise UserError(
                 f"Sample {sample['__key__']} of {self.samples.folder} has class {label}, but model.num_classes is "
-                f"{self.num_classes}."
+                f"{classes}."
             )
         return {"class_labels": label}

@@ -12,11 +12,13 @@ from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import list_checkpoints
+from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import Device, Precision, RunConfig, Trainable
 from rmoe_megatron.config.validation import validate
+from rmoe_megatron.data.decoding import Square
 from rmoe_megatron.data.index import list_shards
-from rmoe_megatron.data.shards import TrainingDataset
+from rmoe_megatron.data.shards import SampleFormat, TrainingDataset
 from rmoe_megatron.encoders.source import present_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.checks import check_model
@@ -61,10 +63,9 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     check_files(config)
     if not config.model.is_class_conditional and config.encoders.text_encoder != "minilm":
         present_folder(config.encoders.text_encoder, "encoders.text_encoder")
-    factor = pixels_per_latent(config.encoders.autoencoder)
     for folder in (config.data.train, config.data.validation):
         if folder is not None:
-            check_first_sample(config, Path(folder), factor)
+            check_first_sample(config, Path(folder))
 
 
 def check_device(config: RunConfig) -> None:
@@ -143,30 +144,34 @@ def pixels_per_latent(autoencoder: str) -> int:
     return 2 ** (len(described["block_out_channels"]) - 1)
 
 
-def check_first_sample(config: RunConfig, folder: Path, factor: int) -> None:
+def check_first_sample(config: RunConfig, folder: Path) -> None:
     """Check that the first sample of a shard folder fits the model; no other shard is opened.
 
-    Args:
-        factor: pixels per latent, of an image's side.
-
     Raises:
-        UserError: it lacks a member, or has another shape.
+        UserError: it lacks a member, or is precomputed and has another shape.
     """
-    samples = TrainingDataset(folder, config.model.num_classes, shards=list_shards(folder)[:1])
-    sample = samples[0]
+    samples = TrainingDataset(folder, sample_format(config), shards=list_shards(folder)[:1])
+    sample = samples.draw(0, 0)
     if samples.precomputed:
         shapes = {
             name: tuple(value.shape) for name, value in sample.items() if isinstance(value, torch.Tensor)
         }
         check_shapes(shapes, config.model, folder, precomputed=True)
-        return
-    size, side = config.model.sample_size, config.model.sample_size * factor
-    found = tuple(sample["image"].shape[1:])
-    if found != (side, side):
-        raise UserError(
-            f"The images in {folder} have {found[1]} x {found[0]} pixels, but model.sample_size {size} takes {side} x "
-            f"{side}; use images and a model that fit."
-        )
+
+
+def sample_format(config: RunConfig) -> SampleFormat:
+    """Return what the model of a configuration takes of samples.
+
+    Raises:
+        UserError: the autoencoder is not here, or its configuration cannot be read.
+    """
+    side = config.model.sample_size * pixels_per_latent(config.encoders.autoencoder)
+    return SampleFormat(
+        config.model.num_classes,
+        Square(side, config.data.upscale),
+        parse_captions(config.data.captions),
+        config.seed,
+    )
 
 
 def check_shapes(

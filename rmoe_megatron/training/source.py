@@ -18,7 +18,7 @@ from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.shards import TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import build_condition_encoder
-from rmoe_megatron.training.preflight import check_shapes
+from rmoe_megatron.training.preflight import check_shapes, sample_format
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
 FIRST_VALIDATION_DRAW = 1 << 40
@@ -42,12 +42,12 @@ class TrainingSource:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
-        classes, validation = config.model.num_classes, config.data.validation
+        taken, validation = sample_format(config), config.data.validation
         _index_once([Path(each) for each in (config.data.train, validation) if each is not None])
-        self.train = TrainingDataset(Path(config.data.train), classes)
+        self.train = TrainingDataset(Path(config.data.train), taken)
         # Of :meth:`locate`; it keeps the permutation of an epoch, whose samples are asked for one by one.
         self._order = GlobalOrder(len(self.train), config.data.shuffle, config.seed)
-        self.validation = TrainingDataset(Path(validation), classes) if validation else None
+        self.validation = TrainingDataset(Path(validation), taken) if validation else None
         self.autoencoder = load_autoencoder(config.encoders.autoencoder, device)
         self.encoder = build_condition_encoder(
             config, device, precomputed=Path(config.data.train) if self.train.precomputed else None
@@ -113,7 +113,7 @@ class TrainingSource:
         return replace(batch, sample_index=batch.sample_index + FIRST_VALIDATION_DRAW)
 
     def _check_shapes(self, dataset: TrainingDataset) -> None:
-        embedded = self._embed(default_collate([{**dataset[0], "sample_index": 0}]))
+        embedded = self._embed(default_collate([{**dataset.draw(0, 0), "sample_index": 0}]))
         tensors = {"latents": embedded.latents, **embedded.conditions.tensors()}
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
         check_shapes(shapes, self.config.model, dataset.samples.folder, dataset.precomputed)

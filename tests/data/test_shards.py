@@ -23,7 +23,7 @@ from PIL import Image
 from rmoe_megatron.data import loader
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.shards import ShardDataset, TrainingDataset
+from rmoe_megatron.data.shards import SampleFormat, ShardDataset, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.support.runs import array, write_shard
 
@@ -72,7 +72,7 @@ def test_samples_equal_those_webdataset_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (1, 2), (2, 2), (2, 4), (4, 1)])
 def test_a_step_draws_the_same_samples_in_every_layout(tmp_path: Path, ranks: int, micro_batch: int) -> None:
     write_images(tmp_path)
-    dataset = TrainingDataset(tmp_path)
+    dataset = TrainingDataset(tmp_path, SampleFormat())
     order = GlobalOrder(len(dataset), shuffle=True, seed=1)
     whole = list(islice(batches(dataset, order, BatchLayout(8, 8, 0, 1)), 4))
     per_rank = [
@@ -94,7 +94,7 @@ def test_a_step_draws_the_same_samples_in_every_layout(tmp_path: Path, ranks: in
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_at_a_draw_continues_the_same_batches(tmp_path: Path, workers: int) -> None:
     write_images(tmp_path)
-    dataset = TrainingDataset(tmp_path)
+    dataset = TrainingDataset(tmp_path, SampleFormat())
     order = GlobalOrder(len(dataset), shuffle=True, seed=1)
     layout = BatchLayout(4, 2, 0, 1)
     whole = [batch["caption"] for batch in islice(batches(dataset, order, layout), 10)]
@@ -126,7 +126,7 @@ def test_a_picture_of_another_size_is_skipped_counted_and_named(
     Image.fromarray(np.zeros((5, 4, 3), dtype=np.uint8)).save(large, format="png")
     pictures = [png(0), large.getvalue(), png(2)]
     write_shard(tmp_path / "part-000.tar", [{"png": picture, "txt": b"x"} for picture in pictures])
-    dataset = TrainingDataset(tmp_path)
+    dataset = TrainingDataset(tmp_path, SampleFormat())
     with caplog.at_level(logging.WARNING):
         batch = next(batches(dataset, GlobalOrder(3, shuffle=False, seed=0), BatchLayout(3, 3, 0, 1)))
     assert batch["image"][:, 0, 0, 0].tolist() == [0, 2, 2]
@@ -312,7 +312,7 @@ def test_an_empty_first_shard_does_not_hide_precomputed_samples(tmp_path: Path) 
     }
     write_shard(tmp_path / "b.tar", [sample, sample])
     (tmp_path / "a.tar").write_bytes(b"")
-    dataset = TrainingDataset(tmp_path)
+    dataset = TrainingDataset(tmp_path, SampleFormat())
     assert dataset.precomputed
     assert len(dataset) == 2
 
@@ -398,7 +398,7 @@ def test_pictures_of_eight_bits_or_less_become_rgb(tmp_path: Path, mode: str) ->
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_users_mistake_is_one_sentence_from_any_process(tmp_path: Path, workers: int) -> None:
     write_shard(tmp_path / "a.tar", [{"png": png(1), "cls": b"7"}] * 4)
-    dataset = TrainingDataset(tmp_path, num_classes=5)
+    dataset = TrainingDataset(tmp_path, SampleFormat(num_classes=5))
     loaded = batches(dataset, GlobalOrder(4, False, 0), BatchLayout(2, 2, 0, 1), num_workers=workers)
     with pytest.raises(UserError) as mistake:
         next(loaded)

@@ -53,7 +53,7 @@ def test_the_check_needs_no_gpu_and_no_megatron_core(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         (["model.text_length=7"], "text_hidden_states from"),
-        (["data.train={folder}/images"], "have 4 x 4 pixels, but model.sample_size 8 takes 8 x 8"),
+        (["data.train={folder}/images"], "4 x 4 pixels, smaller than the model's 8 x 8"),
         (["encoders.autoencoder=nobody/nothing"], "run `hf download nobody/nothing`"),
         (["encoders.text_encoder={folder}/nothing"], "There is no folder"),
         (["encoders.text_encoder={folder}/data"], "There are no weights (*.safetensors) in"),
