@@ -1,4 +1,4 @@
-"""The command line of data: ``rmoe data build-shapes / index / precompute / show``."""
+"""The command line of data: ``rmoe data build-shapes / pack / index / precompute / show``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +22,33 @@ def build_shapes_command(
     from rmoe_megatron.data.shapes.build import build_shapes
 
     build_shapes(out, train, val, seed, progress=Bar("shapes", "image"))
+
+
+@data_app.command("pack")
+def pack_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of pictures with captions beside them, or a table (CSV, TSV, JSONL, Parquet)."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    image_column: Annotated[str, typer.Option(help="Of a table: path or bytes of the picture.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Of a table: its caption.")] = "caption",
+    samples_per_shard: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="In every shard but the last.")
+    ] = 10_000,
+) -> None:
+    """Write your own pictures and captions as WebDataset shards."""
+    from rmoe_megatron.data.pack import LEFT_OUT, Columns, pack
+
+    packed = pack(
+        source, out, Columns(image_column, caption_column), samples_per_shard, Bar("pack", "picture")
+    )
+    print(f"{packed.samples} samples in {packed.shards} shards: {out}")
+    if packed.left_out:
+        name, reason = packed.left_out[0]
+        print(f"{len(packed.left_out)} left out ({out / LEFT_OUT}), the first: {name}: {reason}")
 
 
 @data_app.command("index")

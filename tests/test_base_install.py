@@ -107,6 +107,7 @@ def test_the_base_install_samples_and_scores_and_names_the_extra_that_trains(tmp
         ("deepspeed", ("deepspeed", "deepspeed")),
         ("transformer_engine.pytorch", ("gpu", "transformer-engine")),
         ("pytest", ("dev", "pytest")),
+        ("pyarrow", ("data", "pyarrow")),
         ("torch_fidelity", ("eval", "torch-fidelity")),
         ("torch", None),
         ("rmoe_megatron.modle", None),

@@ -21,7 +21,10 @@ def _array(value: Any) -> bytes:
 # By the last part of a member's extension; an image is the bytes of its file.
 ENCODERS: dict[str, Callable[[Any], bytes]] = {
     "png": bytes,
+    "jpg": bytes,
+    "webp": bytes,
     "txt": lambda text: text.encode(),
+    "caption": lambda text: text.encode(),
     "json": lambda value: json.dumps(value).encode(),
     "cls": lambda label: str(int(label)).encode(),
     "npy": _array,
@@ -33,7 +36,7 @@ def open_shard(path: Path) -> Iterator[Callable[[str, dict[str, Any]], None]]:
     """Write one shard, which is on the disk when the context ends; the same samples give the same bytes.
 
     Yields:
-        A function of a sample's key and its members by extension: the bytes of a PNG, text, a value of JSON, a class, or
+        A function of a sample's key and its members by extension: the bytes of a PNG, JPEG or WebP, text, a value of JSON, a class, or
         an array, which is stored as float16.
     """
     with path.open("wb") as file:

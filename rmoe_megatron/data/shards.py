@@ -114,7 +114,7 @@ class ShardDataset(Dataset[Any]):
         try:
             return self._read(index)[0]
         except (OSError, ValueError) as error:
-            shard = self._shard(index)
+            shard = self.shard(index)
             raise UserError(
                 f"Sample {index} of {self.folder}, in {shard}, cannot be read ({error})."
             ) from error
@@ -132,23 +132,39 @@ class ShardDataset(Dataset[Any]):
             UserError: there is no such sample.
         """
         for attempt in range(len(self)):
-            number, key = (index + attempt) % len(self), ""
+            number = (index + attempt) % len(self)
             try:
-                location, contents = self._read(number)
-                key = location.key
-                return use(self._decode(key, contents))
+                return use(self.decoded(number))
             except (OSError, ValueError) as error:
                 self.skipped += 1
                 why = error
                 logger.warning(
                     "Sample %s of %s cannot be read (%s); skipped, %d so far.",
-                    key or number, self._shard(number), error, self.skipped,
+                    self.name(number), self.shard(number), error, self.skipped,
                 )  # fmt: skip
         raise UserError(
             f"None of the {len(self)} samples in {self.folder} can be read (the last: {why}); build the data again."
         )
 
-    def _shard(self, index: int) -> Path:
+    def decoded(self, index: int) -> dict[str, Any]:
+        """Return this sample and no other.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it cannot be decoded.
+        """
+        location, contents = self._read(index)
+        return self._decode(location.key, contents)
+
+    def name(self, index: int) -> str:
+        """Return a sample's key, or its number if its headers cannot be read."""
+        try:
+            return self._read(index)[0].key
+        except (OSError, ValueError):
+            return str(index)
+
+    def shard(self, index: int) -> Path:
+        """Return the shard of a sample."""
         return self.folder / self.index.shards[self.index.records[self.selection[index]]["shard"]].name
 
     def _read(self, index: int) -> tuple[SampleLocation, dict[str, memoryview]]:
@@ -164,7 +180,7 @@ class ShardDataset(Dataset[Any]):
             name: place for name, place in sample.members.items() if name.rsplit(".", 1)[-1] in MEMBERS
         }
         contents = {name: content[start - offset :][:length] for name, (start, length) in members.items()}
-        return SampleLocation(self._shard(index), sample.key, members), contents
+        return SampleLocation(self.shard(index), sample.key, members), contents
 
     def _descriptor(self, shard: int) -> int:
         """Return an open shard's descriptor; the shards that were opened longest ago are closed."""

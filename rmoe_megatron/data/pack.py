@@ -1,0 +1,237 @@
+"""Pictures with captions, in a folder or named by a table, into WebDataset shards: ``rmoe data pack``."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rmoe_megatron import durable
+from rmoe_megatron.data.decoding import decode_image
+from rmoe_megatron.data.index import IMAGES
+from rmoe_megatron.data.shard_writer import open_shard
+from rmoe_megatron.errors import UserError
+
+SIDECARS = ("txt", "caption", "json")
+LEFT_OUT = "left_out.jsonl"
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to pack.
+
+    Attributes:
+        name: what a message calls it.
+        content: returns the bytes of its file.
+        members: of its sample, beside the picture: extension -> value.
+    """
+
+    name: str
+    content: Callable[[], bytes]
+    members: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Packed:
+    """What was packed.
+
+    Attributes:
+        samples: how many.
+        shards: how many.
+        left_out: name and reason of every picture that was not.
+    """
+
+    samples: int = 0
+    shards: int = 0
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Of a table: where the picture is (its path, or its bytes), and where the caption."""
+
+    image: str = "image"
+    caption: str = "caption"
+
+
+def pack(
+    source: Path,
+    out: Path,
+    columns: Columns = Columns(),
+    samples_per_shard: int = 10_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> Packed:
+    """Write the pictures of ``source`` as shards into the new folder ``out``, which appears whole or not at all.
+
+    The files of pictures are copied as they are. A folder's pictures have their captions beside them (``a.jpg`` and ``a.txt``,
+    ``a.caption`` or ``a.json``); a table (CSV, TSV, JSON lines, or Parquet as the Hugging Face hub has it, in one file or a folder of them)
+    has a column with the picture's path, relative to the table, or its bytes, one with the caption; its other columns go into
+    the JSON of the sample. What is no picture that training takes, or has no caption, is left out and named, also in
+    ``left_out.jsonl`` beside the shards.
+
+    Raises:
+        UserError: there is nothing to pack, a table is none, or ``out`` is not empty.
+    """
+    durable.require_empty(out, "The output")
+    count, pictures = _pictures(source, columns)
+    if not count:
+        raise UserError(
+            f"There are no pictures in {source} ({', '.join(IMAGES)}); name a folder or table that has some."
+        )
+    packed = Packed()
+    with durable.building(out) as building:
+        waiting = _samples(
+            pictures, packed, lambda done: progress(done, count) if progress is not None else None
+        )
+        first = next(waiting, None)
+        while first is not None:
+            with open_shard(building / f"{packed.shards:06d}.tar") as write:
+                for _ in range(samples_per_shard):
+                    if first is None:
+                        break
+                    write(f"{packed.samples:09d}", first)
+                    packed.samples += 1
+                    first = next(waiting, None)
+            packed.shards += 1
+        if not packed.samples:
+            name, reason = packed.left_out[0]
+            raise UserError(f"None of the {count} pictures in {source} can be used ({name}: {reason}).")
+        lines = [json.dumps({"name": name, "reason": reason}) for name, reason in packed.left_out]
+        (building / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines))
+    return packed
+
+
+def _samples(
+    pictures: Iterator[Picture], packed: Packed, progress: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
+    """Yield the members of what can be used; the rest is told to ``packed``."""
+    for done, picture in enumerate(pictures):
+        try:
+            content = picture.content()
+            decode_image(content)
+            if not any(name in picture.members for name in SIDECARS):
+                raise ValueError("it has no caption")
+        except Exception as error:  # on damaged content the libraries raise nearly anything
+            packed.left_out.append((picture.name, str(error).splitlines()[0] if str(error) else repr(error)))
+        else:
+            yield {_extension(content): content, **picture.members}
+        progress(done + 1)
+
+
+def _extension(content: bytes) -> str:
+    """Return the extension of a picture's format, whatever its file was called."""
+    if content.startswith(b"\xff\xd8"):
+        return "jpg"
+    return "png" if content.startswith(b"\x89PNG") else "webp"
+
+
+def _pictures(source: Path, columns: Columns) -> tuple[int, Iterator[Picture]]:
+    """Return how many pictures there are, and the pictures."""
+    if source.is_file() and source.suffix in TABLES:
+        return _of_table([source], columns)
+    if not source.is_dir():
+        raise UserError(f"{source} is neither a folder nor a table ({', '.join(TABLES)}); name one.")
+    files = sorted(path for path in source.rglob("*") if path.suffix[1:].lower() in IMAGES and path.is_file())
+    tables = sorted(source.rglob("*.parquet"))
+    if tables and not files:
+        return _of_table(tables, columns)
+    return len(files), (_of_file(path, path.relative_to(source)) for path in files)
+
+
+def _of_file(path: Path, name: Path) -> Picture:
+    def content() -> bytes:
+        members.update(_sidecars(path))
+        return path.read_bytes()
+
+    members: dict[str, Any] = {}
+    return Picture(str(name), content, members)
+
+
+def _sidecars(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for extension in SIDECARS:
+        beside = path.with_suffix(f".{extension}")
+        if beside.is_file():
+            text = beside.read_text("utf-8")
+            found[extension] = json.loads(text) if extension == "json" else text.strip()
+    return found
+
+
+def _of_table(tables: list[Path], columns: Columns) -> tuple[int, Iterator[Picture]]:
+    readers = [READERS[table.suffix](table) for table in tables]
+    pictures = (
+        _of_row(row, table, number, columns)
+        for table, (_, rows) in zip(tables, readers, strict=True)
+        for number, row in enumerate(rows)
+    )
+    return sum(count for count, _ in readers), pictures
+
+
+def _of_row(row: dict[str, Any], table: Path, number: int, columns: Columns) -> Picture:
+    name = f"row {number} of {table.name}"
+    if columns.image not in row or columns.caption not in row:
+        raise UserError(
+            f"{table} has the columns {', '.join(map(str, row))}, but not {columns.image} and {columns.caption}; name the "
+            "columns with --image-column and --caption-column."
+        )
+    image, caption = row[columns.image], row[columns.caption]
+    others = {key: value for key, value in row.items() if key not in (columns.image, columns.caption)}
+    members: dict[str, Any] = {"txt": caption.strip()} if isinstance(caption, str) else {}
+    if others and _is_json(others):
+        members["json"] = others
+    return Picture(name, lambda: _image_content(image, table.parent), members)
+
+
+def _image_content(image: Any, folder: Path) -> bytes:
+    """Return the bytes of a picture given by its path, its bytes, or as the Hugging Face hub does by a dictionary of both."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str):
+        return (folder / image).read_bytes()
+    if not isinstance(image, bytes):
+        raise ValueError(f"a picture is bytes or a path, not {type(image).__name__}")
+    return image
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _read_text_table(table: Path) -> tuple[int, Iterator[dict[str, Any]]]:
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            rows: list[dict[str, Any]] = (
+                [json.loads(line) for line in file if line.strip()]
+                if table.suffix == ".jsonl"
+                else list(csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ","))
+            )
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"The table {table} cannot be read ({error}).") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"The table {table} has lines that are no JSON objects; write one object a line.")
+    return len(rows), iter(rows)
+
+
+def _read_parquet(table: Path) -> tuple[int, Iterator[dict[str, Any]]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        file = parquet.ParquetFile(table)
+    except (OSError, ArrowException) as error:
+        raise UserError(f"The table {table} cannot be read ({error}).") from error
+    rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
+    return file.metadata.num_rows, rows
+
+
+READERS: dict[str, Callable[[Path], tuple[int, Iterator[dict[str, Any]]]]] = {
+    ".csv": _read_text_table,
+    ".tsv": _read_text_table,
+    ".jsonl": _read_text_table,
+    ".parquet": _read_parquet,
+}
