@@ -1,11 +1,11 @@
-"""The command line of data: ``rmoe data build-shapes / pack / index / precompute / show``."""
+"""The command line of data: ``rmoe data build-shapes / pack / check / index / precompute / show``."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rmoe_megatron import launch
+from rmoe_megatron import durable, launch
 from rmoe_megatron.cli_options import Bar, Overrides, parse_part
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and prepare data.")
@@ -49,6 +49,28 @@ def pack_command(
     if packed.left_out:
         name, reason = packed.left_out[0]
         print(f"{len(packed.left_out)} left out ({out / LEFT_OUT}), the first: {name}: {reason}")
+
+
+@data_app.command("check")
+def check_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of raw .tar shards.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create: table, histograms, a contact sheet.")],
+    captions: Annotated[
+        list[str] | None,
+        typer.Option("--caption", help="txt (the default), caption or json:KEY; repeatable."),
+    ] = None,
+) -> None:
+    """Decode every sample and say what there is: sizes, captions, damage, duplicates."""
+    from rmoe_megatron.config.captions import parse_captions
+    from rmoe_megatron.data.report import inspect_shards, lines, write_report
+    from rmoe_megatron.data.shards import SampleFormat
+
+    sample_format = SampleFormat(captions=parse_captions(captions or ["txt"]))
+    durable.require_empty(out, "The output")
+    report = inspect_shards(folder, sample_format, Bar("check", "sample"))
+    write_report(report, out)
+    print("\n".join(lines(report)))
+    print(f"{'pictures':<15}{out}")
 
 
 @data_app.command("index")
