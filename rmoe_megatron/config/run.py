@@ -56,6 +56,13 @@ class FineTuningConfig:
     blocks: list[int] = field(default_factory=list)  # for trainable=blocks
 
 
+class BadSamplesPolicy(Enum):
+    """What a sample that cannot be read or used does: the next one takes its place, or the run ends."""
+
+    skip = "skip"
+    stop = "stop"
+
+
 @dataclass
 class DataConfig:
     """WebDataset shards of images with captions, raw or precomputed (``rmoe data precompute``)."""
@@ -65,6 +72,8 @@ class DataConfig:
     # txt, caption or json:KEY, each with =WEIGHT behind it or without; a sample takes one of those it has
     captions: list[str] = field(default_factory=lambda: ["txt"])
     upscale: bool = False  # enlarge images that are smaller than the model's; otherwise they are left out
+    bad_samples: BadSamplesPolicy = BadSamplesPolicy.skip
+    max_bad_fraction: float = number(0.05, least=0, most=1)  # of the samples drawn; more end the run
     shuffle: bool = True
     num_workers: int = number(
         0, least=0, most=256, why="each is a process of this host"

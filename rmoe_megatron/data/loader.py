@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from rmoe_megatron import stop_signals
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.shards import SampleLocation, TrainingDataset
+from rmoe_megatron.data.shards import BadSample, SampleLocation, TrainingDataset
 from rmoe_megatron.errors import UserError
 
 
@@ -42,6 +42,8 @@ class BatchLayout:
 class _Collated(Dataset[Any]):
     """Micro-batches addressed by the numbers of their draws, which they carry as ``sample_index``.
 
+    What could not be used is in ``bad_samples``.
+
     A user's mistake comes back in the batch's place: raised in a worker it would arrive as the text of a traceback.
     """
 
@@ -50,10 +52,12 @@ class _Collated(Dataset[Any]):
         self.order = order
 
     def __getitem__(self, draws: list[int]) -> dict[str, Any] | UserError:
+        bad: list[BadSample] = []
         try:
-            return default_collate(
-                [{**self.dataset.draw(self.order[draw], draw), "sample_index": draw} for draw in draws]
-            )
+            samples = [
+                {**self.dataset.draw(self.order[draw], draw, bad), "sample_index": draw} for draw in draws
+            ]
+            return {**default_collate(samples), "bad_samples": bad}
         except UserError as error:
             return error
 
@@ -88,7 +92,8 @@ def batches(
         num_workers: data loading processes.
 
     Yields:
-        Collated samples with ``sample_index``, int64 [micro_batch], the draw numbers.
+        Collated samples with ``sample_index``, int64 [micro_batch], the draw numbers, and ``bad_samples``, a list of
+        :class:`BadSample`: what could not be used, so that the next sample has taken its place.
 
     Raises:
         UserError: no sample can be read, or one does not fit the model.

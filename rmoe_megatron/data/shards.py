@@ -24,6 +24,16 @@ MAX_OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used, why, and the draw that asked for it or for one before it."""
+
+    shard: str
+    key: str
+    reason: str
+    draw: int
+
+
+@dataclass(frozen=True)
 class SampleLocation:
     """Where the members of one sample lie: extension -> (offset, size) in the shard."""
 
@@ -122,11 +132,17 @@ class ShardDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index, lambda sample: sample)
 
-    def read(self, index: int, use: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    def read(
+        self,
+        index: int,
+        use: Callable[[dict[str, Any]], dict[str, Any]],
+        note: Callable[[int, Exception], None] | None = None,
+    ) -> dict[str, Any]:
         """Return what ``use`` makes of a sample, or of the next one that can be read and of which it makes something.
 
         Args:
             use: raises ValueError for a sample that it cannot use.
+            note: called with the index of every sample that cannot be read or used, and why; None warns of it.
 
         Raises:
             UserError: there is no such sample.
@@ -136,15 +152,18 @@ class ShardDataset(Dataset[Any]):
             try:
                 return use(self.decoded(number))
             except (OSError, ValueError) as error:
-                self.skipped += 1
                 why = error
-                logger.warning(
-                    "Sample %s of %s cannot be read (%s); skipped, %d so far.",
-                    self.name(number), self.shard(number), error, self.skipped,
-                )  # fmt: skip
+                (note or self._warn)(number, error)
         raise UserError(
             f"None of the {len(self)} samples in {self.folder} can be read (the last: {why}); build the data again."
         )
+
+    def _warn(self, index: int, error: Exception) -> None:
+        self.skipped += 1
+        logger.warning(
+            "Sample %s of %s cannot be read (%s); skipped, %d so far.",
+            self.name(index), self.shard(index), error, self.skipped,
+        )  # fmt: skip
 
     def decoded(self, index: int) -> dict[str, Any]:
         """Return this sample and no other.
@@ -308,13 +327,26 @@ class TrainingDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def draw(self, index: int, draw: int) -> dict[str, Any]:
+    def draw(self, index: int, draw: int, bad: list[BadSample] | None = None) -> dict[str, Any]:
         """Return the sample at ``index`` as the ``draw``-th draw of a run sees it.
+
+        Args:
+            bad: takes up what cannot be used; without it a warning is logged.
 
         Raises:
             UserError: no sample can be read, or its class is none of the model's.
         """
-        return self.samples.read(index, lambda sample: self._image(sample) | self._conditions(sample, draw))
+
+        def note(number: int, error: Exception) -> None:
+            assert bad is not None
+            shard, key = str(self.samples.shard(number)), self.samples.name(number)
+            bad.append(BadSample(shard, key, str(error), draw))
+
+        return self.samples.read(
+            index,
+            lambda sample: self._image(sample) | self._conditions(sample, draw),
+            note if bad is not None else None,
+        )
 
     def _image(self, sample: dict[str, Any]) -> dict[str, Any]:
         if self.precomputed:

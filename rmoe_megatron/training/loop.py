@@ -85,7 +85,9 @@ class TrainingLoop:
         self.throughput.count(training.global_batch_size)
         routing = engine.routing_metrics()
         if self.is_due(training.log_every):
-            metrics = self.metrics(result) | routing | self.throughput.rates()
+            metrics = (
+                self.metrics(result) | routing | self.throughput.rates() | self.source.bad_samples.check()
+            )
             self.log.log_metrics(
                 progress.step, metrics, self.throughput.remaining(training.steps - progress.step)
             )

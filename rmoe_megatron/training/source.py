@@ -18,6 +18,7 @@ from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.shards import TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import build_condition_encoder
+from rmoe_megatron.training.bad_samples import BadSamples
 from rmoe_megatron.training.preflight import check_shapes, sample_format
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
@@ -42,6 +43,7 @@ class TrainingSource:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
+        self.bad_samples = BadSamples(config.data, Path(config.run_dir), device)
         taken, validation = sample_format(config), config.data.validation
         _index_once([Path(each) for each in (config.data.train, validation) if each is not None])
         self.train = TrainingDataset(Path(config.data.train), taken)
@@ -68,7 +70,11 @@ class TrainingSource:
         loader = batches(
             self.train, order, self._layout(), first_draw, num_workers=self.config.data.num_workers
         )
-        return map(self._embed, loader)
+        return map(self._noted, loader)
+
+    def _noted(self, collated: dict[str, Any]) -> Batch:
+        self.bad_samples.note(collated)
+        return self._embed(collated)
 
     def locate(self, draw: int) -> dict[str, str]:
         """Return the ``shard`` and ``key`` of a training draw's sample."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rmoe_megatron.config.captions import CaptionSource, parse_captions
-from rmoe_megatron.data.shards import SampleFormat, TrainingDataset
+from rmoe_megatron.data.shards import BadSample, SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.data.test_shards import png
 from tests.support.runs import write_shard
@@ -44,8 +44,11 @@ def test_every_layout_of_a_set_from_the_web(tmp_path: Path) -> None:
     assert len(dataset(tmp_path, samples, "txt")) == 1
     assert dataset(tmp_path, samples, "caption").draw(0, 0)["caption"] == "other"
     found = dataset(tmp_path, samples, "json:caption")
-    assert [found.draw(index, 0)["caption"] for index in range(3)] == ["from JSON"] * 3
-    assert found.samples.skipped == 1  # the last has no such key, and the first takes its place
+    bad: list[BadSample] = []
+    assert [found.draw(index, 0, bad)["caption"] for index in range(3)] == ["from JSON"] * 3
+    assert [(each.key, each.reason) for each in bad] == [
+        ("000003", "its JSON has no caption")
+    ]  # the first takes its place
 
 
 def test_weights_are_those_of_what_a_sample_has(tmp_path: Path) -> None:

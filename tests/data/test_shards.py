@@ -119,20 +119,19 @@ def test_a_corrupt_member_is_skipped_counted_and_named(
     assert "part-000.tar" in caplog.text
 
 
-def test_a_picture_of_another_size_is_skipped_counted_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_used_is_replaced_and_named_with_its_draw(tmp_path: Path, workers: int) -> None:
     large = io.BytesIO()
     Image.fromarray(np.zeros((5, 4, 3), dtype=np.uint8)).save(large, format="png")
     pictures = [png(0), large.getvalue(), png(2)]
     write_shard(tmp_path / "part-000.tar", [{"png": picture, "txt": b"x"} for picture in pictures])
     dataset = TrainingDataset(tmp_path, SampleFormat())
-    with caplog.at_level(logging.WARNING):
-        batch = next(batches(dataset, GlobalOrder(3, shuffle=False, seed=0), BatchLayout(3, 3, 0, 1)))
+    order, layout = GlobalOrder(3, shuffle=False, seed=0), BatchLayout(3, 3, 0, 1)
+    batch = next(batches(dataset, order, layout, num_workers=workers))
     assert batch["image"][:, 0, 0, 0].tolist() == [0, 2, 2]
-    assert dataset.samples.skipped == 1
-    assert "000001" in caplog.text
-    assert "(3, 5, 4)" in caplog.text
+    (bad,) = batch["bad_samples"]
+    assert (bad.shard, bad.key, bad.draw) == (str(tmp_path / "part-000.tar"), "000001", 1)
+    assert "(3, 5, 4)" in bad.reason
 
 
 def test_a_cut_off_shard_gives_the_samples_before_the_cut(
