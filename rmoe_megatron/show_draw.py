@@ -75,7 +75,7 @@ def _members(location: SampleLocation, extensions: list[str]) -> dict[str, Any]:
 def _image(sample: dict[str, Any], autoencoder_name: str) -> tuple[Image.Image, bool]:
     if "image" in sample:
         return Image.fromarray(sample["image"].permute(1, 2, 0).numpy()), True
-    latents = sample["latents"].unsqueeze(0)
+    latents = sample["latents"].float().unsqueeze(0)
     autoencoder = load_autoencoder(autoencoder_name, torch.device("cpu"))
     finite = latents.isfinite()
     pixels = decode_latents(autoencoder, torch.where(finite, latents, latents.new_tensor(-1e3)))

@@ -98,6 +98,6 @@ def typed_batch(collated: dict[str, Any]) -> Batch | RawBatch:
     if "latents" not in collated:
         return RawBatch(collated["image"], collated.get("caption"), labels, draws)
     if labels is not None:
-        return Batch(collated["latents"], ClassConditions(labels), draws)
-    text = TextConditions(collated["text_hidden_states"], collated["text_pooled"])
-    return Batch(collated["latents"], text, draws)
+        return Batch(collated["latents"].float(), ClassConditions(labels), draws)
+    text = TextConditions(collated["text_hidden_states"].float(), collated["text_pooled"].float())
+    return Batch(collated["latents"].float(), text, draws)

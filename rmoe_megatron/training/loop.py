@@ -76,13 +76,14 @@ class TrainingLoop:
     def step(self, batches: Iterator[Batch]) -> StepResult:
         """Take one optimizer step, log it, and put down what is to follow it."""
         training, progress, engine = self.config.training, self.state.progress, self.state.engine
+        waited = self.source.waited
         result = engine.step(batches, before_update=self.update_averages)
         if result.suspects is None:
             self.averages_due = progress.step
         progress.step += 1
         progress.samples += training.global_batch_size
         progress.skipped_steps += result.suspects is not None
-        self.throughput.count(training.global_batch_size)
+        self.throughput.count(training.global_batch_size, self.source.waited - waited)
         routing = engine.routing_metrics()
         if self.is_due(training.log_every):
             metrics = (

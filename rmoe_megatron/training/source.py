@@ -1,5 +1,6 @@
 """Where a run's batches come from: shards, raw or precomputed, and the frozen encoders."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ class TrainingSource:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
+        self.waited = 0.0  # seconds in which training waited for the loader
         self.bad_samples = BadSamples(config.data, Path(config.run_dir), device)
         taken, validation = sample_format(config), config.data.validation
         _index_once([Path(each) for each in (config.data.train, validation) if each is not None])
@@ -70,7 +72,18 @@ class TrainingSource:
         loader = batches(
             self.train, order, self._layout(), first_draw, num_workers=self.config.data.num_workers
         )
-        return map(self._noted, loader)
+        return map(self._noted, self._timed(loader))
+
+    def _timed(self, loader: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Hand on what is loaded, and add the time that it takes to come to ``waited``."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                collated = next(loader)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield collated
 
     def _noted(self, collated: dict[str, Any]) -> Batch:
         self.bad_samples.note(collated)

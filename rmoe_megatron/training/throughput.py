@@ -26,26 +26,29 @@ class Throughput:
         peak = peak_flops(device)
         self.peak = peak * dist.get_world_size() if peak else None
         self.steps = self.samples = 0  # since the last report
+        self.waited = 0.0  # seconds, for data
         self.started = time.perf_counter()
         self.seconds_per_step: float | None = None  # at the last report
         self.pauses: dict[str, float] = {}  # seconds per step that each kind of pause adds
 
-    def count(self, samples: int) -> None:
-        """Add the samples of one step."""
+    def count(self, samples: int, waited: float) -> None:
+        """Add one step: its samples, and the seconds in which this rank waited for them."""
         self.steps += 1
         self.samples += samples
+        self.waited += waited
 
     def rates(self) -> dict[str, float]:
         """Return the rates since the last call and start anew."""
         synchronize(self.device)
         seconds = time.perf_counter() - self.started
         samples_per_second = self.samples / seconds
-        self.seconds_per_step = seconds / self.steps
-        self.steps, self.samples, self.started = 0, 0, time.perf_counter()
+        self.seconds_per_step, wait_per_step = seconds / self.steps, self.waited / self.steps
+        self.steps, self.samples, self.waited, self.started = 0, 0, 0.0, time.perf_counter()
         rates = {
             "samples_per_second": samples_per_second,
             "tokens_per_second": samples_per_second * self.tokens_per_sample,
             "model_tflops": samples_per_second * self.flops_per_sample / 1e12,
+            "data_wait_seconds": wait_per_step,
         }
         if self.peak:
             rates["model_flops_utilisation"] = samples_per_second * self.flops_per_sample / self.peak

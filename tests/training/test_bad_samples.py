@@ -56,6 +56,7 @@ def test_each_is_named_and_replaced_alike_in_every_layout(tmp_path: Path, config
         assert {each["shard"] for each in named} == {f"{tmp_path}/data/train/train-000001.tar"}
         assert "latents.npy" in named[0]["reason"]
         assert losses(run_dir, "bad_samples")[8] == 4
+        assert all(seconds > 0 for seconds in losses(run_dir, "data_wait_seconds").values())
         found.append(list(losses(run_dir).values()))
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[2] == pytest.approx(found[0], rel=1e-4)

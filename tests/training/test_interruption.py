@@ -34,7 +34,7 @@ SETTINGS = [
 ]  # fmt: skip
 # Before each of the three steps, between the two batches of the validation, between the two timesteps of the samples.
 PLACES = 3 + 2 + 2
-TIMED = {"samples_per_second", "tokens_per_second", "model_tflops", "restarts"}
+TIMED = {"samples_per_second", "tokens_per_second", "model_tflops", "data_wait_seconds", "restarts"}
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:

@@ -17,13 +17,17 @@ def test_pauses_count_in_the_remaining_time_alone(monkeypatch: pytest.MonkeyPatc
         assert throughput.remaining(10) is None
         for _ in range(5):
             now[0] += 2.0
-            throughput.count(8)
-        assert throughput.rates()["samples_per_second"] == 4.0
+            throughput.count(8, waited=0.25)
+        rates = throughput.rates()
+        assert rates["samples_per_second"] == 4.0
+        assert rates["data_wait_seconds"] == 0.25
         assert throughput.remaining(10) == 20.0
         for _ in range(2):  # a second save of the same length changes nothing
             with throughput.paused("saving", every=5):
                 now[0] += 10.0
             assert throughput.remaining(10) == 20.0 + 10 * 2.0
         now[0] += 2.0
-        throughput.count(8)
-        assert throughput.rates()["samples_per_second"] == 4.0
+        throughput.count(8, waited=1.0)
+        rates = throughput.rates()
+        assert rates["samples_per_second"] == 4.0
+        assert rates["data_wait_seconds"] == 1.0

@@ -1,0 +1,166 @@
+"""Times data loading against plain webdataset; prints samples per second and ratios.
+
+    python tools/benchmark_data.py FOLDER [--workers 2] [--repeats 5]
+
+FOLDER gets two sets, made once: latents with text embeddings (16 x 32 x 32 and 77 x 768, float16), and JPEGs of 640 x 480 that become
+256 x 256. Both loaders read the same shards with the same decoding and resizing in as many processes, shuffled, and hand on collated
+batches; runs are interleaved, medians over repeats. Then: the first batch of an epoch, and the first after a restart in its middle,
+where webdataset has to read what it passes over.
+"""
+
+import argparse
+import io
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from rmoe_megatron.data.batch import typed_batch
+from rmoe_megatron.data.decoding import Square, decode_image
+from rmoe_megatron.data.index import LATENTS, list_shards, open_index
+from rmoe_megatron.data.loader import BatchLayout, batches
+from rmoe_megatron.data.order import GlobalOrder
+from rmoe_megatron.data.shard_writer import open_shard
+from rmoe_megatron.data.shards import TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat, TrainingDataset
+
+SHARDS, SAMPLES = 8, 256  # of each set, and in each shard
+BATCH = 32
+SIDE = 256
+SQUARE = Square(SIDE)
+
+
+def write_sets(folder: Path) -> dict[str, Path]:
+    """Write both sets unless they are there."""
+    rng = np.random.default_rng(0)
+    members: dict[str, Callable[[int], dict[str, Any]]] = {
+        "latents": lambda _: {
+            LATENTS: rng.standard_normal((16, 32, 32)),
+            TEXT_HIDDEN_STATES: rng.standard_normal((77, 768)),
+            TEXT_POOLED: rng.standard_normal(768),
+            "txt": "a caption",
+        },
+        "jpegs": lambda number: {"jpg": _jpeg(rng), "txt": f"caption {number}"},
+    }
+    for name, make in members.items():
+        if not (folder / name).is_dir():
+            (folder / name).mkdir(parents=True)
+            for shard in tqdm(range(SHARDS), desc=f"write {name}", unit="shard"):
+                with open_shard(folder / name / f"{shard:06d}.tar") as write:
+                    for number in range(SAMPLES):
+                        write(f"{shard * SAMPLES + number:06d}", make(number))
+        open_index(folder / name)
+    return {name: folder / name for name in members}
+
+
+def _jpeg(rng: np.random.Generator) -> bytes:
+    """Return a smooth picture with some noise: it takes as many bytes as a photograph."""
+    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), dtype=int)
+    noisy = np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noisy).save(buffer, format="jpeg", quality=90)
+    return buffer.getvalue()
+
+
+def ours(folder: Path, workers: int, first_draw: int) -> Iterator[Any]:
+    """Return this project's batches from a draw on."""
+    dataset = TrainingDataset(folder, SampleFormat(square=SQUARE))
+    order = GlobalOrder(len(dataset), shuffle=True, seed=0)
+    loaded = batches(dataset, order, BatchLayout(BATCH, BATCH, 0, 1), first_draw, num_workers=workers)
+    return map(typed_batch, loaded)
+
+
+def _decoded(sample: dict[str, Any]) -> dict[str, Any]:
+    if "jpg" in sample:
+        image = torch.from_numpy(decode_image(sample["jpg"], SQUARE))
+        return {"image": image, "caption": sample["txt"].decode()}
+    names = {"latents": LATENTS, "text_hidden_states": TEXT_HIDDEN_STATES, "text_pooled": TEXT_POOLED}
+    return {name: torch.from_numpy(np.load(io.BytesIO(sample[member]))) for name, member in names.items()}
+
+
+def plain_webdataset(folder: Path, workers: int, first_draw: int) -> Iterator[Any]:
+    """Return the batches of webdataset's usual pipeline; what comes before a draw is read and passed over."""
+    urls = [str(shard) for shard in list_shards(folder)]
+    dataset = (
+        webdataset.WebDataset(urls, shardshuffle=SHARDS, nodesplitter=webdataset.single_node_only, seed=0)
+        .shuffle(1000)
+        .map(_decoded)
+        .batched(BATCH, collation_fn=default_collate, partial=False)
+    )
+    loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=workers).repeat()
+    return map(_as_float32, itertools.islice(iter(loader), first_draw // BATCH, None))
+
+
+def _as_float32(batch: dict[str, Any]) -> dict[str, Any]:
+    """Convert what is float16, in the training process as ours does."""
+    return {
+        name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+
+
+LOADERS = {"ours": ours, "webdataset": plain_webdataset}
+
+
+def measure(make: Callable[[Path, int, int], Iterator[Any]], folder: Path, workers: int) -> dict[str, float]:
+    """Time one start, one epoch after it, and one restart in the middle of an epoch, in seconds and samples per second."""
+    started = time.perf_counter()
+    loaded = make(folder, workers, 0)
+    next(loaded)
+    first = time.perf_counter()
+    count = SHARDS * SAMPLES // BATCH
+    for _ in range(count):
+        next(loaded)
+    end = time.perf_counter()
+    del loaded
+    resumed = time.perf_counter()
+    next(make(folder, workers, SHARDS * SAMPLES // 2))
+    return {
+        "samples_per_second": count * BATCH / (end - first),
+        "first_batch": first - started,
+        "resume": time.perf_counter() - resumed,
+    }
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    sets = write_sets(arguments.folder)
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for _ in tqdm(range(arguments.repeats), desc="measure", unit="repeat"):
+        for (set_name, folder), (name, make) in itertools.product(sets.items(), LOADERS.items()):
+            found.setdefault((set_name, name), []).append(measure(make, folder, arguments.workers))
+    print(f"{platform.machine()}, torch {torch.__version__}, webdataset {webdataset.__version__}")
+    print("| set | loader | samples/s | first batch (s) | resume in mid-epoch (s) |\n|---|---|---|---|---|")
+    medians = {
+        key: {name: statistics.median(each[name] for each in runs) for name in runs[0]}
+        for key, runs in found.items()
+    }
+    for (set_name, name), values in medians.items():
+        print(
+            f"| {set_name} | {name} | {values['samples_per_second']:.0f} | {values['first_batch']:.2f} | {values['resume']:.2f} |"
+        )
+    for set_name in sets:
+        ours_rate = medians[set_name, "ours"]["samples_per_second"]
+        theirs = medians[set_name, "webdataset"]["samples_per_second"]
+        print(f"{set_name}: ours / webdataset = {ours_rate / theirs:.2f}")
+
+
+if __name__ == "__main__":
+    main()
