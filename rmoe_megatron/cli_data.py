@@ -77,16 +77,21 @@ def check_command(
 def index_command(
     folder: Annotated[Path, typer.Argument(help="Folder of .tar shards.")],
     processes: Annotated[int, typer.Option(min=1, max=256, help="That scan shards at the same time.")] = 1,
+    sample_filter: Annotated[
+        str | None, typer.Option("--filter", help="The data.filter of a run: it has an index of its own.")
+    ] = None,
 ) -> None:
     """Find the samples of all shards, once; shards that haven't changed since the last time are not read again."""
+    from rmoe_megatron.config.sample_filter import SampleFilter
     from rmoe_megatron.data.index import build_index, index_paths
 
-    index = build_index(folder, processes, Bar("index", "shard"))
+    parsed = SampleFilter(sample_filter) if sample_filter is not None else None
+    index = build_index(folder, parsed, processes, Bar("index", "shard"))
     for kind in sorted(index.kinds, key=lambda kind: -kind.samples):
         if kind.samples:
             print(f"{kind.samples:>12} samples with {', '.join(kind.members)}")
     print(f"{len(index):>12} samples in {len(index.shards)} shards")
-    print(f"index {next((path for path in index_paths(folder) if path.is_file()), 'not written')}")
+    print(f"index {next((path for path in index_paths(folder, parsed) if path.is_file()), 'not written')}")
 
 
 @data_app.command("precompute")

@@ -190,7 +190,7 @@ def encode_shard(
     sample_format: SampleFormat,
 ) -> None:
     """Encode the samples of one shard; without ``captions`` text is copied and not embedded."""
-    samples = ShardDataset(shard.parent, shards=[shard])
+    samples = ShardDataset(shard.parent, shards=[shard], sample_filter=sample_format.filter)
     samples.square = sample_format.square
     samples.keep(sample_format.takes, sample_format.needed)
     samples.require_shapes_of_first()
@@ -238,7 +238,11 @@ def _description(config: RunConfig, source: Path) -> dict[str, Any]:
             "text_encoders_dropped": encoders.dropped,
             "text_length": config.model.text_length,
         }
-    samples = {"captions": config.data.captions, "upscale": config.data.upscale}
+    samples = {
+        "captions": config.data.captions,
+        "upscale": config.data.upscale,
+        "filter": config.data.filter,
+    }
     return description | {"encoders": described, "samples": samples}
 
 

@@ -71,6 +71,7 @@ class DataConfig:
     validation: str | None = None
     # txt, caption or json:KEY, each with =WEIGHT behind it or without; a sample takes one of those it has
     captions: list[str] = field(default_factory=lambda: ["txt"])
+    filter: str | None = None  # which raw samples of data.train to take: width >= 512 and aesthetic > 5
     upscale: bool = False  # enlarge images that are smaller than the model's; otherwise they are left out
     bad_samples: BadSamplesPolicy = BadSamplesPolicy.skip
     max_bad_fraction: float = number(0.05, least=0, most=1)  # of the samples drawn; more end the run

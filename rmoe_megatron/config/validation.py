@@ -9,6 +9,7 @@ from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.layout_checks import check_batch, check_layout
 from rmoe_megatron.config.requirements import require, require_blocks
 from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
+from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.errors import UserError
 
 WANDB_MODES = ("online", "offline", "disabled", "shared")
@@ -29,6 +30,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     check_wandb(config.logging.wandb)
     _check_prompts(config)
     parse_captions(config.data.captions)
+    if config.data.filter is not None:
+        SampleFilter(config.data.filter)
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -23,6 +24,7 @@ from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rmoe_megatron import durable
+from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import ArchiveSample, scan
 from rmoe_megatron.errors import UserError
 
@@ -42,6 +44,7 @@ MEMBERS = (
 )  # by the last part of an extension; others are passed over
 IMAGES = ("png", "jpg", "jpeg", "webp")
 LATENTS = "latents.npy"
+LEFT_OUT = "left out by the filter"  # stands among the members of such samples
 BLOCK = 4096  # records
 MAX_KINDS = 256
 RECORD = np.dtype(
@@ -94,6 +97,7 @@ class _Description:
     version: Literal[1]
     shards: list[IndexedShard]
     kinds: Annotated[list[Kind], Field(max_length=MAX_KINDS)]
+    filter: str  # empty if there is none
 
 
 _DESCRIPTION = TypeAdapter(_Description)
@@ -161,38 +165,44 @@ def list_shards(folder: Path) -> list[Path]:
     return shards
 
 
-def index_shards(folder: Path, shards: list[Path]) -> Index:
+def index_shards(folder: Path, shards: list[Path], sample_filter: SampleFilter | None = None) -> Index:
     """Scan some shards of a folder; nothing is written.
+
+    Args:
+        sample_filter: samples that it does not take get :data:`LEFT_OUT` among the members of their kind.
 
     Raises:
         UserError: a shard cannot be read.
     """
     content = io.BytesIO()
-    writer = IndexWriter(content)
+    writer = IndexWriter(content, sample_filter)
     for shard in shards:
-        writer.add(*_scan(shard))
+        writer.add(*_scan(shard, sample_filter))
         _warn_of_damage(folder, writer.shards[-1])
     writer.finish()
-    return _parse(np.frombuffer(content.getbuffer(), np.uint8), folder)
+    return _parse(np.frombuffer(content.getbuffer(), np.uint8), folder, sample_filter)
 
 
-def open_index(folder: Path) -> Index:
-    """Map the index of a folder, which is made or brought up to date first.
+def open_index(folder: Path, sample_filter: SampleFilter | None = None) -> Index:
+    """Map the index of a folder, which is made or brought up to date first; every filter has an index of its own.
 
     Raises:
         UserError: the folder is missing or has no shards, or one cannot be read.
     """
     shards = list_shards(folder)
-    index = _read_if_there(folder)
+    index = _read_if_there(folder, sample_filter)
     if index is not None and _is_current(index, shards):
         for shard in index.shards:
             _warn_of_damage(folder, shard)
         return index
-    return build_index(folder)
+    return build_index(folder, sample_filter)
 
 
 def build_index(
-    folder: Path, processes: int = 1, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    sample_filter: SampleFilter | None = None,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Index:
     """Make the index of a folder, or bring it up to date: shards that are as they were are not read.
 
@@ -203,19 +213,19 @@ def build_index(
     Raises:
         UserError: the folder is missing or has no shards, or one cannot be read.
     """
-    shards, old = list_shards(folder), _read_if_there(folder)
-    path = _writable(index_paths(folder))
+    shards, old = list_shards(folder), _read_if_there(folder, sample_filter)
+    path = _writable(index_paths(folder, sample_filter))
     if path is None:
         logger.warning("The index of %s cannot be written; every start scans the shards.", folder)
-        return index_shards(folder, shards)
-    with durable.writing(path) as partial, partial.open("wb") as file:
-        writer = IndexWriter(file)
+        return index_shards(folder, shards, sample_filter)
+    with durable.writing(path) as unfinished, unfinished.open("wb") as file:
+        writer = IndexWriter(file, sample_filter)
         for done, _ in enumerate(_scanned(shards, old, processes, writer)):
             _warn_of_damage(folder, writer.shards[-1])
             if progress is not None:
                 progress(done + 1, len(shards))
         writer.finish()
-    return read_index(path, folder)
+    return read_index(path, folder, sample_filter)
 
 
 def _scanned(shards: list[Path], old: Index | None, processes: int, writer: "IndexWriter") -> Iterator[None]:
@@ -224,7 +234,8 @@ def _scanned(shards: list[Path], old: Index | None, processes: int, writer: "Ind
     stamps = {shard: _stamp(shard) for shard in shards}
     is_known = {shard: known.get(shard.name, (None,))[0] == stamps[shard] for shard in shards}
     with _mapping(processes) as each:
-        scanned = each(_scan, [shard for shard in shards if not is_known[shard]])
+        scan_one = partial(_scan, sample_filter=writer.filter)
+        scanned = each(scan_one, [shard for shard in shards if not is_known[shard]])
         for shard in shards:
             if old is not None and is_known[shard]:
                 _, first, entry = known[shard.name]
@@ -242,8 +253,8 @@ class IndexWriter:
         file: what it is written to, from its start.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, file: BinaryIO, sample_filter: SampleFilter | None = None) -> None:
+        self.file, self.filter = file, sample_filter
         self.shards: list[IndexedShard] = []
         self.kinds: dict[tuple[str, ...], int] = {}
         self.samples = np.zeros(MAX_KINDS, dtype=np.int64)
@@ -286,12 +297,18 @@ class IndexWriter:
             self.file.write(np.pad(counts, (0, len(self.kinds) - len(counts))).data)
         counted = zip(self.kinds, self.samples.tolist(), strict=False)
         kinds = [Kind(list(members), samples) for members, samples in counted]
-        description = json.dumps(asdict(_Description(1, self.shards, kinds))).encode()
+        description = json.dumps(asdict(_Description(1, self.shards, kinds, _text(self.filter)))).encode()
         self.file.write(description + len(description).to_bytes(8, "little"))
         self.file.flush()
 
 
-def _scan(shard: Path) -> tuple[IndexedShard, np.ndarray, list[tuple[str, ...]]]:
+def _text(sample_filter: SampleFilter | None) -> str:
+    return "" if sample_filter is None else sample_filter.text
+
+
+def _scan(
+    shard: Path, sample_filter: SampleFilter | None
+) -> tuple[IndexedShard, np.ndarray, list[tuple[str, ...]]]:
     """Return a shard's entry, its records, and the kinds that they number."""
     samples, damage = scan(shard)
     size, modified = _stamp(shard)
@@ -303,6 +320,10 @@ def _scan(shard: Path) -> tuple[IndexedShard, np.ndarray, list[tuple[str, ...]]]
             if names and sample.size < 1 << 32:
                 width, height = _image_size(file, sample)
                 caption = sample.members.get("txt", (0, 0))[1]
+                if sample_filter is not None and not sample_filter.takes(
+                    _values(file, sample, width, height, sample_filter.names)
+                ):
+                    names = (*names, LEFT_OUT)
                 kind = kinds.setdefault(names, len(kinds))
                 rows.append((sample.offset, sample.size, 0, width, height, caption, kind, 0))
     if samples and not rows:
@@ -334,6 +355,23 @@ def _image_size(file: BinaryIO, sample: ArchiveSample) -> tuple[int, int]:
         Exception
     ):  # on damaged content the libraries raise nearly anything; reading the sample will say it
         return 0, 0
+
+
+def _values(
+    file: BinaryIO, sample: ArchiveSample, width: int, height: int, wanted: set[str]
+) -> dict[str, object]:
+    """Return what a filter may ask of a sample: sizes, and the values of its JSON, which is read if it asks for others."""
+    sizes: dict[str, object] = {"caption_bytes": sample.members.get("txt", (0, 0))[1]}
+    if width and height:
+        sizes |= {"width": width, "height": height, "aspect_ratio": width / height}
+    if "json" not in sample.members or wanted <= sizes.keys():
+        return sizes
+    offset, size = sample.members["json"]
+    try:
+        described = json.loads(os.pread(file.fileno(), size, offset))
+    except (ValueError, RecursionError):  # reading the sample will say it, if it is taken
+        return sizes
+    return described | sizes if isinstance(described, dict) else sizes
 
 
 class _Window(io.RawIOBase):
@@ -410,11 +448,13 @@ class _mapping:  # noqa: N801  # a context
             self.pool.shutdown(cancel_futures=True)
 
 
-def index_paths(folder: Path) -> list[Path]:
+def index_paths(folder: Path, sample_filter: SampleFilter | None = None) -> list[Path]:
     """Return where the index of a folder may lie: with the shards, or in the user's cache."""
+    text = _text(sample_filter)
+    suffix = f"-{hashlib.sha256(text.encode()).hexdigest()[:16]}" if text else ""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    return [folder / INDEX, cache / "rmoe_megatron" / "index" / name]
+    return [folder / f"{INDEX}{suffix}", cache / "rmoe_megatron" / "index" / f"{name}{suffix}"]
 
 
 def _writable(paths: list[Path]) -> Path | None:
@@ -422,8 +462,8 @@ def _writable(paths: list[Path]) -> Path | None:
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with durable.writing(path.with_name(f"{path.name}.try")) as partial:
-                partial.touch()
+            with durable.writing(path.with_name(f"{path.name}.try")) as tried:
+                tried.touch()
         except OSError:
             continue
         path.with_name(f"{path.name}.try").unlink(missing_ok=True)
@@ -431,18 +471,18 @@ def _writable(paths: list[Path]) -> Path | None:
     return None
 
 
-def _read_if_there(folder: Path) -> Index | None:
+def _read_if_there(folder: Path, sample_filter: SampleFilter | None) -> Index | None:
     """Map the index of a folder; None if there is none, or one that is not what it says, which is told."""
-    for path in index_paths(folder):
+    for path in index_paths(folder, sample_filter):
         if path.is_file():
             try:
-                return read_index(path, folder)
+                return read_index(path, folder, sample_filter)
             except (OSError, ValueError) as error:
                 logger.warning("The index %s cannot be used (%s); it is made anew.", path, error)
     return None
 
 
-def read_index(path: Path, folder: Path) -> Index:
+def read_index(path: Path, folder: Path, sample_filter: SampleFilter | None = None) -> Index:
     """Map the file of an index into memory.
 
     Raises:
@@ -451,10 +491,10 @@ def read_index(path: Path, folder: Path) -> Index:
     """
     if path.stat().st_size == 0:
         raise ValueError("it is empty")
-    return _parse(np.memmap(path, np.uint8, "r"), folder)
+    return _parse(np.memmap(path, np.uint8, "r"), folder, sample_filter)
 
 
-def _parse(content: np.ndarray, folder: Path) -> Index:
+def _parse(content: np.ndarray, folder: Path, sample_filter: SampleFilter | None = None) -> Index:
     length = int.from_bytes(content[-8:].tobytes(), "little")
     end = len(content) - 8 - length
     if content[: len(_MAGIC)].tobytes() != _MAGIC or end < len(_MAGIC):
@@ -463,6 +503,8 @@ def _parse(content: np.ndarray, folder: Path) -> Index:
         description = _DESCRIPTION.validate_json(content[end:-8].tobytes(), strict=True)
     except ValidationError as error:
         raise ValueError("its description is damaged") from error
+    if description.filter != _text(sample_filter):
+        raise ValueError("it is of another filter")
     samples = sum(shard.samples for shard in description.shards)
     kinds, blocks = description.kinds, -(-samples // BLOCK)
     counts = len(_MAGIC) + samples * RECORD.itemsize

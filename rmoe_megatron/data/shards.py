@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import Dataset
 
 from rmoe_megatron.config.captions import CaptionSource
+from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import parse
 from rmoe_megatron.data.decoding import DECODERS, Square, decode_image
-from rmoe_megatron.data.index import IMAGES, LATENTS, MEMBERS, Selection, index_shards, open_index
+from rmoe_megatron.data.index import IMAGES, LATENTS, LEFT_OUT, MEMBERS, Selection, index_shards, open_index
 from rmoe_megatron.data.order import hashed
 from rmoe_megatron.errors import UserError
 
@@ -52,16 +53,24 @@ class ShardDataset(Dataset[Any]):
         folder: folder of .tar shards.
         extensions: the members to decode; samples that lack one are left out. None decodes all.
         shards: the shards of ``folder`` to use, which are scanned; None takes all, by the folder's index.
+        sample_filter: which samples to take; None takes all.
 
     Raises:
         UserError: the folder is missing or has no usable sample.
     """
 
     def __init__(
-        self, folder: Path, extensions: list[str] | None = None, shards: list[Path] | None = None
+        self,
+        folder: Path,
+        extensions: list[str] | None = None,
+        shards: list[Path] | None = None,
+        sample_filter: SampleFilter | None = None,
     ) -> None:
         self.folder = folder
-        self.index = open_index(folder) if shards is None else index_shards(folder, shards)
+        if shards is None:
+            self.index = open_index(folder, sample_filter)
+        else:
+            self.index = index_shards(folder, shards, sample_filter)
         self.square: Square | None = None  # of the images; None leaves them as they are
         self.skipped = 0
         self._descriptors: dict[int, int] = {}
@@ -89,16 +98,21 @@ class ShardDataset(Dataset[Any]):
         Raises:
             UserError: no sample is left.
         """
-        self.selection = Selection(self.index, is_usable)
+        passing = len(Selection(self.index, lambda members: LEFT_OUT not in members))
+        self.selection = Selection(self.index, lambda members: LEFT_OUT not in members and is_usable(members))
+        if not passing and len(self.index):
+            raise UserError(
+                f"data.filter takes none of the {len(self.index)} samples in {self.folder}; change it."
+            )
         if not len(self):
             raise UserError(
                 f"The shards in {self.folder} hold no samples with members {needed}; build the data again."
             )
-        if len(self) < len(self.index):
+        if len(self) < passing:
             logger.warning(
                 "%d of the %d samples in %s have no members %s; left out.",
-                len(self.index) - len(self),
-                len(self.index),
+                passing - len(self),
+                passing,
                 self.folder,
                 needed,
             )
@@ -241,12 +255,14 @@ class SampleFormat:
         square: of raw images; None leaves them as they are.
         captions: where they are in raw samples.
         seed: of the run, which the choice among several captions depends on.
+        filter: which raw samples to take; None takes all.
     """
 
     num_classes: int = 0
     square: Square | None = None
     captions: tuple[CaptionSource, ...] = (CaptionSource("txt"),)
     seed: int = 0
+    filter: SampleFilter | None = None
 
     def takes(self, members: set[str]) -> bool:
         """Whether a raw sample of these members has an image, and a class or a caption."""
@@ -313,9 +329,14 @@ class TrainingDataset(Dataset[Any]):
     """
 
     def __init__(self, folder: Path, sample_format: SampleFormat, shards: list[Path] | None = None) -> None:
-        self.samples = ShardDataset(folder, shards=shards)
+        self.samples = ShardDataset(folder, shards=shards, sample_filter=sample_format.filter)
         self.format = sample_format
         self.precomputed = LATENTS in self.samples.members(0)
+        if self.precomputed and sample_format.filter is not None:
+            raise UserError(
+                f"{folder} holds precomputed samples, which data.filter does not know the pictures of; set it for "
+                "`rmoe data precompute`, and null for training."
+            )
         if self.precomputed:
             text = list(PRECOMPUTED_TEXT.values())
             self.samples.restrict([LATENTS, *([CLASS_LABEL] if sample_format.num_classes else text)])

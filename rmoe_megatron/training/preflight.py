@@ -4,6 +4,7 @@ Megatron-Core is not imported: these checks also take place where a job is submi
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -15,6 +16,7 @@ from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import Device, Precision, RunConfig, Trainable
+from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.data.decoding import Square
 from rmoe_megatron.data.index import list_shards
@@ -150,7 +152,9 @@ def check_first_sample(config: RunConfig, folder: Path) -> None:
     Raises:
         UserError: it lacks a member, or is precomputed and has another shape.
     """
-    samples = TrainingDataset(folder, sample_format(config), shards=list_shards(folder)[:1])
+    # One shard may well have no sample that the filter takes.
+    taken = replace(sample_format(config), filter=None)
+    samples = TrainingDataset(folder, taken, shards=list_shards(folder)[:1])
     sample = samples.draw(0, 0)
     if samples.precomputed:
         shapes = {
@@ -171,6 +175,7 @@ def sample_format(config: RunConfig) -> SampleFormat:
         Square(side, config.data.upscale),
         parse_captions(config.data.captions),
         config.seed,
+        SampleFilter(config.data.filter) if config.data.filter is not None else None,
     )
 
 

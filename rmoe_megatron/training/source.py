@@ -16,7 +16,7 @@ from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, typed_batch
 from rmoe_megatron.data.index import open_index
 from rmoe_megatron.data.loader import BatchLayout, batches, find_draw
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.shards import TrainingDataset
+from rmoe_megatron.data.shards import SampleFormat, TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import build_condition_encoder
 from rmoe_megatron.training.bad_samples import BadSamples
@@ -26,11 +26,11 @@ from rmoe_megatron.training.preflight import check_shapes, sample_format
 FIRST_VALIDATION_DRAW = 1 << 40
 
 
-def _index_once(folders: list[Path]) -> None:
+def _index_once(formats: dict[Path, SampleFormat]) -> None:
     """Have rank 0 bring the indices of shard folders up to date before the other ranks open them."""
     if dist.get_rank() == 0:
-        for folder in folders:
-            open_index(folder)
+        for folder, taken in formats.items():
+            open_index(folder, taken.filter)
     dist.barrier()
 
 
@@ -47,11 +47,12 @@ class TrainingSource:
         self.waited = 0.0  # seconds in which training waited for the loader
         self.bad_samples = BadSamples(config.data, Path(config.run_dir), device)
         taken, validation = sample_format(config), config.data.validation
-        _index_once([Path(each) for each in (config.data.train, validation) if each is not None])
+        unfiltered = replace(taken, filter=None)
+        _index_once({Path(config.data.train): taken} | ({Path(validation): unfiltered} if validation else {}))
         self.train = TrainingDataset(Path(config.data.train), taken)
         # Of :meth:`locate`; it keeps the permutation of an epoch, whose samples are asked for one by one.
         self._order = GlobalOrder(len(self.train), config.data.shuffle, config.seed)
-        self.validation = TrainingDataset(Path(validation), taken) if validation else None
+        self.validation = TrainingDataset(Path(validation), unfiltered) if validation else None
         self.autoencoder = load_autoencoder(config.encoders.autoencoder, device)
         self.encoder = build_condition_encoder(
             config, device, precomputed=Path(config.data.train) if self.train.precomputed else None

@@ -1,6 +1,7 @@
 """The index of a folder: what it says of samples, how it is kept up to date, and that a billion samples cost nothing."""
 
 import io
+import json
 import logging
 import os
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data import index as index_module
 from rmoe_megatron.data.index import (
     BLOCK,
@@ -79,7 +81,11 @@ def test_only_shards_that_changed_are_scanned_again(tmp_path: Path, monkeypatch:
         write_pictures(tmp_path / f"{name}.tar", [(ord(name), 1), (ord(name), 2)])
     scanned: list[str] = []
     scan = index_module._scan
-    monkeypatch.setattr(index_module, "_scan", lambda shard: scanned.append(shard.name) or scan(shard))
+    monkeypatch.setattr(
+        index_module,
+        "_scan",
+        lambda shard, sample_filter: scanned.append(shard.name) or scan(shard, sample_filter),
+    )
     open_index(tmp_path)
     assert scanned == ["a.tar", "b.tar", "c.tar"]
     scanned.clear()
@@ -166,6 +172,59 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(
     with caplog.at_level(logging.WARNING):
         assert sizes(open_index(data)) == [(3, 5)]
     assert "cannot be written" in caplog.text
+
+
+def write_described(folder: Path) -> None:
+    described = [
+        {"aesthetic": 6.0}, {"aesthetic": 4.0}, {"aesthetic": "high"}, {}, {"aesthetic": 7.5, "width": 99999},
+    ]  # fmt: skip
+    for shard in range(3):
+        samples = [
+            {"jpg": picture(10 * (shard + 1), 10), "txt": b"x", "json": json.dumps(each).encode()}
+            for each in described
+        ]
+        write_shard(folder / f"{shard}.tar", [*samples, {"jpg": picture(90, 9), "txt": b"xyz"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("aesthetic > 5", [0, 4, 6, 10, 12, 16]),
+        ("width >= 20 and aesthetic > 5", [6, 10, 12, 16]),  # of the picture, whatever the JSON says
+        ("aspect_ratio > 5", [5, 11, 17]),
+        ("caption_bytes == 3 or aesthetic < 5", [1, 5, 7, 11, 13, 17]),
+    ],
+)
+def test_a_filter_leaves_samples_out(
+    tmp_path: Path, text: str, expected: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_described(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        dataset = ShardDataset(tmp_path, ["jpg", "txt"], sample_filter=SampleFilter(text))
+    places = [
+        6 * int(dataset.shard(index).stem) + int(dataset.locate(index).key) for index in range(len(dataset))
+    ]
+    assert places == expected
+    assert not caplog.records
+    assert len(ShardDataset(tmp_path)) == 18  # another index
+
+
+def test_every_filter_has_an_index_that_is_kept(tmp_path: Path) -> None:
+    write_described(tmp_path)
+    found = {}
+    for text in ("aesthetic > 5", "aesthetic > 7", None):
+        made = SampleFilter(text) if text else None
+        build_index(tmp_path, made, processes=2)
+        (path,) = [path for path in index_module.index_paths(tmp_path, made) if path.is_file()]
+        found[text] = path, path.stat().st_ino
+        open_index(tmp_path, made)
+        assert path.stat().st_ino == found[text][1]
+    assert len({path for path, _ in found.values()}) == 3
+    first, second = found["aesthetic > 5"][0], found["aesthetic > 7"][0]
+    first.write_bytes(second.read_bytes())  # an index of another filter is not taken for this one's
+    assert len(ShardDataset(tmp_path, sample_filter=SampleFilter("aesthetic > 5"))) == 6
+    with pytest.raises(UserError, match="takes none of the 18 samples"):
+        ShardDataset(tmp_path, sample_filter=SampleFilter("aesthetic > 8"))
 
 
 @given(
