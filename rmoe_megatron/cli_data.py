@@ -63,7 +63,7 @@ def check_command(
     """Decode every sample and say what there is: sizes, captions, damage, duplicates."""
     from rmoe_megatron.config.captions import parse_captions
     from rmoe_megatron.data.report import inspect_shards, lines, write_report
-    from rmoe_megatron.data.shards import SampleFormat
+    from rmoe_megatron.data.samples import SampleFormat
 
     sample_format = SampleFormat(captions=parse_captions(captions or ["txt"]))
     durable.require_empty(out, "The output")
@@ -83,7 +83,7 @@ def index_command(
 ) -> None:
     """Find the samples of all shards, once; shards that haven't changed since the last time are not read again."""
     from rmoe_megatron.config.sample_filter import SampleFilter
-    from rmoe_megatron.data.index import build_index, index_paths
+    from rmoe_megatron.data.indexing import build_index, index_paths
 
     parsed = SampleFilter(sample_filter) if sample_filter is not None else None
     index = build_index(folder, parsed, processes, Bar("index", "shard"))

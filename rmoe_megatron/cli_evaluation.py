@@ -44,7 +44,7 @@ def eval_shapes(
     """Score a model on the toy shapes set by GenEval's rules."""
     import numpy as np
 
-    from rmoe_megatron.data.index import list_shards
+    from rmoe_megatron.data.indexing import list_shards
     from rmoe_megatron.evaluation.shapes import evaluate_shapes
 
     check_guidance(guidance)

@@ -15,15 +15,9 @@ from torch import Tensor
 from rmoe_megatron import durable
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.index import LATENTS
+from rmoe_megatron.data.samples import CLASS_LABEL, TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat, image_of
 from rmoe_megatron.data.shard_writer import open_shard
-from rmoe_megatron.data.shards import (
-    CLASS_LABEL,
-    TEXT_HIDDEN_STATES,
-    TEXT_POOLED,
-    SampleFormat,
-    ShardDataset,
-    image_of,
-)
+from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT
 from rmoe_megatron.encoders.source import model_folder

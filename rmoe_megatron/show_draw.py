@@ -12,7 +12,8 @@ from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.data.loader import find_draw
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.shards import CLASS_LABEL, SampleLocation, ShardDataset, TrainingDataset
+from rmoe_megatron.data.samples import CLASS_LABEL, TrainingDataset
+from rmoe_megatron.data.shards import SampleLocation, ShardDataset
 from rmoe_megatron.encoders.autoencoder import decode_latents, load_autoencoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pictures import png

@@ -13,7 +13,8 @@ from rmoe_megatron.cli_options import parse_part
 from rmoe_megatron.config.model import DiffusionConfig, Objective
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.index import LATENTS
-from rmoe_megatron.data.shards import SampleFormat, ShardDataset
+from rmoe_megatron.data.samples import SampleFormat
+from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.precompute import encode_shard, precompute

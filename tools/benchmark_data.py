@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from rmoe_megatron.data.batch import typed_batch
 from rmoe_megatron.data.decoding import Square, decode_image
-from rmoe_megatron.data.index import LATENTS, list_shards, open_index
+from rmoe_megatron.data.index import LATENTS
+from rmoe_megatron.data.indexing import list_shards, open_index
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
+from rmoe_megatron.data.samples import TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat, TrainingDataset
 from rmoe_megatron.data.shard_writer import open_shard
-from rmoe_megatron.data.shards import TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat, TrainingDataset
 
 SHARDS, SAMPLES = 8, 256  # of each set, and in each shard
 BATCH = 32

@@ -93,7 +93,7 @@ class RawBatch:
 
 
 def typed_batch(collated: dict[str, Any]) -> Batch | RawBatch:
-    """Return a batch of what the loader yields for samples of a :class:`rmoe_megatron.data.shards.TrainingDataset`."""
+    """Return a batch of what the loader yields for samples of a :class:`rmoe_megatron.data.samples.TrainingDataset`."""
     draws, labels = collated["sample_index"], collated.get("class_labels")
     if "latents" not in collated:
         return RawBatch(collated["image"], collated.get("caption"), labels, draws)

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from rmoe_megatron import stop_signals
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.shards import BadSample, SampleLocation, TrainingDataset
+from rmoe_megatron.data.samples import BadSample, TrainingDataset
+from rmoe_megatron.data.shards import SampleLocation
 from rmoe_megatron.errors import UserError
 
 

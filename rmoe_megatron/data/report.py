@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 
 from rmoe_megatron import durable
 from rmoe_megatron.data.index import LATENTS
-from rmoe_megatron.data.shards import SampleFormat, ShardDataset, image_of
+from rmoe_megatron.data.samples import SampleFormat, image_of
+from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pictures import labelled_grid, png
 

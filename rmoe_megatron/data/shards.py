@@ -8,30 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
-from rmoe_megatron.config.captions import CaptionSource
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import parse
 from rmoe_megatron.data.decoding import DECODERS, Square, decode_image
-from rmoe_megatron.data.index import IMAGES, LATENTS, LEFT_OUT, MEMBERS, Selection, index_shards, open_index
-from rmoe_megatron.data.order import hashed
+from rmoe_megatron.data.index import IMAGES, LEFT_OUT, MEMBERS, Selection
+from rmoe_megatron.data.indexing import index_shards, open_index
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 256
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that cannot be used, why, and the draw that asked for it or for one before it."""
-
-    shard: str
-    key: str
-    reason: str
-    draw: int
 
 
 @dataclass(frozen=True)
@@ -239,158 +227,3 @@ class ShardDataset(Dataset[Any]):
                 raise ValueError(f"{extension} has shape {value.shape}, the first sample's {shape}")
             sample[extension] = value
         return sample
-
-
-TEXT_HIDDEN_STATES, TEXT_POOLED = "text_hidden_states.npy", "text_pooled.npy"
-PRECOMPUTED_TEXT = {"text_hidden_states": TEXT_HIDDEN_STATES, "text_pooled": TEXT_POOLED}
-CLASS_LABEL = "cls"
-
-
-@dataclass(frozen=True)
-class SampleFormat:
-    """What a model takes of samples.
-
-    Attributes:
-        num_classes: of a class-conditional model, 0 for text.
-        square: of raw images; None leaves them as they are.
-        captions: where they are in raw samples.
-        seed: of the run, which the choice among several captions depends on.
-        filter: which raw samples to take; None takes all.
-    """
-
-    num_classes: int = 0
-    square: Square | None = None
-    captions: tuple[CaptionSource, ...] = (CaptionSource("txt"),)
-    seed: int = 0
-    filter: SampleFilter | None = None
-
-    def takes(self, members: set[str]) -> bool:
-        """Whether a raw sample of these members has an image, and a class or a caption."""
-        if members.isdisjoint(IMAGES):
-            return False
-        if self.num_classes:
-            return CLASS_LABEL in members
-        return any(source.member in members for source in self.captions)
-
-    @property
-    def needed(self) -> str:
-        """Return in words which members a raw sample has to have."""
-        conditions = [CLASS_LABEL] if self.num_classes else [source.member for source in self.captions]
-        return f"{' or '.join(dict.fromkeys(conditions))}, {' or '.join(IMAGES)}"
-
-    def caption(self, sample: dict[str, Any], draw: int) -> str:
-        """Return one of a raw sample's captions, by their weights; another draw may give another.
-
-        Raises:
-            ValueError: it has none.
-        """
-        found = [
-            (text, source.weight)
-            for source in self.captions
-            if (text := _caption(sample, source)) is not None
-        ]
-        if not found:
-            raise ValueError("its JSON has no caption")
-        place = hashed(hashed(self.seed) ^ draw) / 2**64 * sum(weight for _, weight in found)
-        for text, weight in found:
-            place -= weight
-            if place < 0:
-                return text
-        return found[-1][0]
-
-
-def _caption(sample: dict[str, Any], source: CaptionSource) -> str | None:
-    value = sample.get(source.member)
-    if source.key is not None:
-        value = value.get(source.key) if isinstance(value, dict) else None
-    return value if isinstance(value, str) else None
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    """Return a stored array as a tensor: float16 as it is, which is half as much to hand from process to process."""
-    return torch.from_numpy(array.astype(np.float16 if array.dtype == np.float16 else np.float32))
-
-
-def image_of(sample: dict[str, Any]) -> np.ndarray:
-    """Return the image of a decoded raw sample, uint8 [3, H, W]."""
-    return next(sample[extension] for extension in IMAGES if extension in sample)
-
-
-class TrainingDataset(Dataset[Any]):
-    """Training samples of a shard folder, raw or precomputed; which one is read off the first sample.
-
-    Raw samples are ``{"image": uint8 [3, H, W], "caption": str}``; precomputed ones float16 tensors
-    (float32 if stored otherwise) ``latents`` [C, H, W], ``text_hidden_states`` [L, D] and ``text_pooled`` [P]. For a class-conditional model
-    ``class_labels``, an int, takes the place of caption and text.
-
-    Args:
-        sample_format: what the model takes.
-        shards: the shards of ``folder`` to use; None takes all.
-    """
-
-    def __init__(self, folder: Path, sample_format: SampleFormat, shards: list[Path] | None = None) -> None:
-        self.samples = ShardDataset(folder, shards=shards, sample_filter=sample_format.filter)
-        self.format = sample_format
-        self.precomputed = LATENTS in self.samples.members(0)
-        if self.precomputed and sample_format.filter is not None:
-            raise UserError(
-                f"{folder} holds precomputed samples, which data.filter does not know the pictures of; set it for "
-                "`rmoe data precompute`, and null for training."
-            )
-        if self.precomputed:
-            text = list(PRECOMPUTED_TEXT.values())
-            self.samples.restrict([LATENTS, *([CLASS_LABEL] if sample_format.num_classes else text)])
-        else:
-            self.samples.square = sample_format.square
-            self.samples.keep(sample_format.takes, sample_format.needed)
-            self.samples.wanted = {
-                *IMAGES,
-                CLASS_LABEL,
-                *(source.member for source in sample_format.captions),
-            }
-        self.samples.require_shapes_of_first()  # samples of a batch are stacked
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def draw(self, index: int, draw: int, bad: list[BadSample] | None = None) -> dict[str, Any]:
-        """Return the sample at ``index`` as the ``draw``-th draw of a run sees it.
-
-        Args:
-            bad: takes up what cannot be used; without it a warning is logged.
-
-        Raises:
-            UserError: no sample can be read, or its class is none of the model's.
-        """
-
-        def note(number: int, error: Exception) -> None:
-            assert bad is not None
-            shard, key = str(self.samples.shard(number)), self.samples.name(number)
-            bad.append(BadSample(shard, key, str(error), draw))
-
-        return self.samples.read(
-            index,
-            lambda sample: self._image(sample) | self._conditions(sample, draw),
-            note if bad is not None else None,
-        )
-
-    def _image(self, sample: dict[str, Any]) -> dict[str, Any]:
-        if self.precomputed:
-            return {"latents": _tensor(sample[LATENTS])}
-        return {"image": torch.from_numpy(image_of(sample))}
-
-    def _conditions(self, sample: dict[str, Any], draw: int) -> dict[str, Any]:
-        if self.format.num_classes:
-            return self._label(sample)
-        if not self.precomputed:
-            return {"caption": self.format.caption(sample, draw)}
-        return {name: _tensor(sample[member]) for name, member in PRECOMPUTED_TEXT.items()}
-
-    def _label(self, sample: dict[str, Any]) -> dict[str, Any]:
-        label, classes = sample[CLASS_LABEL], self.format.num_classes
-        if not 0 <= label < classes:
-            raise UserError(
-                f"Sample {sample['__key__']} of {self.samples.folder} has class {label}, but model.num_classes is "
-                f"{classes}."
-            )
-        return {"class_labels": label}

@@ -19,8 +19,8 @@ from rmoe_megatron.config.run import Device, Precision, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.data.decoding import Square
-from rmoe_megatron.data.index import list_shards
-from rmoe_megatron.data.shards import SampleFormat, TrainingDataset
+from rmoe_megatron.data.indexing import list_shards
+from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.encoders.source import present_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.checks import check_model

@@ -13,10 +13,10 @@ from torch.utils.data import default_collate
 
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, typed_batch
-from rmoe_megatron.data.index import open_index
+from rmoe_megatron.data.indexing import open_index
 from rmoe_megatron.data.loader import BatchLayout, batches, find_draw
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.shards import SampleFormat, TrainingDataset
+from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import build_condition_encoder
 from rmoe_megatron.training.bad_samples import BadSamples

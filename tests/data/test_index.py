@@ -17,6 +17,7 @@ from PIL import Image
 
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data import index as index_module
+from rmoe_megatron.data import indexing
 from rmoe_megatron.data.index import (
     BLOCK,
     INDEX,
@@ -26,10 +27,8 @@ from rmoe_megatron.data.index import (
     IndexedShard,
     IndexWriter,
     Selection,
-    build_index,
-    index_shards,
-    open_index,
 )
+from rmoe_megatron.data.indexing import build_index, index_shards, open_index
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
 from tests.support.runs import array, write_shard
@@ -80,9 +79,9 @@ def test_only_shards_that_changed_are_scanned_again(tmp_path: Path, monkeypatch:
     for name in "abc":
         write_pictures(tmp_path / f"{name}.tar", [(ord(name), 1), (ord(name), 2)])
     scanned: list[str] = []
-    scan = index_module._scan
+    scan = indexing._scan
     monkeypatch.setattr(
-        index_module,
+        indexing,
         "_scan",
         lambda shard, sample_filter: scanned.append(shard.name) or scan(shard, sample_filter),
     )
@@ -154,14 +153,14 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = tmp_path / "data"
     write_pictures(data / "a.tar", [(3, 5)])
-    writing = index_module.durable.writing
+    writing = indexing.durable.writing
 
     def refuse(path: Path):  # type: ignore[no-untyped-def]  # root may write everywhere
         if data in path.parents or (tmp_path / "full") in path.parents:
             raise OSError(30, "Read-only file system")
         return writing(path)
 
-    monkeypatch.setattr(index_module.durable, "writing", refuse)
+    monkeypatch.setattr(indexing.durable, "writing", refuse)
     open_index(data)
     assert [path.name for path in data.iterdir()] == ["a.tar"]
     (path,) = (tmp_path / "cache" / "rmoe_megatron" / "index").iterdir()
@@ -215,7 +214,7 @@ def test_every_filter_has_an_index_that_is_kept(tmp_path: Path) -> None:
     for text in ("aesthetic > 5", "aesthetic > 7", None):
         made = SampleFilter(text) if text else None
         build_index(tmp_path, made, processes=2)
-        (path,) = [path for path in index_module.index_paths(tmp_path, made) if path.is_file()]
+        (path,) = [path for path in indexing.index_paths(tmp_path, made) if path.is_file()]
         found[text] = path, path.stat().st_ino
         open_index(tmp_path, made)
         assert path.stat().st_ino == found[text][1]
@@ -241,7 +240,7 @@ def test_a_selection_is_the_list_of_what_is_wanted(kinds: list[int], wanted: set
         records["kind"] = kinds
         writer.add(IndexedShard("a.tar", 1, 1, len(kinds), ""), records, [("a",), ("b",), ("c",)])
         writer.finish()
-        index = index_module._parse(np.frombuffer(content.getbuffer(), np.uint8), Path("folder"))
+        index = index_module.parse_index(np.frombuffer(content.getbuffer(), np.uint8), Path("folder"))
         names = {"abc"[number] for number in wanted}
         selection = Selection(index, lambda members: members <= names)
         expected = [place for place, kind in enumerate(kinds) if kind in wanted]

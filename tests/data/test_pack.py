@@ -14,7 +14,8 @@ from pyarrow import parquet
 
 from rmoe_megatron.data.decoding import Square
 from rmoe_megatron.data.pack import LEFT_OUT, Columns, pack
-from rmoe_megatron.data.shards import SampleFormat, ShardDataset, TrainingDataset
+from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
+from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
 from tests.support.commands import rmoe
 from tests.support.configurations import MODEL

@@ -9,7 +9,7 @@ from PIL import Image
 
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.data.report import inspect_shards, lines, write_report
-from rmoe_megatron.data.shards import SampleFormat
+from rmoe_megatron.data.samples import SampleFormat
 from rmoe_megatron.errors import UserError
 from tests.data.test_index import picture
 from tests.support.commands import rmoe

@@ -1,0 +1,310 @@
+"""Makes the index of a folder of shards, and keeps it up to date: what has not changed is not read again."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from rmoe_megatron import durable
+from rmoe_megatron.config.sample_filter import SampleFilter
+from rmoe_megatron.data.archive import ArchiveSample, scan
+from rmoe_megatron.data.index import (
+    IMAGES,
+    INDEX,
+    LATENTS,
+    LEFT_OUT,
+    MEMBERS,
+    RECORD,
+    Index,
+    IndexedShard,
+    IndexWriter,
+    filter_text,
+    parse_index,
+    read_index,
+)
+from rmoe_megatron.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """Return the tar shards of a folder by name.
+
+    Raises:
+        UserError: the folder is missing or has no shards.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no shard folder {folder}; point the data setting at a folder of .tar shards."
+        )
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise UserError(f"The folder {folder} has no .tar shards; build or download the data first.")
+    return shards
+
+
+def index_shards(folder: Path, shards: list[Path], sample_filter: SampleFilter | None = None) -> Index:
+    """Scan some shards of a folder; nothing is written.
+
+    Args:
+        sample_filter: samples that it does not take get :data:`LEFT_OUT` among the members of their kind.
+
+    Raises:
+        UserError: a shard cannot be read.
+    """
+    content = io.BytesIO()
+    writer = IndexWriter(content, sample_filter)
+    for shard in shards:
+        writer.add(*_scan(shard, sample_filter))
+        _warn_of_damage(folder, writer.shards[-1])
+    writer.finish()
+    return parse_index(np.frombuffer(content.getbuffer(), np.uint8), folder, sample_filter)
+
+
+def open_index(folder: Path, sample_filter: SampleFilter | None = None) -> Index:
+    """Map the index of a folder, which is made or brought up to date first; every filter has an index of its own.
+
+    Raises:
+        UserError: the folder is missing or has no shards, or one cannot be read.
+    """
+    shards = list_shards(folder)
+    index = _read_if_there(folder, sample_filter)
+    if index is not None and _is_current(index, shards):
+        for shard in index.shards:
+            _warn_of_damage(folder, shard)
+        return index
+    return build_index(folder, sample_filter)
+
+
+def build_index(
+    folder: Path,
+    sample_filter: SampleFilter | None = None,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Index:
+    """Make the index of a folder, or bring it up to date: shards that are as they were are not read.
+
+    Args:
+        processes: that scan shards at the same time.
+        progress: called with (shards done, shards in total).
+
+    Raises:
+        UserError: the folder is missing or has no shards, or one cannot be read.
+    """
+    shards, old = list_shards(folder), _read_if_there(folder, sample_filter)
+    path = _writable(index_paths(folder, sample_filter))
+    if path is None:
+        logger.warning("The index of %s cannot be written; every start scans the shards.", folder)
+        return index_shards(folder, shards, sample_filter)
+    with durable.writing(path) as unfinished, unfinished.open("wb") as file:
+        writer = IndexWriter(file, sample_filter)
+        for done, _ in enumerate(_scanned(shards, old, processes, writer)):
+            _warn_of_damage(folder, writer.shards[-1])
+            if progress is not None:
+                progress(done + 1, len(shards))
+        writer.finish()
+    return read_index(path, folder, sample_filter)
+
+
+def _scanned(shards: list[Path], old: Index | None, processes: int, writer: "IndexWriter") -> Iterator[None]:
+    """Add the shards to ``writer``, one a step: those that are as in ``old`` from there."""
+    known = {} if old is None else _known(old)
+    stamps = {shard: _stamp(shard) for shard in shards}
+    is_known = {shard: known.get(shard.name, (None,))[0] == stamps[shard] for shard in shards}
+    with _mapping(processes) as each:
+        scan_one = partial(_scan, sample_filter=writer.filter)
+        scanned = each(scan_one, [shard for shard in shards if not is_known[shard]])
+        for shard in shards:
+            if old is not None and is_known[shard]:
+                _, first, entry = known[shard.name]
+                kinds = [tuple(kind.members) for kind in old.kinds]
+                writer.add(entry, old.records[first : first + entry.samples].copy(), kinds)
+            else:
+                writer.add(*next(scanned))
+            yield
+
+
+def _scan(
+    shard: Path, sample_filter: SampleFilter | None
+) -> tuple[IndexedShard, np.ndarray, list[tuple[str, ...]]]:
+    """Return a shard's entry, its records, and the kinds that they number."""
+    samples, damage = scan(shard)
+    size, modified = _stamp(shard)
+    kinds: dict[tuple[str, ...], int] = {}
+    rows = []
+    with shard.open("rb", buffering=0) as file:
+        for sample in samples:
+            names = tuple(name for name in sample.members if name.rsplit(".", 1)[-1] in MEMBERS)
+            if names and sample.size < 1 << 32:
+                width, height = _image_size(file, sample)
+                caption = sample.members.get("txt", (0, 0))[1]
+                if sample_filter is not None and not sample_filter.takes(
+                    _values(file, sample, width, height, sample_filter.names)
+                ):
+                    names = (*names, LEFT_OUT)
+                kind = kinds.setdefault(names, len(kinds))
+                rows.append((sample.offset, sample.size, 0, width, height, caption, kind, 0))
+    if samples and not rows:
+        damage = "; ".join(filter(None, [damage, "it holds no samples"]))
+    return (
+        IndexedShard(shard.name, size, modified, len(rows), damage),
+        np.array(rows, dtype=RECORD),
+        list(kinds),
+    )
+
+
+def _image_size(file: BinaryIO, sample: ArchiveSample) -> tuple[int, int]:
+    """Return width and height of a sample's latents or image as its header says, (0, 0) if it cannot be read."""
+    name = next((name for name in (LATENTS, *IMAGES) if name in sample.members), None)
+    if name is None:
+        return 0, 0
+    offset, size = sample.members[name]
+    try:
+        content = io.BufferedReader(_Window(file.fileno(), offset, size), 1 << 13)
+        if name == LATENTS:
+            if np.lib.format.read_magic(content) != (1, 0):
+                return 0, 0
+            height, width = np.lib.format.read_array_header_1_0(content)[0][-2:]
+        else:
+            with Image.open(content, formats=("PNG", "JPEG", "WEBP")) as image:
+                width, height = image.size
+        return (width, height) if min(width, height) >= 0 and max(width, height) < 1 << 32 else (0, 0)
+    except (
+        Exception
+    ):  # on damaged content the libraries raise nearly anything; reading the sample will say it
+        return 0, 0
+
+
+def _values(
+    file: BinaryIO, sample: ArchiveSample, width: int, height: int, wanted: set[str]
+) -> dict[str, object]:
+    """Return what a filter may ask of a sample: sizes, and the values of its JSON, which is read if it asks for others."""
+    sizes: dict[str, object] = {"caption_bytes": sample.members.get("txt", (0, 0))[1]}
+    if width and height:
+        sizes |= {"width": width, "height": height, "aspect_ratio": width / height}
+    if "json" not in sample.members or wanted <= sizes.keys():
+        return sizes
+    offset, size = sample.members["json"]
+    try:
+        described = json.loads(os.pread(file.fileno(), size, offset))
+    except (ValueError, RecursionError):  # reading the sample will say it, if it is taken
+        return sizes
+    return described | sizes if isinstance(described, dict) else sizes
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, read as if it were a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+        self.descriptor, self.offset, self.size, self.position = descriptor, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        self.position = max(base + offset, 0)
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = max(min(len(buffer), self.size - self.position), 0)
+        content = os.pread(self.descriptor, count, self.offset + self.position)
+        buffer[: len(content)] = content
+        self.position += len(content)
+        return len(content)
+
+
+def _stamp(shard: Path) -> tuple[int, int]:
+    """Return what tells that a shard has changed: bytes, and nanoseconds since 1970."""
+    try:
+        found = shard.stat()
+    except OSError as error:
+        raise UserError(
+            f"The shard {shard} cannot be read ({error.strerror}); remove or replace it."
+        ) from error
+    return found.st_size, found.st_mtime_ns
+
+
+def _is_current(index: Index, shards: list[Path]) -> bool:
+    entries = [(shard.name, (shard.size, shard.modified)) for shard in index.shards]
+    return entries == [(shard.name, _stamp(shard)) for shard in shards]
+
+
+def _known(index: Index) -> dict[str, tuple[tuple[int, int], int, IndexedShard]]:
+    """Return for every shard its stamp, its first record and its entry."""
+    firsts = np.cumsum([0, *(shard.samples for shard in index.shards)]).tolist()
+    return {
+        shard.name: ((shard.size, shard.modified), first, shard)
+        for shard, first in zip(index.shards, firsts, strict=False)
+    }
+
+
+def _warn_of_damage(folder: Path, shard: IndexedShard) -> None:
+    if shard.damage:
+        logger.warning(
+            "Shard %s is damaged (%s); the %d samples found are used.",
+            folder / shard.name,
+            shard.damage,
+            shard.samples,
+        )
+
+
+class _mapping:  # noqa: N801  # a context
+    """Maps a function over shards, in order: in this process or in several."""
+
+    def __init__(self, processes: int) -> None:
+        self.pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes > 1 else None
+
+    def __enter__(self) -> Callable[..., Iterator[tuple[IndexedShard, np.ndarray, list[tuple[str, ...]]]]]:
+        return map if self.pool is None else self.pool.map
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def index_paths(folder: Path, sample_filter: SampleFilter | None = None) -> list[Path]:
+    """Return where the index of a folder may lie: with the shards, or in the user's cache."""
+    text = filter_text(sample_filter)
+    suffix = f"-{hashlib.sha256(text.encode()).hexdigest()[:16]}" if text else ""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    return [folder / f"{INDEX}{suffix}", cache / "rmoe_megatron" / "index" / f"{name}{suffix}"]
+
+
+def _writable(paths: list[Path]) -> Path | None:
+    """Return the first of some paths where a file can be written."""
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with durable.writing(path.with_name(f"{path.name}.try")) as tried:
+                tried.touch()
+        except OSError:
+            continue
+        path.with_name(f"{path.name}.try").unlink(missing_ok=True)
+        return path
+    return None
+
+
+def _read_if_there(folder: Path, sample_filter: SampleFilter | None) -> Index | None:
+    """Map the index of a folder; None if there is none, or one that is not what it says, which is told."""
+    for path in index_paths(folder, sample_filter):
+        if path.is_file():
+            try:
+                return read_index(path, folder, sample_filter)
+            except (OSError, ValueError) as error:
+                logger.warning("The index %s cannot be used (%s); it is made anew.", path, error)
+    return None
