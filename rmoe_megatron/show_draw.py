@@ -10,7 +10,6 @@ from PIL import Image
 from rmoe_megatron import durable
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.data.loader import find_draw
 from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.samples import CLASS_LABEL, TrainingDataset
 from rmoe_megatron.data.shards import SampleLocation, ShardDataset
@@ -50,7 +49,8 @@ def show_draw(run_dir: Path, draw: int, overrides: list[str], out: Path | None =
     durable.check_writable(out.parent, "The folder of the picture")
     dataset = TrainingDataset(Path(config.data.train), sample_format(config))
     order = GlobalOrder(len(dataset), config.data.shuffle, config.seed)
-    index, location = find_draw(dataset, order, draw)
+    index = order[draw]
+    location = dataset.samples.locate(index)
     if dataset.samples[index]["__key__"] != location.key:
         raise UserError(
             f"The sample {location.key} of {location.shard} cannot be read (the log says why); training takes the next "

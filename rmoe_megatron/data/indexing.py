@@ -36,6 +36,8 @@ from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+ORIENTATION = 0x0112  # of EXIF
+
 
 def list_shards(folder: Path) -> list[Path]:
     """Return the tar shards of a folder by name.
@@ -178,6 +180,8 @@ def _image_size(file: BinaryIO, sample: ArchiveSample) -> tuple[int, int]:
         else:
             with Image.open(content, formats=("PNG", "JPEG", "WEBP")) as image:
                 width, height = image.size
+                if image.format == "JPEG" and image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
+                    width, height = height, width  # a camera on its side
         return (width, height) if min(width, height) >= 0 and max(width, height) < 1 << 32 else (0, 0)
     except (
         Exception

@@ -11,14 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from rmoe_megatron import stop_signals
 from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.samples import BadSample, TrainingDataset
-from rmoe_megatron.data.shards import SampleLocation
 from rmoe_megatron.errors import UserError
-
-
-def find_draw(dataset: TrainingDataset, order: GlobalOrder, draw: int) -> tuple[int, SampleLocation]:
-    """Return the index of a training draw's sample, and where it lies."""
-    index = order[draw]
-    return index, dataset.samples.locate(index)
 
 
 @dataclass(frozen=True)

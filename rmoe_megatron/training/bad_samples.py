@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rmoe_megatron.config.run import BadSamplesPolicy, DataConfig
+from rmoe_megatron.data.samples import BadSample
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,7 @@ class BadSamples:
                 f"Sample {first.key} of {first.shard} cannot be used ({first.reason}); remove it, or set data.bad_samples=skip "
                 "to have the next one take its place."
             )
-        logger.warning(
-            "Sample %s of %s cannot be used (%s); the next one takes its place (%d so far on this rank).",
-            first.key, first.shard, first.reason, self.bad,
-        )  # fmt: skip
+        warn(found)
 
     def check(self) -> dict[str, float]:
         """Return what is logged of the bad samples of all ranks, nothing if there are none. Every rank takes part.
@@ -77,6 +75,17 @@ class BadSamples:
                 f"({self.config.max_bad_fraction}) allows; {self.path} names them."
             )
         return {"bad_samples": bad} if bad else {}
+
+
+def warn(found: list[BadSample]) -> None:
+    """Warn of the samples of a micro-batch that could not be used."""
+    for each in found:
+        logger.warning(
+            "Sample %s of %s cannot be used (%s); the next one takes its place.",
+            each.key,
+            each.shard,
+            each.reason,
+        )
 
 
 def _reports() -> bool:

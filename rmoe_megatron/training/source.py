@@ -14,12 +14,12 @@ from torch.utils.data import default_collate
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, typed_batch
 from rmoe_megatron.data.indexing import open_index
-from rmoe_megatron.data.loader import BatchLayout, batches, find_draw
+from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import build_condition_encoder
-from rmoe_megatron.training.bad_samples import BadSamples
+from rmoe_megatron.training.bad_samples import BadSamples, warn
 from rmoe_megatron.training.preflight import check_shapes, sample_format
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
@@ -50,7 +50,6 @@ class TrainingSource:
         unfiltered = replace(taken, filter=None)
         _index_once({Path(config.data.train): taken} | ({Path(validation): unfiltered} if validation else {}))
         self.train = TrainingDataset(Path(config.data.train), taken)
-        # Of :meth:`locate`; it keeps the permutation of an epoch, whose samples are asked for one by one.
         self._order = GlobalOrder(len(self.train), config.data.shuffle, config.seed)
         self.validation = TrainingDataset(Path(validation), unfiltered) if validation else None
         self.autoencoder = load_autoencoder(config.encoders.autoencoder, device)
@@ -75,6 +74,10 @@ class TrainingSource:
         )
         return map(self._noted, self._timed(loader))
 
+    def _told(self, collated: dict[str, Any]) -> Batch:
+        warn(collated["bad_samples"])
+        return self._embed(collated)
+
     def _timed(self, loader: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Hand on what is loaded, and add the time that it takes to come to ``waited``."""
         while True:
@@ -92,8 +95,8 @@ class TrainingSource:
 
     def locate(self, draw: int) -> dict[str, str]:
         """Return the ``shard`` and ``key`` of a training draw's sample."""
-        _, location = find_draw(self.train, self._order, draw)
-        return {"shard": str(location.shard), "key": location.key}
+        index, samples = self._order[draw], self.train.samples
+        return {"shard": str(samples.shard(index)), "key": samples.name(index)}
 
     def validation_batches(self) -> tuple[Iterator[Batch], int]:
         """Return the validation micro-batches of this rank and their number; they are the same every time."""
@@ -106,7 +109,7 @@ class TrainingSource:
         micro_batches = (
             steps * layout.global_batch_size // (layout.micro_batch_size * layout.data_parallel_size)
         )
-        return map(self._with_validation_noise, map(self._embed, loader)), micro_batches
+        return map(self._with_validation_noise, map(self._told, loader)), micro_batches
 
     def encode_prompts(self, captions: list[str]) -> Prompts:
         """Encode captions or class labels for the sample grid."""

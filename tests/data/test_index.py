@@ -69,6 +69,15 @@ def test_it_says_where_samples_are_and_how_large(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_sizes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 8
+    Image.new("RGB", (30, 10)).save(buffer, format="jpeg", exif=exif)
+    write_shard(tmp_path / "a.tar", [{"jpg": buffer.getvalue()}])
+    assert sizes(open_index(tmp_path)) == [(10, 30)]
+    assert ShardDataset(tmp_path)[0]["jpg"].shape == (3, 30, 10)
+
+
 def test_upper_case_extensions_are_those_in_lower_case(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [{"JPG": picture(3, 5), "Txt": b"x"}])
     assert sizes(open_index(tmp_path)) == [(3, 5)]

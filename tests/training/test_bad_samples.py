@@ -62,6 +62,19 @@ def test_each_is_named_and_replaced_alike_in_every_layout(tmp_path: Path, config
     assert found[2] == pytest.approx(found[0], rel=1e-4)
 
 
+def test_those_of_the_validation_are_told(tmp_path: Path, config: Path) -> None:
+    cut(tmp_path / "data" / "val" / "val-000000.tar", 2)
+    settings = [
+        "training.sample_prompts=[]",
+        "training.steps=1",
+        "optimizer.warmup_steps=0",
+        "data.max_bad_fraction=0",
+    ]
+    code, errors = rmoe("train", str(config), *settings)
+    assert code == 0, errors
+    assert f"Sample 000002 of {tmp_path}/data/val/val-000000.tar cannot be used" in errors
+
+
 def test_the_first_ends_a_run_that_asks_for_it(tmp_path: Path, config: Path) -> None:
     code, errors = rmoe("train", str(config), *SHORT, "data.bad_samples=stop", "data.num_workers=1")
     assert code == 2, errors
