@@ -46,6 +46,19 @@ def test_the_middle_is_taken(file_format: str, width: int, height: int) -> None:
         assert np.abs(profile - expected).max() < 8
 
 
+@pytest.mark.parametrize(("width", "height"), [(300, 400), (512, 400), (1024, 768), (2000, 300), (130, 129)])
+def test_a_large_jpeg_is_what_its_pixels_are_resized_to(width: int, height: int) -> None:
+    """Whatever libjpeg does at a lower resolution is within a few steps of 255 of decoding all and resizing."""
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    content = encoded(picture, "jpeg", quality=95)
+    found = decode_image(content, Square(64)).astype(int)
+    whole = encoded(Image.open(io.BytesIO(content)), "png")
+    difference = np.abs(found - decode_image(whole, Square(64)).astype(int))
+    assert difference.mean() < 2
+    assert difference.max() < 16
+
+
 def test_small_pictures_are_enlarged_if_asked_alone() -> None:
     content = encoded(gradient(20, 40), "png")
     with pytest.raises(ValueError, match="20 x 40 pixels, smaller than the model's 32 x 32"):
