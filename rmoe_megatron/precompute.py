@@ -152,28 +152,32 @@ def _publish(unfinished: Path, out: Path, names: list[Path]) -> bool:
 
 
 class CaptionCache:
-    """Encodes captions in batches of similar length and keeps the latest ones: toy captions repeat."""
+    """Encodes captions and keeps the latest ones, whose order is that of their encoding: toy captions repeat.
 
-    CAPACITY = 20_000
+    Args:
+        max_bytes: of what is kept beside the captions asked for last; T5's states of one caption take megabytes.
+    """
 
-    def __init__(self, text_encoder: CaptionEncoder) -> None:
-        self.text_encoder = text_encoder
+    def __init__(self, text_encoder: CaptionEncoder, max_bytes: int = 1 << 30) -> None:
+        self.text_encoder, self.max_bytes = text_encoder, max_bytes
         self.encoded: dict[str, tuple[Tensor, Tensor]] = {}
+        self.bytes = 0
 
     def add(self, captions: set[str]) -> None:
-        """Make sure that ``captions`` are encoded."""
-        if len(self.encoded) > self.CAPACITY:
-            self.encoded.clear()
+        """Make sure that ``captions``, of one batch, are encoded."""
         new = sorted(captions - self.encoded.keys(), key=lambda caption: (len(caption), caption))
-        for start in range(0, len(new), BATCH):
-            batch = new[start : start + BATCH]
-            text = encode_captions(self.text_encoder, batch)
+        if not new:
+            return
+        text = encode_captions(self.text_encoder, new)
+        rows = zip(text.hidden_states.half().cpu(), text.pooled.half().cpu(), strict=True)
+        for caption, (states, pooled) in zip(new, rows, strict=True):
             # Copies: a view would keep the whole batch alive.
-            rows = zip(text.hidden_states.half(), text.pooled.half(), strict=True)
-            self.encoded |= {
-                caption: (states.clone(), pooled.clone())
-                for caption, (states, pooled) in zip(batch, rows, strict=True)
-            }
+            self.encoded[caption] = states.clone(), pooled.clone()
+            self.bytes += states.nbytes + pooled.nbytes
+        for caption in [each for each in self.encoded if each not in captions]:
+            if self.bytes <= self.max_bytes:
+                break
+            self.bytes -= sum(tensor.nbytes for tensor in self.encoded.pop(caption))
 
 
 def encode_shard(
@@ -197,8 +201,6 @@ def encode_shard(
             lambda sample: sample | ({"txt": sample_format.caption(sample, index)} if with_caption else {}),
         )
 
-    if captions is not None:
-        captions.add({read(index)["txt"] for index in range(len(samples))})
     with open_shard(target) as write:
         for start in range(0, len(samples), BATCH):
             batch = range(start, min(start + BATCH, len(samples)))
@@ -207,12 +209,14 @@ def encode_shard(
             batch_samples = [sample for key, sample in own if sample["__key__"] == key]
             if not batch_samples:
                 continue
+            if captions is not None:
+                captions.add({sample["txt"] for sample in batch_samples})
             images = torch.from_numpy(np.stack([image_of(sample) for sample in batch_samples]))
             for sample, latents in zip(batch_samples, encode_images(autoencoder, images), strict=True):
                 members = {LATENTS: latents.cpu()}
                 if captions is not None:
                     hidden_states, pooled = captions.encoded[sample["txt"]]
-                    members |= {TEXT_HIDDEN_STATES: hidden_states.cpu(), TEXT_POOLED: pooled.cpu()}
+                    members |= {TEXT_HIDDEN_STATES: hidden_states, TEXT_POOLED: pooled}
                 kept = {name: sample[name] for name in ("txt", "json", CLASS_LABEL) if name in sample}
                 write(sample["__key__"], members | kept)
 

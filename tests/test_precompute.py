@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 
 from rmoe_megatron.cli_options import parse_part
 from rmoe_megatron.config.model import DiffusionConfig, Objective
@@ -15,9 +17,11 @@ from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.index import LATENTS
 from rmoe_megatron.data.samples import SampleFormat
 from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.encoders.autoencoder import encode_images
+from rmoe_megatron.encoders.text import TextEmbeddings
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
-from rmoe_megatron.precompute import encode_shard, precompute
+from rmoe_megatron.precompute import CaptionCache, encode_shard, precompute
 from tests.data.test_shards import picture, png
 from tests.support.configurations import tiny_config
 from tests.support.ranks import DIT
@@ -147,3 +151,56 @@ def test_what_a_killed_attempt_finished_is_kept(tmp_path: Path, monkeypatch: pyt
 def test_a_part_that_is_none(part: str) -> None:
     with pytest.raises(UserError, match="--part"):
         parse_part(part)
+
+
+class CountingEncoder:
+    """A text encoder whose embedding of a caption is its length, and that remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def encode(self, captions: list[str]) -> TextEmbeddings:
+        self.asked.append(captions)
+        lengths = torch.tensor([float(len(caption)) for caption in captions])
+        return TextEmbeddings(lengths[:, None, None].expand(-1, 4, 8), lengths[:, None].expand(-1, 8))
+
+
+def test_the_caption_cache_keeps_the_latest_within_its_bytes() -> None:
+    encoder = CountingEncoder()
+    one = 2 * (4 * 8 + 8)  # bytes of a caption
+    cache = CaptionCache(encoder, max_bytes=3 * one)
+    cache.add({"a", "bb"})
+    cache.add({"a", "ccc"})
+    assert encoder.asked == [["a", "bb"], ["ccc"]]
+    assert cache.bytes == 3 * one
+    cache.add({"dddd", "bb"})
+    assert list(cache.encoded) == ["bb", "ccc", "dddd"]  # the oldest that is not asked for has gone
+    assert cache.bytes == 3 * one
+    many = {"e" * length for length in range(5, 12)}
+    cache.add(many)  # a batch is kept whole, and nothing beside it
+    assert set(cache.encoded) == many
+    cache.add({"a"})
+    assert encoder.asked[-1] == ["a"]
+    assert len(cache.encoded) == 3
+    states, pooled = cache.encoded["a"]
+    assert (states == 1).all()
+    assert (pooled == 1).all()
+    assert states.untyped_storage().nbytes() == 2 * 4 * 8
+
+
+def test_an_autoencoder_sees_few_large_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ).eval()  # fmt: skip
+    images = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8)
+    whole = encode_images(autoencoder, images)
+    seen: list[int] = []
+    encode = AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
+    monkeypatch.setattr("rmoe_megatron.encoders.autoencoder.PIXELS_AT_ONCE", 3 * 16 * 16)
+    assert torch.allclose(encode_images(autoencoder, images), whole, atol=1e-5)
+    monkeypatch.setattr("rmoe_megatron.encoders.autoencoder.PIXELS_AT_ONCE", 1)
+    assert torch.allclose(encode_images(autoencoder, images), whole, atol=1e-5)
+    assert seen == [3, 3, 1, *[1] * 7]

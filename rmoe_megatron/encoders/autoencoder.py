@@ -9,6 +9,10 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.pretrained.loading import load_autoencoder_folder
 
+# Of the images that an autoencoder sees at once: four of 1024 x 1024. Stable Diffusion's widest layer has 128 channels of the image's
+# size, half a gigabyte an image in float32, and several of them live at a time.
+PIXELS_AT_ONCE = 1 << 22
+
 type Autoencoder = PixelCodec | AutoencoderKL
 
 
@@ -32,8 +36,12 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
 @torch.no_grad()
 def encode_images(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """Encode uint8 images [B, 3, H, W] to latents float32, shifted and scaled as the autoencoder's config says."""
-    pixels = images.to(autoencoder.device, autoencoder.dtype) / 127.5 - 1
-    latents = autoencoder.encode(pixels).latent_dist.mode()
+    at_once = max(PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]), 1)
+    encoded = []
+    for part in images.split(at_once):
+        pixels = part.to(autoencoder.device, autoencoder.dtype) / 127.5 - 1
+        encoded.append(autoencoder.encode(pixels).latent_dist.mode())
+    latents = torch.cat(encoded)
     return ((latents - shift_factor(autoencoder)) * autoencoder.config.scaling_factor).float()
 
 
