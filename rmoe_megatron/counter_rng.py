@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     timestep = 2
     guidance_dropout = 3
     gumbel = 4
+    caption = 5
 
 
 def _signed(value: int) -> int:

@@ -193,20 +193,19 @@ def encode_shard(
     samples.keep(sample_format.takes, sample_format.needed)
     samples.require_shapes_of_first()
 
-    def read(index: int) -> dict[str, Any]:
+    def usable(index: int) -> dict[str, Any] | None:
         """Return a sample with its caption as ``txt``; of several one, by the place in the shard."""
-        with_caption = captions is not None
-        return samples.read(
-            index,
-            lambda sample: sample | ({"txt": sample_format.caption(sample, index)} if with_caption else {}),
-        )
+        try:
+            sample = samples.decoded(index)
+            return sample | ({"txt": sample_format.caption(sample, index)} if captions is not None else {})
+        except (OSError, ValueError) as error:
+            samples.warn(index, error)
+            return None
 
     with open_shard(target) as write:
         for start in range(0, len(samples), BATCH):
             batch = range(start, min(start + BATCH, len(samples)))
-            own = [(samples.locate(index).key, read(index)) for index in batch]
-            # What cannot be read has its place taken by another sample, which has its own turn.
-            batch_samples = [sample for key, sample in own if sample["__key__"] == key]
+            batch_samples = [sample for index in batch if (sample := usable(index)) is not None]
             if not batch_samples:
                 continue
             if captions is not None:

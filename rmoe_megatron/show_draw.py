@@ -11,8 +11,7 @@ from rmoe_megatron import durable
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.samples import CLASS_LABEL, TrainingDataset
-from rmoe_megatron.data.shards import SampleLocation, ShardDataset
+from rmoe_megatron.data.samples import CLASS_LABEL, BadSample, TrainingDataset
 from rmoe_megatron.encoders.autoencoder import decode_latents, load_autoencoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pictures import png
@@ -49,28 +48,25 @@ def show_draw(run_dir: Path, draw: int, overrides: list[str], out: Path | None =
     durable.check_writable(out.parent, "The folder of the picture")
     dataset = TrainingDataset(Path(config.data.train), sample_format(config))
     order = GlobalOrder(len(dataset), config.data.shuffle, config.seed)
-    index = order[draw]
-    location = dataset.samples.locate(index)
-    if dataset.samples[index]["__key__"] != location.key:
+    index, bad = order[draw], list[BadSample]()
+    seen = dataset.draw(index, draw, bad)
+    if bad:
         raise UserError(
-            f"The sample {location.key} of {location.shard} cannot be read (the log says why); training takes the next "
-            "readable one in its place."
+            f"The sample {bad[0].key} of {bad[0].shard} cannot be read ({bad[0].reason}); training takes the next readable one "
+            "in its place."
         )
-    said = _members(location, ["txt", CLASS_LABEL])
-    image, is_finite = _image(dataset.draw(index, draw), config.encoders.autoencoder)
+    stored = dataset.samples.decoded(index, ["txt", CLASS_LABEL])
+    image, is_finite = _image(seen, config.encoders.autoencoder)
     out.parent.mkdir(parents=True, exist_ok=True)
     durable.write(out, png(image))
-    return Draw(location.shard, location.key, said.get("txt"), said.get(CLASS_LABEL), is_finite, out)
-
-
-def _members(location: SampleLocation, extensions: list[str]) -> dict[str, Any]:
-    """Return those members of a sample that it has; training may not read them."""
-    wanted = [extension for extension in extensions if extension in location.members]
-    if not wanted:
-        return {}
-    shard = ShardDataset(location.shard.parent, wanted, shards=[location.shard])
-    index = next(number for number in range(len(shard)) if shard.locate(number).key == location.key)
-    return shard[index]
+    return Draw(
+        dataset.samples.shard(index),
+        stored["__key__"],
+        seen.get("caption", stored.get("txt")),
+        stored.get(CLASS_LABEL),
+        is_finite,
+        out,
+    )
 
 
 def _image(sample: dict[str, Any], autoencoder_name: str) -> tuple[Image.Image, bool]:

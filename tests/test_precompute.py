@@ -45,7 +45,7 @@ def test_samples_that_cannot_be_encoded_are_named(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         encode_shard(source, target, None, PixelCodec(), SampleFormat(num_classes=2))
     encoded = ShardDataset(tmp_path, shards=[target])
-    assert [encoded.locate(index).key for index in range(len(encoded))] == ["000000", "000001", "000002"]
+    assert [encoded.name(index) for index in range(len(encoded))] == ["000000", "000001", "000002"]
     with tarfile.open(target) as tar:
         names = tar.getnames()
     assert len(names) == len(set(names)) == 6  # nothing is written twice in the place of what cannot be read

@@ -13,7 +13,7 @@ _MASK = (1 << 64) - 1
 _ROUNDS = 6
 
 
-def hashed(value: int) -> int:
+def _hash(value: int) -> int:
     """Return the finalizer of SplitMix64 of a value below 2**64."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -25,8 +25,8 @@ def hashed(value: int) -> int:
 def _round_keys(key: tuple[int, ...]) -> tuple[int, ...]:
     state = 0
     for part in key:
-        state = hashed(state ^ (part & _MASK))
-    return tuple(hashed(state ^ number) for number in range(1, _ROUNDS + 1))
+        state = _hash(state ^ (part & _MASK))
+    return tuple(_hash(state ^ number) for number in range(1, _ROUNDS + 1))
 
 
 def permuted(position: int, size: int, *key: int) -> int:
@@ -46,9 +46,9 @@ def permuted(position: int, size: int, *key: int) -> int:
         for number, round_key in enumerate(keys):
             # The halves take turns: an unbalanced network needs no swap.
             if number % 2:
-                left ^= hashed(round_key ^ right) & ((1 << left_bits) - 1)
+                left ^= _hash(round_key ^ right) & ((1 << left_bits) - 1)
             else:
-                right ^= hashed(round_key ^ left) & ((1 << right_bits) - 1)
+                right ^= _hash(round_key ^ left) & ((1 << right_bits) - 1)
         position = left << right_bits | right
         if position < size:
             return position

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from rmoe_megatron.config.captions import CaptionSource
 from rmoe_megatron.config.sample_filter import SampleFilter
+from rmoe_megatron.counter_rng import Purpose, derive, sample_keys, uniform
 from rmoe_megatron.data.decoding import Square
 from rmoe_megatron.data.index import IMAGES, LATENTS
-from rmoe_megatron.data.order import hashed
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
 
@@ -76,7 +75,10 @@ class SampleFormat:
         ]
         if not found:
             raise ValueError("its JSON has no caption")
-        place = hashed(hashed(self.seed) ^ draw) / 2**64 * sum(weight for _, weight in found)
+        if len(found) == 1:
+            return found[0][0]
+        key = derive(sample_keys(self.seed, torch.tensor([draw])), Purpose.caption)
+        place = uniform(key, 1).item() * sum(weight for _, weight in found)
         for text, weight in found:
             place -= weight
             if place < 0:
@@ -101,12 +103,12 @@ def image_of(sample: dict[str, Any]) -> np.ndarray:
     return next(sample[extension] for extension in IMAGES if extension in sample)
 
 
-class TrainingDataset(Dataset[Any]):
+class TrainingDataset:
     """Training samples of a shard folder, raw or precomputed; which one is read off the first sample.
 
-    Raw samples are ``{"image": uint8 [3, H, W], "caption": str}``; precomputed ones float16 tensors
-    (float32 if stored otherwise) ``latents`` [C, H, W], ``text_hidden_states`` [L, D] and ``text_pooled`` [P]. For a class-conditional model
-    ``class_labels``, an int, takes the place of caption and text.
+    Raw samples are ``{"image": uint8 [3, H, W], "caption": str}``; precomputed ones float16 tensors (float32 if stored
+    otherwise) ``latents`` [C, H, W], ``text_hidden_states`` [L, D] and ``text_pooled`` [P]. For a class-conditional
+    model ``class_labels``, an int, takes the place of caption and text.
 
     Args:
         sample_format: what the model takes.

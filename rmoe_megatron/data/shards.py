@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ from rmoe_megatron.errors import UserError
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 256
-
-
-@dataclass(frozen=True)
-class SampleLocation:
-    """Where the members of one sample lie: extension -> (offset, size) in the shard."""
-
-    shard: Path
-    key: str
-    members: dict[str, tuple[int, int]]
 
 
 class ShardDataset(Dataset[Any]):
@@ -117,20 +107,6 @@ class ShardDataset(Dataset[Any]):
         """Return the extensions of a sample's members, as the index has them; nothing is read."""
         return self.index.kinds[self.index.records[self.selection[index]]["kind"]].members
 
-    def locate(self, index: int) -> SampleLocation:
-        """Read where the members of a sample lie.
-
-        Raises:
-            UserError: its headers cannot be read.
-        """
-        try:
-            return self._read(index)[0]
-        except (OSError, ValueError) as error:
-            shard = self.shard(index)
-            raise UserError(
-                f"Sample {index} of {self.folder}, in {shard}, cannot be read ({error})."
-            ) from error
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index, lambda sample: sample)
 
@@ -155,32 +131,41 @@ class ShardDataset(Dataset[Any]):
                 return use(self.decoded(number))
             except (OSError, ValueError) as error:
                 why = error
-                (note or self._warn)(number, error)
+                (note or self.warn)(number, error)
         raise UserError(
             f"None of the {len(self)} samples in {self.folder} can be read (the last: {why}); build the data again."
         )
 
-    def _warn(self, index: int, error: Exception) -> None:
+    def warn(self, index: int, error: Exception) -> None:
+        """Count a sample that cannot be used, and say why."""
         self.skipped += 1
         logger.warning(
             "Sample %s of %s cannot be read (%s); skipped, %d so far.",
             self.name(index), self.shard(index), error, self.skipped,
         )  # fmt: skip
 
-    def decoded(self, index: int) -> dict[str, Any]:
+    def decoded(self, index: int, extensions: list[str] | None = None) -> dict[str, Any]:
         """Return this sample and no other.
+
+        Args:
+            extensions: decode those of these members that it has; None decodes what the data set is asked for.
 
         Raises:
             OSError: it cannot be read.
             ValueError: it cannot be decoded.
         """
-        location, contents = self._read(index)
-        return self._decode(location.key, contents)
+        key, contents = self._read(index)
+        if extensions is None:
+            present = [name for name in contents if self.wanted is None or name in self.wanted]
+            extensions = self.extensions or present
+        else:
+            extensions = [name for name in extensions if name in contents]
+        return {"__key__": key, **{name: self._member(contents, name) for name in extensions}}
 
     def name(self, index: int) -> str:
         """Return a sample's key, or its number if its headers cannot be read."""
         try:
-            return self._read(index)[0].key
+            return self._read(index)[0]
         except (OSError, ValueError):
             return str(index)
 
@@ -188,8 +173,8 @@ class ShardDataset(Dataset[Any]):
         """Return the shard of a sample."""
         return self.folder / self.index.shards[self.index.records[self.selection[index]]["shard"]].name
 
-    def _read(self, index: int) -> tuple[SampleLocation, dict[str, memoryview]]:
-        """Read the headers and contents of a sample's members in one go."""
+    def _read(self, index: int) -> tuple[str, dict[str, memoryview]]:
+        """Read a sample's members in one go; returns its key and their contents by extension."""
         record = self.index.records[self.selection[index]]
         shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
         # pread has no file position, which forked workers would share.
@@ -197,11 +182,11 @@ class ShardDataset(Dataset[Any]):
         if len(content) != size:
             raise ValueError("cut off")
         sample = parse(content, offset)
-        members = {
-            name: place for name, place in sample.members.items() if name.rsplit(".", 1)[-1] in MEMBERS
+        return sample.key, {
+            name: content[start - offset :][:length]
+            for name, (start, length) in sample.members.items()
+            if name.rsplit(".", 1)[-1] in MEMBERS
         }
-        contents = {name: content[start - offset :][:length] for name, (start, length) in members.items()}
-        return SampleLocation(self.shard(index), sample.key, members), contents
 
     def _descriptor(self, shard: int) -> int:
         """Return an open shard's descriptor; the shards that were opened longest ago are closed."""
@@ -211,19 +196,16 @@ class ShardDataset(Dataset[Any]):
             self._descriptors[shard] = os.open(self.folder / self.index.shards[shard].name, os.O_RDONLY)
         return self._descriptors[shard]
 
-    def _decode(self, key: str, contents: dict[str, memoryview]) -> dict[str, Any]:
-        sample: dict[str, Any] = {"__key__": key}
-        present = [name for name in contents if self.wanted is None or name in self.wanted]
-        for extension in self.extensions or present:
-            if extension not in contents:
-                raise ValueError(f"{extension}: no such member")
-            kind, content = extension.rsplit(".", 1)[-1], bytes(contents[extension])
-            try:
-                value = decode_image(content, self.square) if kind in IMAGES else DECODERS[kind](content)
-            except Exception as error:  # on damaged content the libraries raise nearly anything
-                raise ValueError(f"{extension}: {error}") from error
-            shape = self.shapes.get("image" if kind in IMAGES else extension)
-            if shape is not None and value.shape != shape:
-                raise ValueError(f"{extension} has shape {value.shape}, the first sample's {shape}")
-            sample[extension] = value
-        return sample
+    def _member(self, contents: dict[str, memoryview], extension: str) -> Any:
+        """Decode a member."""
+        if extension not in contents:
+            raise ValueError(f"{extension}: no such member")
+        kind, content = extension.rsplit(".", 1)[-1], bytes(contents[extension])
+        try:
+            value = decode_image(content, self.square) if kind in IMAGES else DECODERS[kind](content)
+        except Exception as error:  # on damaged content the libraries raise nearly anything
+            raise ValueError(f"{extension}: {error}") from error
+        shape = self.shapes.get("image" if kind in IMAGES else extension)
+        if shape is not None and value.shape != shape:
+            raise ValueError(f"{extension} has shape {value.shape}, the first sample's {shape}")
+        return value

@@ -181,7 +181,7 @@ def test_a_hole_of_zeros_is_no_end_of_the_archive(tmp_path: Path, caplog: pytest
     shard.write_bytes(content[:start] + bytes(end - start) + content[end:])
     with caplog.at_level(logging.WARNING):
         samples = ShardDataset(tmp_path, ["png", "txt"])
-    assert [samples.locate(index).key for index in range(len(samples))] == [
+    assert [samples.name(index) for index in range(len(samples))] == [
         f"{sample:06d}" for sample in range(40) if sample not in (4, 5)
     ]
     assert f"{shard} is damaged (no members in bytes {start} to {end}); the 38 samples found" in caplog.text
