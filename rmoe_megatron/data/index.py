@@ -122,10 +122,16 @@ class Selection:
         """Return the place of the ``number``-th wanted sample in the index."""
         if len(self) == len(self.index):
             return number
+        # The records are a file's, which may be damaged; looking at all of them would take as long as there are samples.
         block = int(np.searchsorted(self._ends, number, side="right"))
         before = int(self._ends[block - 1]) if block else 0
         kinds = self.index.records["kind"][block * BLOCK : (block + 1) * BLOCK]
-        return block * BLOCK + int(np.flatnonzero(self.is_wanted[kinds])[number - before])
+        try:
+            return block * BLOCK + int(np.flatnonzero(self.is_wanted[kinds])[number - before])
+        except IndexError as error:
+            raise UserError(
+                f"The index of {self.index.folder} is damaged in block {block}; remove its {INDEX} and start again."
+            ) from error
 
 
 class IndexWriter:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -104,26 +105,32 @@ def build_index(
         UserError: the folder is missing or has no shards, or one cannot be read.
     """
     shards, old = list_shards(folder), _read_if_there(folder, sample_filter)
-    path = _writable(index_paths(folder, sample_filter))
-    if path is None:
-        logger.warning("The index of %s cannot be written; every start scans the shards.", folder)
-        return index_shards(folder, shards, sample_filter)
-    with durable.writing(path) as unfinished, unfinished.open("wb") as file:
-        writer = IndexWriter(file, sample_filter)
-        for done, _ in enumerate(_scanned(shards, old, processes, writer)):
-            _warn_of_damage(folder, writer.shards[-1])
-            if progress is not None:
-                progress(done + 1, len(shards))
-        writer.finish()
-    return read_index(path, folder, sample_filter)
+    for path in index_paths(folder, sample_filter):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with durable.writing(path) as unfinished, unfinished.open("wb") as file:
+                writer = IndexWriter(file, sample_filter)
+                for done, _ in enumerate(_scanned(shards, old, processes, writer)):
+                    _warn_of_damage(folder, writer.shards[-1])
+                    if progress is not None:
+                        progress(done + 1, len(shards))
+                writer.finish()
+        except OSError as error:  # a shard that cannot be read is a UserError
+            why = error.strerror
+        else:
+            return read_index(path, folder, sample_filter)
+    logger.warning("The index of %s cannot be written (%s); every start scans the shards.", folder, why)
+    return index_shards(folder, shards, sample_filter)
 
 
-def _scanned(shards: list[Path], old: Index | None, processes: int, writer: "IndexWriter") -> Iterator[None]:
+def _scanned(shards: list[Path], old: Index | None, processes: int, writer: IndexWriter) -> Iterator[None]:
     """Add the shards to ``writer``, one a step: those that are as in ``old`` from there."""
     known = {} if old is None else _known(old)
     stamps = {shard: _stamp(shard) for shard in shards}
     is_known = {shard: known.get(shard.name, (None,))[0] == stamps[shard] for shard in shards}
-    with _mapping(processes) as each:
+    pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else nullcontext()
+    with pool as executor:
+        each = map if executor is None else executor.map
         scan_one = partial(_scan, sample_filter=writer.filter)
         scanned = each(scan_one, [shard for shard in shards if not is_known[shard]])
         for shard in shards:
@@ -266,20 +273,6 @@ def _warn_of_damage(folder: Path, shard: IndexedShard) -> None:
         )
 
 
-class _mapping:  # noqa: N801  # a context
-    """Maps a function over shards, in order: in this process or in several."""
-
-    def __init__(self, processes: int) -> None:
-        self.pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes > 1 else None
-
-    def __enter__(self) -> Callable[..., Iterator[tuple[IndexedShard, np.ndarray, list[tuple[str, ...]]]]]:
-        return map if self.pool is None else self.pool.map
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-
 def index_paths(folder: Path, sample_filter: SampleFilter | None = None) -> list[Path]:
     """Return where the index of a folder may lie: with the shards, or in the user's cache."""
     text = filter_text(sample_filter)
@@ -287,20 +280,6 @@ def index_paths(folder: Path, sample_filter: SampleFilter | None = None) -> list
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     return [folder / f"{INDEX}{suffix}", cache / "rmoe_megatron" / "index" / f"{name}{suffix}"]
-
-
-def _writable(paths: list[Path]) -> Path | None:
-    """Return the first of some paths where a file can be written."""
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with durable.writing(path.with_name(f"{path.name}.try")) as tried:
-                tried.touch()
-        except OSError:
-            continue
-        path.with_name(f"{path.name}.try").unlink(missing_ok=True)
-        return path
-    return None
 
 
 def _read_if_there(folder: Path, sample_filter: SampleFilter | None) -> Index | None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import parse
 from rmoe_megatron.data.decoding import DECODERS, Square, decode_image
-from rmoe_megatron.data.index import IMAGES, LEFT_OUT, MEMBERS, Selection
+from rmoe_megatron.data.index import IMAGES, INDEX, LEFT_OUT, MEMBERS, Selection
 from rmoe_megatron.data.indexing import index_shards, open_index
 from rmoe_megatron.errors import UserError
 
@@ -105,7 +105,7 @@ class ShardDataset(Dataset[Any]):
 
     def members(self, index: int) -> list[str]:
         """Return the extensions of a sample's members, as the index has them; nothing is read."""
-        return self.index.kinds[self.index.records[self.selection[index]]["kind"]].members
+        return self.index.kinds[int(self._record(index)["kind"])].members
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index, lambda sample: sample)
@@ -171,11 +171,11 @@ class ShardDataset(Dataset[Any]):
 
     def shard(self, index: int) -> Path:
         """Return the shard of a sample."""
-        return self.folder / self.index.shards[self.index.records[self.selection[index]]["shard"]].name
+        return self.folder / self.index.shards[int(self._record(index)["shard"])].name
 
     def _read(self, index: int) -> tuple[str, dict[str, memoryview]]:
         """Read a sample's members in one go; returns its key and their contents by extension."""
-        record = self.index.records[self.selection[index]]
+        record = self._record(index)
         shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
         # pread has no file position, which forked workers would share.
         content = memoryview(os.pread(self._descriptor(shard), size, offset))
@@ -187,6 +187,15 @@ class ShardDataset(Dataset[Any]):
             for name, (start, length) in sample.members.items()
             if name.rsplit(".", 1)[-1] in MEMBERS
         }
+
+    def _record(self, index: int) -> np.void:
+        """Return a sample's record of the index, whose file may be damaged."""
+        record = self.index.records[self.selection[index]]
+        if record["shard"] >= len(self.index.shards) or record["kind"] >= len(self.index.kinds):
+            raise UserError(
+                f"The index of {self.folder} is damaged at sample {index}; remove its {INDEX} and start again."
+            )
+        return record
 
     def _descriptor(self, shard: int) -> int:
         """Return an open shard's descriptor; the shards that were opened longest ago are closed."""
