@@ -4,17 +4,22 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from rmoe_megatron import durable
 from rmoe_megatron.data.decoding import decode_image
 from rmoe_megatron.data.index import IMAGES
 from rmoe_megatron.data.shard_writer import open_shard
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.typed_files import parse_json
 
 SIDECARS = ("txt", "caption", "json")
 LEFT_OUT = "left_out.jsonl"
+ROW = TypeAdapter(dict[str, Any])  # of JSON lines
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -24,13 +29,11 @@ class Picture:
 
     Attributes:
         name: what a message calls it.
-        content: returns the bytes of its file.
-        members: of its sample, beside the picture: extension -> value.
+        load: returns the bytes of its file, and what is beside it in its sample: extension -> value.
     """
 
     name: str
-    content: Callable[[], bytes]
-    members: dict[str, Any] = field(default_factory=dict)
+    load: Callable[[], tuple[bytes, dict[str, Any]]]
 
 
 @dataclass
@@ -109,14 +112,14 @@ def _samples(
     """Yield the members of what can be used; the rest is told to ``packed``."""
     for done, picture in enumerate(pictures):
         try:
-            content = picture.content()
+            content, members = picture.load()
             decode_image(content)
-            if not any(name in picture.members for name in SIDECARS):
+            if not any(name in members for name in SIDECARS):
                 raise ValueError("it has no caption")
         except Exception as error:  # on damaged content the libraries raise nearly anything
             packed.left_out.append((picture.name, str(error).splitlines()[0] if str(error) else repr(error)))
         else:
-            yield {_extension(content): content, **picture.members}
+            yield {_extension(content): content, **members}
         progress(done + 1)
 
 
@@ -137,16 +140,11 @@ def _pictures(source: Path, columns: Columns) -> tuple[int, Iterator[Picture]]:
     tables = sorted(source.rglob("*.parquet"))
     if tables and not files:
         return _of_table(tables, columns)
-    return len(files), (_of_file(path, path.relative_to(source)) for path in files)
+    return len(files), (Picture(str(path.relative_to(source)), partial(_load_file, path)) for path in files)
 
 
-def _of_file(path: Path, name: Path) -> Picture:
-    def content() -> bytes:
-        members.update(_sidecars(path))
-        return path.read_bytes()
-
-    members: dict[str, Any] = {}
-    return Picture(str(name), content, members)
+def _load_file(path: Path) -> tuple[bytes, dict[str, Any]]:
+    return path.read_bytes(), _sidecars(path)
 
 
 def _sidecars(path: Path) -> dict[str, Any]:
@@ -181,7 +179,7 @@ def _of_row(row: dict[str, Any], table: Path, number: int, columns: Columns) -> 
     members: dict[str, Any] = {"txt": caption.strip()} if isinstance(caption, str) else {}
     if others and _is_json(others):
         members["json"] = others
-    return Picture(name, lambda: _image_content(image, table.parent), members)
+    return Picture(name, lambda: (_image_content(image, table.parent), members))
 
 
 def _image_content(image: Any, folder: Path) -> bytes:
@@ -207,14 +205,12 @@ def _read_text_table(table: Path) -> tuple[int, Iterator[dict[str, Any]]]:
     try:
         with table.open(newline="", encoding="utf-8") as file:
             rows: list[dict[str, Any]] = (
-                [json.loads(line) for line in file if line.strip()]
+                [parse_json(line, ROW, f"A line of {table}") for line in file if line.strip()]
                 if table.suffix == ".jsonl"
                 else list(csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ","))
             )
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"The table {table} cannot be read ({error}).") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"The table {table} has lines that are no JSON objects; write one object a line.")
     return len(rows), iter(rows)
 
 

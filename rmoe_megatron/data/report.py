@@ -67,7 +67,7 @@ def inspect_shards(
         place = f"{samples.shard(index).name}/{samples.name(index)}"
         try:
             sample = samples.decoded(index)
-            image, caption = image_of(sample), _caption(sample_format, sample, index)
+            image, caption = image_of(sample), sample_format.caption(sample, index)
         except (OSError, ValueError) as error:
             shard, _, key = place.partition("/")
             report.damaged.append((shard, key, str(error)))
@@ -82,10 +82,6 @@ def inspect_shards(
         if progress is not None:
             progress(index + 1, len(samples))
     return report
-
-
-def _caption(sample_format: SampleFormat, sample: dict[str, object], index: int) -> str:
-    return "" if sample_format.num_classes else sample_format.caption(sample, index)
 
 
 def lines(report: Report) -> list[str]:

@@ -128,6 +128,7 @@ def test_a_folder_of_parquet_files_from_the_hub(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1"),
         ("a.jsonl", b"[1]\n"),
         ("a.jsonl", b"{"),
+        ("a.jsonl", b"[" * 100_000),
         ("a.txt", b"x"),
     ],
 )
