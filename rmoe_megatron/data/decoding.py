@@ -1,4 +1,4 @@
-"""Members of samples from their bytes: PNG, JPEG and WebP images, text, JSON, classes, plain arrays; nothing is unpickled."""
+"""Members of samples from their bytes: PNG, JPEG, WebP and AVIF images, text, JSON, classes, plain arrays; nothing is unpickled."""
 
 import io
 import json
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from rmoe_megatron.data.index import FORMATS
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,7 @@ class Square:
 def decode_image(content: bytes, square: Square | None = None) -> np.ndarray:
     """Return a picture as uint8 RGB, [3, H, W], or [3, side, side] as ``square`` says.
 
-    It is turned upright as its EXIF data say, and what is transparent becomes white. Other formats than PNG, JPEG and WebP are
-    not tried, some of which start programs.
+    It is turned upright as its EXIF data say, and what is transparent becomes white. Other formats are not tried.
 
     Raises:
         ValueError: it is an animation, has more than 8 bits a channel, or is smaller than ``square``.
@@ -38,7 +39,7 @@ def decode_image(content: bytes, square: Square | None = None) -> np.ndarray:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"an animation of {frames} pictures")
             if image.mode.startswith(("I", "F")):  # conversion would clip it
@@ -101,6 +102,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "jpg": decode_image,
     "jpeg": decode_image,
     "webp": decode_image,
+    "avif": decode_image,
     "txt": lambda content: content.decode("utf-8"),
     "caption": lambda content: content.decode("utf-8"),
     "json": json.loads,

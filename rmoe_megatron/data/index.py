@@ -20,8 +20,9 @@ from rmoe_megatron.errors import UserError
 
 INDEX = ".rmoe_index"
 # By the last part of an extension; others are passed over.
-MEMBERS = ("png", "jpg", "jpeg", "webp", "txt", "caption", "json", "cls", "npy")  # fmt: skip
-IMAGES = ("png", "jpg", "jpeg", "webp")
+MEMBERS = ("png", "jpg", "jpeg", "webp", "avif", "txt", "caption", "json", "cls", "npy")  # fmt: skip
+IMAGES = ("png", "jpg", "jpeg", "webp", "avif")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")  # as Pillow names them; some of the others start programs
 LATENTS = "latents.npy"
 LEFT_OUT = "left out by the filter"  # stands among the members of such samples
 BLOCK = 4096  # records
@@ -39,7 +40,7 @@ RECORD = np.dtype(
     ]
 )
 assert RECORD.itemsize == 32
-_MAGIC = b"rmoe_megatron index 1\n".ljust(RECORD.itemsize)
+_MAGIC = b"rmoe_megatron index 2\n".ljust(RECORD.itemsize)
 
 
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
@@ -73,7 +74,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class _Description:
-    version: Literal[1]
+    version: Literal[2]
     shards: list[IndexedShard]
     kinds: Annotated[list[Kind], Field(max_length=MAX_KINDS)]
     filter: str  # empty if there is none
@@ -186,7 +187,7 @@ class IndexWriter:
         counted = zip(self.kinds, self.samples.tolist(), strict=False)
         kinds = [Kind(list(members), samples) for members, samples in counted]
         description = json.dumps(
-            asdict(_Description(1, self.shards, kinds, filter_text(self.filter)))
+            asdict(_Description(2, self.shards, kinds, filter_text(self.filter)))
         ).encode()
         self.file.write(description + len(description).to_bytes(8, "little"))
         self.file.flush()

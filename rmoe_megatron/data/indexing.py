@@ -20,6 +20,7 @@ from rmoe_megatron import durable
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import ArchiveSample, scan
 from rmoe_megatron.data.index import (
+    FORMATS,
     IMAGES,
     INDEX,
     LATENTS,
@@ -185,10 +186,10 @@ def _image_size(file: BinaryIO, sample: ArchiveSample) -> tuple[int, int]:
                 return 0, 0
             height, width = np.lib.format.read_array_header_1_0(content)[0][-2:]
         else:
-            with Image.open(content, formats=("PNG", "JPEG", "WEBP")) as image:
+            with Image.open(content, formats=FORMATS) as image:
                 width, height = image.size
-                if image.format == "JPEG" and image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
-                    width, height = height, width  # a camera on its side
+                if image.format != "PNG" and image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
+                    width, height = height, width  # a camera on its side; PNG would be decoded for it
         return (width, height) if min(width, height) >= 0 and max(width, height) < 1 << 32 else (0, 0)
     except (
         Exception

@@ -127,7 +127,9 @@ def _extension(content: bytes) -> str:
     """Return the extension of a picture's format, whatever its file was called."""
     if content.startswith(b"\xff\xd8"):
         return "jpg"
-    return "png" if content.startswith(b"\x89PNG") else "webp"
+    if content.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if content.startswith(b"RIFF") else "avif"
 
 
 def _pictures(source: Path, columns: Columns) -> tuple[int, Iterator[Picture]]:

@@ -23,6 +23,7 @@ ENCODERS: dict[str, Callable[[Any], bytes]] = {
     "png": bytes,
     "jpg": bytes,
     "webp": bytes,
+    "avif": bytes,
     "txt": lambda text: text.encode(),
     "caption": lambda text: text.encode(),
     "json": lambda value: json.dumps(value).encode(),
@@ -36,7 +37,7 @@ def open_shard(path: Path) -> Iterator[Callable[[str, dict[str, Any]], None]]:
     """Write one shard, which is on the disk when the context ends; the same samples give the same bytes.
 
     Yields:
-        A function of a sample's key and its members by extension: the bytes of a PNG, JPEG or WebP, text, a value of JSON, a class, or
+        A function of a sample's key and its members by extension: the bytes of a picture's file, text, a value of JSON, a class, or
         an array, which is stored as float16.
     """
     with path.open("wb") as file:

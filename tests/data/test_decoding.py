@@ -31,7 +31,7 @@ def test_a_picture_of_the_right_size_is_left_as_it_is() -> None:
     assert np.array_equal(decode_image(content).transpose(1, 2, 0), pixels)
 
 
-@pytest.mark.parametrize("file_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("file_format", ["png", "jpeg", "webp", "avif"])
 @pytest.mark.parametrize(("width", "height"), [(64, 32), (32, 64), (65, 33), (400, 32)])
 def test_the_middle_is_taken(file_format: str, width: int, height: int) -> None:
     found = decode_image(encoded(gradient(width, height), file_format), Square(32)).astype(int)
@@ -110,6 +110,7 @@ def test_a_colour_profile_is_no_obstacle() -> None:
     [
         (encoded(gradient(8, 8), "png", save_all=True, append_images=[Image.new("RGB", (8, 8))]), "2 pictures"),
         (encoded(gradient(8, 8), "webp", save_all=True, append_images=[Image.new("RGB", (8, 8))]), "2 pictures"),
+        (encoded(gradient(8, 8), "avif", save_all=True, append_images=[Image.new("RGB", (8, 8))]), "2 pictures"),
         (encoded(gradient(8, 8), "gif"), "cannot identify"),
         (encoded(Image.new("I;16", (4, 4)), "png"), "8 bits"),
         (encoded(gradient(64, 64), "jpeg")[:-400], "(?i)truncated"),
@@ -117,7 +118,7 @@ def test_a_colour_profile_is_no_obstacle() -> None:
         (b"", "cannot identify"),
         (b"<svg/>", "cannot identify"),
     ],
-    ids=["apng", "animated webp", "gif", "16 bits", "truncated", "bomb", "empty", "svg"],
+    ids=["apng", "animated webp", "animated avif", "gif", "16 bits", "truncated", "bomb", "empty", "svg"],
 )  # fmt: skip
 def test_what_is_refused(content: bytes, reason: str) -> None:
     with pytest.raises(Exception, match=reason):

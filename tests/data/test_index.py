@@ -69,10 +69,11 @@ def test_it_says_where_samples_are_and_how_large(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_sizes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["jpeg", "webp", "avif"])
+def test_sizes_are_those_of_the_upright_picture(tmp_path: Path, file_format: str) -> None:
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 8
-    Image.new("RGB", (30, 10)).save(buffer, format="jpeg", exif=exif)
+    Image.new("RGB", (30, 10)).save(buffer, format=file_format, exif=exif)
     write_shard(tmp_path / "a.tar", [{"jpg": buffer.getvalue()}])
     assert sizes(open_index(tmp_path)) == [(10, 30)]
     assert ShardDataset(tmp_path)[0]["jpg"].shape == (3, 30, 10)

@@ -69,6 +69,16 @@ def test_a_folder_with_captions_beside_the_pictures(tmp_path: Path) -> None:
     assert samples[2]["json"] == {"caption": "from JSON", "score": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("file_format", "extension"), [("jpeg", "jpg"), ("png", "png"), ("webp", "webp"), ("avif", "avif")]
+)
+def test_members_are_called_by_what_they_are(tmp_path: Path, file_format: str, extension: str) -> None:
+    write(tmp_path / "mine" / "a.png", picture(60, file_format))
+    write(tmp_path / "mine" / "a.txt", "a")
+    pack(tmp_path / "mine", tmp_path / "out")
+    assert ShardDataset(tmp_path / "out")[0][extension].shape == (3, 10, 20)
+
+
 def rows(folder: Path) -> list[dict[str, object]]:
     for number in range(3):
         write(folder / "images" / f"{number}.jpg", picture(number))
