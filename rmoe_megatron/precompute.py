@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.data.decoding import crop_of
 from rmoe_megatron.data.index import LATENTS
 from rmoe_megatron.data.samples import CLASS_LABEL, TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat, image_of
 from rmoe_megatron.data.shard_writer import open_shard
@@ -32,7 +35,7 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import local_rank, rank, world_size
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.platform import select_device
-from rmoe_megatron.training.preflight import sample_format
+from rmoe_megatron.training.preflight import buckets_of, sample_format
 from rmoe_megatron.typed_files import read_json
 
 BATCH = 256
@@ -189,15 +192,19 @@ def encode_shard(
 ) -> None:
     """Encode the samples of one shard; without ``captions`` text is copied and not embedded."""
     samples = ShardDataset(shard.parent, shards=[shard], sample_filter=sample_format.filter)
-    samples.square = sample_format.square
-    samples.keep(sample_format.takes, sample_format.needed)
-    samples.require_shapes_of_first()
+    samples.bucketing = sample_format.bucketing
+    divided_by = sample_format.bucketing if sample_format.divides else None
+    samples.keep(sample_format.takes, sample_format.needed, divided_by)
 
     def usable(index: int) -> dict[str, Any] | None:
         """Return a sample with its caption as ``txt``; of several one, by the place in the shard."""
         try:
             sample = samples.decoded(index)
-            return sample | ({"txt": sample_format.caption(sample, index)} if captions is not None else {})
+            if captions is not None:
+                sample["txt"] = sample_format.caption(sample, index)
+            if divided_by is not None:
+                sample["json"] = _with_crop(samples, index, sample.get("json"))
+            return sample
         except (OSError, ValueError) as error:
             samples.warn(index, error)
             return None
@@ -210,14 +217,26 @@ def encode_shard(
                 continue
             if captions is not None:
                 captions.add({sample["txt"] for sample in batch_samples})
-            images = torch.from_numpy(np.stack([image_of(sample) for sample in batch_samples]))
-            for sample, latents in zip(batch_samples, encode_images(autoencoder, images), strict=True):
+            for sample, latents in zip(batch_samples, _encoded(autoencoder, batch_samples), strict=True):
                 members = {LATENTS: latents.cpu()}
                 if captions is not None:
                     hidden_states, pooled = captions.encoded[sample["txt"]]
                     members |= {TEXT_HIDDEN_STATES: hidden_states, TEXT_POOLED: pooled}
                 kept = {name: sample[name] for name in ("txt", "json", CLASS_LABEL) if name in sample}
                 write(sample["__key__"], members | kept)
+
+
+def _with_crop(samples: ShardDataset, index: int, described: Any) -> dict[str, Any]:
+    """Return the JSON of a sample with the part of its picture that is encoded, in pixels of the upright picture."""
+    assert samples.bucketing is not None
+    crop = crop_of(*samples.size(index), samples.bucketing.buckets[samples.place(index)[0]])
+    return (described if isinstance(described, dict) else {}) | {"crop": asdict(crop)}
+
+
+def _encoded(autoencoder: Autoencoder, samples: list[dict[str, Any]]) -> Iterator[Tensor]:
+    """Yield the latents of samples one after the other; neighbours of one size are encoded together."""
+    for _, alike in groupby(map(image_of, samples), lambda image: image.shape):
+        yield from encode_images(autoencoder, torch.from_numpy(np.stack(list(alike))))
 
 
 def _description(config: RunConfig, source: Path) -> dict[str, Any]:
@@ -240,6 +259,8 @@ def _description(config: RunConfig, source: Path) -> dict[str, Any]:
         "upscale": config.data.upscale,
         "filter": config.data.filter,
     }
+    if config.data.buckets is not None:
+        samples["buckets"] = list(map(str, buckets_of(config, config.model.sample_size)))
     return description | {"encoders": described, "samples": samples}
 
 

@@ -10,12 +10,11 @@ from PIL import Image
 from rmoe_megatron import durable
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.samples import CLASS_LABEL, BadSample, TrainingDataset
+from rmoe_megatron.data.samples import CLASS_LABEL, BadSample
 from rmoe_megatron.encoders.autoencoder import decode_latents, load_autoencoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pictures import png
-from rmoe_megatron.training.preflight import sample_format
+from rmoe_megatron.training.draws import locate, open_draws
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,8 @@ def show_draw(run_dir: Path, draw: int, overrides: list[str], out: Path | None =
     check_bounds(config)
     out = out or run_dir / "draws" / f"draw-{draw:08d}.png"
     durable.check_writable(out.parent, "The folder of the picture")
-    dataset = TrainingDataset(Path(config.data.train), sample_format(config))
-    order = GlobalOrder(len(dataset), config.data.shuffle, config.seed)
-    index, bad = order[draw], list[BadSample]()
+    dataset, index = locate(open_draws(config, with_validation=False), draw)
+    bad = list[BadSample]()
     seen = dataset.draw(index, draw, bad)
     if bad:
         raise UserError(

@@ -12,8 +12,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from rmoe_megatron.cli_options import parse_part
+from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.model import DiffusionConfig, Objective
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.index import LATENTS
 from rmoe_megatron.data.samples import SampleFormat
 from rmoe_megatron.data.shards import ShardDataset
@@ -41,9 +43,10 @@ def test_source_and_output_lie_apart(tmp_path: Path, source: str, out: str) -> N
 def test_samples_that_cannot_be_encoded_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, target = tmp_path / "source.tar", tmp_path / "encoded.tar"
     samples = [{"png": png(value), "cls": b"1"} for value in (0, 128, 255)]
-    write_shard(source, [*samples, {"cls": b"1"}, {"png": picture("png", "RGB", 5), "cls": b"1"}])
+    write_shard(source, [*samples, {"cls": b"1"}, {"png": picture("png", "RGB", 3), "cls": b"1"}])
     with caplog.at_level(logging.WARNING):
-        encode_shard(source, target, None, PixelCodec(), SampleFormat(num_classes=2))
+        taken = SampleFormat(num_classes=2, bucketing=Bucketing((Bucket(4, 4),)))
+        encode_shard(source, target, None, PixelCodec(), taken)
     encoded = ShardDataset(tmp_path, shards=[target])
     assert [encoded.name(index) for index in range(len(encoded))] == ["000000", "000001", "000002"]
     with tarfile.open(target) as tar:

@@ -25,8 +25,10 @@ from PIL import Image
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.batch import typed_batch
-from rmoe_megatron.data.decoding import Square, decode_image
+from rmoe_megatron.data.bucketing import Bucketing
+from rmoe_megatron.data.decoding import decode_image
 from rmoe_megatron.data.index import LATENTS
 from rmoe_megatron.data.indexing import list_shards, open_index
 from rmoe_megatron.data.loader import BatchLayout, batches
@@ -37,7 +39,7 @@ from rmoe_megatron.data.shard_writer import open_shard
 SHARDS, SAMPLES = 8, 256  # of each set, and in each shard
 BATCH = 32
 SIDE = 256
-SQUARE = Square(SIDE)
+SQUARE = Bucket(SIDE, SIDE)
 
 
 def write_sets(folder: Path) -> dict[str, Path]:
@@ -75,7 +77,7 @@ def _jpeg(rng: np.random.Generator) -> bytes:
 
 def ours(folder: Path, workers: int, first_draw: int) -> Iterator[Any]:
     """Return this project's batches from a draw on."""
-    dataset = TrainingDataset(folder, SampleFormat(square=SQUARE))
+    dataset = TrainingDataset(folder, SampleFormat(bucketing=Bucketing((SQUARE,))))
     order = GlobalOrder(len(dataset), shuffle=True, seed=0)
     loaded = batches(dataset, order, BatchLayout(BATCH, BATCH, 0, 1), first_draw, num_workers=workers)
     return map(typed_batch, loaded)

@@ -128,7 +128,7 @@ def fine_tune(config: RunConfig, folder: Path) -> dict[str, float]:
         modules, batch = load_modules(small), make_batch(small)
         engine = build_engine(small, modules, DiffusionLoss(small, small.seed, batch.conditions))
         started = time.perf_counter()
-        engine.step(iter([batch]))
+        engine.step([batch])
         return {
             "step_seconds": time.perf_counter() - started,
             "trained_parameters": float(sum(p.numel() for p in modules.parameters() if p.requires_grad)),

@@ -53,7 +53,7 @@ def megatron_step(config: RunConfig, device: torch.device) -> Step:
     null_conditions = make_batch(config, 0, device).conditions.map(lambda tensor: tensor[:1])
     loss = DiffusionLoss(config, config.seed, null_conditions)
     engine = build_engine(config, build_chunks(config).to(device), loss)
-    return lambda index: (engine.step(iter([make_batch(config, index, device)])), None)[1]
+    return lambda index: (engine.step([make_batch(config, index, device)]), None)[1]
 
 
 def diffusers_step(config: RunConfig, device: torch.device) -> Step:

@@ -78,7 +78,10 @@ def check_bounds(section: Any, prefix: str = "") -> None:
 
 def _check_entries(key: str, values: list[Any], kind: type) -> None:
     """Check a list whose entries OmegaConf has not compared with their type."""
-    for value in values:
+    for place, value in enumerate(values):
+        if is_dataclass(value):
+            check_bounds(value, f"{key}[{place}].")
+            continue
         if type(value) is not kind:
             raise UserError(
                 f"{key} has the entry {value!r:.60}, which is no {kind.__name__}; write one instead."

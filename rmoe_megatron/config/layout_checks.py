@@ -2,6 +2,7 @@
 
 from rmoe_megatron.config.requirements import require, require_divides
 from rmoe_megatron.config.run import ParallelConfig, RunConfig, Trainable
+from rmoe_megatron.config.stages import stages_of
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
@@ -29,12 +30,13 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     require_divides(
         tensor, "parallel.tensor_model_parallel_size", model.num_attention_heads, "model.num_attention_heads"
     )
-    require_divides(
-        tensor * context,
-        f"tensor_model_parallel_size x context_parallel_size = {tensor} x {context}",
-        (model.sample_size // model.patch_size) ** 2,
-        "The number of patches of an image",
-    )
+    for side in {model.sample_size, *(stage.sample_size for stage in config.training.stages)}:
+        require_divides(
+            tensor * context,
+            f"tensor_model_parallel_size x context_parallel_size = {tensor} x {context}",
+            (side // model.patch_size) ** 2,
+            "The number of patches of an image",
+        )
     require_divides(
         pipeline * virtual,
         f"pipeline_model_parallel_size x virtual_pipeline_model_parallel_size = {pipeline} x {virtual}",
@@ -105,21 +107,30 @@ def check_batch(config: RunConfig, world_size: int) -> None:
     Raises:
         UserError: says which numbers don't divide.
     """
-    training, parallel = config.training, config.parallel
+    parallel = config.parallel
     data = data_parallel_size(parallel, world_size)
-    require_divides(
-        training.micro_batch_size * data,
-        f"micro_batch_size x data-parallel ranks = {training.micro_batch_size} x {data}",
-        training.global_batch_size,
-        "training.global_batch_size",
-    )
-    if parallel.virtual_pipeline_model_parallel_size > 1:
-        require_divides(
-            parallel.pipeline_model_parallel_size,
-            "parallel.pipeline_model_parallel_size",
-            training.global_batch_size // (training.micro_batch_size * data),
-            "The number of micro-batches per step, for the interleaved schedule,",
-        )
+    for stage in stages_of(config):
+        where = f"training.stages[{stage.number}]" if config.training.stages else "training"
+        micro_batch, global_batch = stage.micro_batch_size, stage.global_batch_size
+        together = f"micro_batch_size x data-parallel ranks = {micro_batch} x {data}"
+        require_divides(micro_batch * data, together, global_batch, f"{where}.global_batch_size")
+        if config.data.buckets is not None:
+            require_divides(micro_batch * data, together, stage.bucket_batch, "data.buckets.batch")
+            require_divides(
+                stage.bucket_batch, "data.buckets.batch", global_batch, f"{where}.global_batch_size"
+            )
+            require(
+                parallel.pipeline_model_parallel_size == 1 or stage.bucket_batch == global_batch,
+                f"data.buckets.batch is {stage.bucket_batch}, but a pipeline's micro-batches of one step are of one size; "
+                "set data.buckets.batch=null.",
+            )
+        if parallel.virtual_pipeline_model_parallel_size > 1:
+            require_divides(
+                parallel.pipeline_model_parallel_size,
+                "parallel.pipeline_model_parallel_size",
+                global_batch // (micro_batch * data),
+                "The number of micro-batches per step, for the interleaved schedule,",
+            )
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

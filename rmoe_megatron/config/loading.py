@@ -10,13 +10,18 @@ from omegaconf.errors import OmegaConfBaseException
 from rmoe_megatron import durable
 from rmoe_megatron.config.model import LoraConfig, RecurrenceConfig
 from rmoe_megatron.config.presets import PRESETS
-from rmoe_megatron.config.run import FineTuningConfig, ParallelConfig, RunConfig
+from rmoe_megatron.config.run import BucketsConfig, FineTuningConfig, ParallelConfig, RunConfig
 from rmoe_megatron.config.yaml_text import parse_yaml
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.typed_files import read_text, shown
 
 MAX_BYTES = 1 << 20  # of a configuration
-OPTIONAL_SECTIONS = {"recurrence": RecurrenceConfig, "lora": LoraConfig, "fine_tuning": FineTuningConfig}
+OPTIONAL_SECTIONS = {
+    "recurrence": RecurrenceConfig,
+    "lora": LoraConfig,
+    "fine_tuning": FineTuningConfig,
+    "data.buckets": BucketsConfig,
+}
 
 
 def load_config(path: Path, overrides: list[str]) -> RunConfig:

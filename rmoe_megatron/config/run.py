@@ -64,14 +64,40 @@ class BadSamplesPolicy(Enum):
 
 
 @dataclass
+class BucketsConfig:
+    """Pictures of many aspect ratios: each is cut to the size of the nearest bucket, and a micro-batch is of one bucket.
+
+    Without ``sizes`` buckets are made that have at most the pixels of the model's square: sides that are multiples of
+    ``multiple``, of every aspect ratio up to ``max_aspect_ratio``.
+    """
+
+    sizes: list[str] = field(default_factory=list)  # WIDTHxHEIGHT in pixels
+    multiple: int = number(64, least=1, most=4096)
+    max_aspect_ratio: float = number(2.0, least=1, most=16)
+    # draws in a row that are of one bucket; null is a global batch
+    batch: int | None = number(None, least=1, most=10**7)
+
+
+@dataclass
+class MixedDatasetConfig:
+    """One of several data sets; all have a weight (of the draws), or all have epochs (how often as against the others)."""
+
+    path: str = MISSING  # folder of .tar shards
+    weight: float | None = number(None, above=0, most=1.0e9)
+    epochs: float | None = number(None, above=0, most=1.0e9)
+
+
+@dataclass
 class DataConfig:
     """WebDataset shards of images with captions, raw or precomputed (``rmoe data precompute``)."""
 
-    train: str = MISSING  # folder of .tar shards
+    train: str | None = None  # folder of .tar shards
+    mixture: list[MixedDatasetConfig] = field(default_factory=list)  # instead of train
+    buckets: BucketsConfig | None = None  # null: every picture is cut to the model's square
     validation: str | None = None
     # txt, caption or json:KEY, each with =WEIGHT behind it or without; a sample takes one of those it has
     captions: list[str] = field(default_factory=lambda: ["txt"])
-    filter: str | None = None  # which raw samples of data.train to take: width >= 512 and aesthetic > 5
+    filter: str | None = None  # which raw samples to train on: width >= 512 and aesthetic > 5
     upscale: bool = False  # enlarge images that are smaller than the model's; otherwise they are left out
     bad_samples: BadSamplesPolicy = BadSamplesPolicy.skip
     max_bad_fraction: float = number(0.05, least=0, most=1)  # of the samples drawn; more end the run
@@ -100,12 +126,26 @@ class OptimizerConfig:
 
 
 @dataclass
+class StageConfig:
+    """Some steps of a run at a resolution of their own; what is null is as in the sections ``training`` and ``data``."""
+
+    steps: int = number(MISSING, least=1, most=10**9)
+    sample_size: int = number(MISSING, least=1, most=4096)  # of a side of the square latents
+    micro_batch_size: int | None = number(None, least=1, most=1 << 16)
+    global_batch_size: int | None = number(None, least=1, most=10**7)
+    train: str | None = None  # folders of .tar shards: latents are precomputed for one resolution
+    validation: str | None = None
+
+
+@dataclass
 class TrainingConfig:
     """Length and batch of the run, and what is looked at on the way."""
 
     steps: int = number(MISSING, least=1, most=10**9)
     micro_batch_size: int = number(MISSING, least=1, most=1 << 16)  # samples per rank and forward pass
     global_batch_size: int = number(MISSING, least=1, most=10**7)  # samples per optimizer step over all ranks
+    # resolutions one after the other; empty is the model's throughout
+    stages: list[StageConfig] = field(default_factory=list)
     recompute: Recompute = Recompute.none
     # in a row, whose loss or gradient is not finite; then the run ends
     max_skipped_steps: int = number(8, least=1, most=10**6)

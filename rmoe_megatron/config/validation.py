@@ -7,7 +7,7 @@ from typing import Any
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.layout_checks import check_batch, check_layout
-from rmoe_megatron.config.requirements import require, require_blocks
+from rmoe_megatron.config.requirements import require, require_blocks, require_divides
 from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.errors import UserError
@@ -25,6 +25,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_schedule(config)
     if config.fine_tuning is not None:
         _check_fine_tuning(config, config.fine_tuning)
+    _check_data(config)
+    _check_stages(config)
     check_layout(config, world_size)
     check_batch(config, world_size)
     check_wandb(config.logging.wandb)
@@ -45,6 +47,52 @@ def _check_schedule(config: RunConfig) -> None:
         f"optimizer.min_learning_rate ({optimizer.min_learning_rate}) must not exceed optimizer.learning_rate "
         f"({optimizer.learning_rate}).",
     )
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    require(
+        (data.train is None) == bool(data.mixture),
+        "Set one of data.train and data.mixture: a folder of shards, or several with weights.",
+    )
+    given = [(each.weight is not None, each.epochs is not None) for each in data.mixture]
+    require(
+        not given or set(given) in ({(True, False)}, {(False, True)}),
+        "Every entry of data.mixture needs a weight, or every entry epochs; give all of them the same one.",
+    )
+    if data.buckets is not None:
+        require(
+            not config.model.is_class_conditional,
+            "data.buckets is for an MM-DiT; a DiT's position embedding is of one size: set data.buckets=null.",
+        )
+
+
+def _check_stages(config: RunConfig) -> None:
+    training, model, stages = config.training, config.model, config.training.stages
+    if not stages:
+        return
+    total = sum(stage.steps for stage in stages)
+    require(
+        total == training.steps,
+        f"training.stages take {total} steps, but training.steps is {training.steps}; make them equal.",
+    )
+    require(
+        not model.is_class_conditional,
+        "training.stages are for an MM-DiT; a DiT's position embedding is of one size: leave them out.",
+    )
+    require(
+        config.data.buckets is None or not config.data.buckets.sizes or len(stages) == 1,
+        "data.buckets.sizes are those of one resolution; with training.stages leave them out, and each stage makes its own.",
+    )
+    for number, stage in enumerate(stages):
+        require_divides(
+            model.patch_size, "model.patch_size", stage.sample_size, f"training.stages[{number}].sample_size"
+        )
+        require(
+            stage.sample_size // model.patch_size <= model.pos_embed_max_size,
+            f"training.stages[{number}].sample_size ({stage.sample_size}) is more than model.pos_embed_max_size "
+            f"({model.pos_embed_max_size}) patches.",
+        )
 
 
 def _check_fine_tuning(config: RunConfig, fine_tuning: FineTuningConfig) -> None:

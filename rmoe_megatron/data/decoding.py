@@ -12,29 +12,36 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.index import FORMATS
 
 
 @dataclass(frozen=True)
-class Square:
-    """The images of a model: the middle of a picture, resized.
+class Crop:
+    """The part of a picture that is kept, in pixels of the upright picture; it is resized to its bucket."""
 
-    Attributes:
-        side: pixels.
-        upscale: enlarge what is smaller; otherwise it is refused.
-    """
-
-    side: int
-    upscale: bool = False
+    left: int
+    top: int
+    width: int
+    height: int
 
 
-def decode_image(content: bytes, square: Square | None = None) -> np.ndarray:
-    """Return a picture as uint8 RGB, [3, H, W], or [3, side, side] as ``square`` says.
+def crop_of(width: int, height: int, bucket: Bucket) -> Crop:
+    """Return the largest part from the middle of a picture that has the bucket's aspect ratio, to the next whole pixel."""
+    if width * bucket.height > height * bucket.width:
+        kept = max(round(height * bucket.aspect_ratio), 1)
+        return Crop((width - kept) // 2, 0, kept, height)
+    kept = max(round(width / bucket.aspect_ratio), 1)
+    return Crop(0, (height - kept) // 2, width, kept)
+
+
+def decode_image(content: bytes, bucket: Bucket | None = None, upscale: bool = False) -> np.ndarray:
+    """Return a picture as uint8 RGB, [3, H, W], or as the middle of it in the size of ``bucket``.
 
     It is turned upright as its EXIF data say, and what is transparent becomes white. Other formats are not tried.
 
     Raises:
-        ValueError: it is an animation, has more than 8 bits a channel, or is smaller than ``square``.
+        ValueError: it is an animation, has more than 8 bits a channel, or is smaller than ``bucket`` and not to be enlarged.
         Exception: Pillow cannot read it, or it is larger than Pillow's limit against decompression bombs.
     """
     with warnings.catch_warnings():
@@ -44,13 +51,14 @@ def decode_image(content: bytes, square: Square | None = None) -> np.ndarray:
                 raise ValueError(f"an animation of {frames} pictures")
             if image.mode.startswith(("I", "F")):  # conversion would clip it
                 raise ValueError(f"pixels of mode {image.mode}, which has more than 8 bits a channel")
-            if square is not None and image.format == "JPEG":
-                # libjpeg decodes at a half, a quarter or an eighth for a fraction of the time; twice the side is left to resize.
-                scale = 2 * square.side / min(image.size)
+            if bucket is not None and image.format == "JPEG":
+                # libjpeg decodes at a half, a quarter or an eighth for a fraction of the time; twice the size is left to resize.
+                # A picture on its side has the sides of the bucket the other way round: the longer one is enough for both.
+                scale = 2 * max(bucket.width, bucket.height) / min(image.size)
                 image.draft(image.mode, (ceil(image.width * scale), ceil(image.height * scale)))
             upright = _on_white(ImageOps.exif_transpose(image))
-    if square is not None:
-        upright = _fitted(upright, square)
+    if bucket is not None:
+        upright = _fitted(upright, bucket, upscale)
     return np.asarray(upright).transpose(2, 0, 1).copy()
 
 
@@ -62,19 +70,17 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(ground, layer).convert("RGB")
 
 
-def _fitted(image: Image.Image, square: Square) -> Image.Image:
+def _fitted(image: Image.Image, bucket: Bucket, upscale: bool) -> Image.Image:
     width, height = image.size
-    shorter = min(width, height)
-    if shorter < square.side and not square.upscale:
+    if (width < bucket.width or height < bucket.height) and not upscale:
         raise ValueError(
-            f"{width} x {height} pixels, smaller than the model's {square.side} x {square.side} (data.upscale=true "
+            f"{width} x {height} pixels, smaller than the model's {bucket.width} x {bucket.height} (data.upscale=true "
             "enlarges pictures)"
         )
-    left, top = (width - shorter) // 2, (height - shorter) // 2
+    crop = crop_of(width, height, bucket)
+    box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
     # One step: the resized whole of a picture of 1 x 10000 would be huge.
-    return image.resize(
-        (square.side, square.side), Image.Resampling.BICUBIC, (left, top, left + shorter, top + shorter)
-    )
+    return image.resize((bucket.width, bucket.height), Image.Resampling.BICUBIC, box)
 
 
 def _decode_array(content: bytes) -> np.ndarray:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal, Self
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
@@ -104,17 +104,22 @@ class Index:
 
 
 class Selection:
-    """The samples of some kinds of an index, by their number; holds 8 bytes for ``BLOCK`` of them.
+    """Some samples of an index, by their number; holds 8 bytes for ``BLOCK`` of them.
 
     Args:
-        is_wanted: takes the extensions of a sample's members.
+        counts: how many every block has, integers [blocks].
+        matches: takes records and returns which of them are meant, bool [records].
     """
 
-    def __init__(self, index: Index, is_wanted: Callable[[set[str]], bool]) -> None:
-        self.index = index
-        self.is_wanted = np.array([is_wanted(set(kind.members)) for kind in index.kinds], dtype=bool)
-        counts = index.block_counts[:, self.is_wanted].sum(axis=1, dtype=np.int64)
-        self._ends = np.cumsum(counts)
+    def __init__(self, index: Index, counts: np.ndarray, matches: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.index, self.matches = index, matches
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    @classmethod
+    def of_kinds(cls, index: Index, is_wanted: Callable[[set[str]], bool]) -> Self:
+        """Return the samples whose members ``is_wanted`` takes by their extensions."""
+        kinds = wanted_kinds(index, is_wanted)
+        return cls(index, index.block_counts[:, kinds].sum(axis=1), lambda records: kinds[records["kind"]])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -126,13 +131,18 @@ class Selection:
         # The records are a file's, which may be damaged; looking at all of them would take as long as there are samples.
         block = int(np.searchsorted(self._ends, number, side="right"))
         before = int(self._ends[block - 1]) if block else 0
-        kinds = self.index.records["kind"][block * BLOCK : (block + 1) * BLOCK]
+        records = self.index.records[block * BLOCK : (block + 1) * BLOCK]
         try:
-            return block * BLOCK + int(np.flatnonzero(self.is_wanted[kinds])[number - before])
+            return block * BLOCK + int(np.flatnonzero(self.matches(records))[number - before])
         except IndexError as error:
             raise UserError(
                 f"The index of {self.index.folder} is damaged in block {block}; remove its {INDEX} and start again."
             ) from error
+
+
+def wanted_kinds(index: Index, is_wanted: Callable[[set[str]], bool]) -> np.ndarray:
+    """Return of which kinds the members are wanted, bool [kinds]."""
+    return np.array([is_wanted(set(kind.members)) for kind in index.kinds], dtype=bool)
 
 
 class IndexWriter:

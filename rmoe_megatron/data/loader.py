@@ -3,20 +3,32 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from rmoe_megatron import stop_signals
-from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.samples import BadSample, TrainingDataset
+from rmoe_megatron.data.order import Order
+from rmoe_megatron.data.samples import BadSample
 from rmoe_megatron.errors import UserError
+
+
+class Samples(Protocol):
+    """What a loader draws from."""
+
+    def draw(self, index: int, draw: int, bad: list[BadSample] | None = None) -> dict[str, Any]:
+        """Return the sample at ``index`` as the ``draw``-th draw of a run sees it."""
+        ...
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the draws of one optimizer step are spread: each data-parallel rank takes a contiguous slice."""
+    """How the draws of one optimizer step are spread.
+
+    The first micro-batches of all data-parallel ranks are the first draws, so that draws in a row that are of one bucket give
+    every rank the same work at the same time.
+    """
 
     global_batch_size: int
     micro_batch_size: int
@@ -25,12 +37,17 @@ class BatchLayout:
 
     def micro_batches(self, first_draw: int) -> list[range]:
         """Return the draws of this rank's micro-batches for the step that starts at ``first_draw``."""
-        per_rank = self.global_batch_size // self.data_parallel_size
-        start = first_draw + self.data_parallel_rank * per_rank
+        stride = self.micro_batch_size * self.data_parallel_size
+        mine = first_draw + self.data_parallel_rank * self.micro_batch_size
         return [
             range(begin, begin + self.micro_batch_size)
-            for begin in range(start, start + per_rank, self.micro_batch_size)
+            for begin in range(mine, mine + self.global_batch_size, stride)
         ]
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Return how many micro-batches each rank has in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
 
 class _Collated(Dataset[Any]):
@@ -41,15 +58,15 @@ class _Collated(Dataset[Any]):
     A user's mistake comes back in the batch's place: raised in a worker it would arrive as the text of a traceback.
     """
 
-    def __init__(self, dataset: TrainingDataset, order: GlobalOrder) -> None:
-        self.dataset = dataset
+    def __init__(self, samples: Samples, order: Order) -> None:
+        self.samples = samples
         self.order = order
 
     def __getitem__(self, draws: list[int]) -> dict[str, Any] | UserError:
         bad: list[BadSample] = []
         try:
             samples = [
-                {**self.dataset.draw(self.order[draw], draw, bad), "sample_index": draw} for draw in draws
+                {**self.samples.draw(self.order[draw], draw, bad), "sample_index": draw} for draw in draws
             ]
             return {**default_collate(samples), "bad_samples": bad}
         except UserError as error:
@@ -71,8 +88,8 @@ class _MicroBatches(Sampler[list[int]]):
 
 
 def batches(
-    dataset: TrainingDataset,
-    order: GlobalOrder,
+    samples: Samples,
+    order: Order,
     layout: BatchLayout,
     first_draw: int = 0,
     last_draw: int | None = None,
@@ -93,7 +110,7 @@ def batches(
         UserError: no sample can be read, or one does not fit the model.
     """
     loader = DataLoader(
-        _Collated(dataset, order),
+        _Collated(samples, order),
         batch_size=None,
         sampler=_MicroBatches(layout, first_draw, last_draw),
         num_workers=num_workers,

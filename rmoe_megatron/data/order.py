@@ -6,8 +6,11 @@ round function hashes a key (SplitMix64); on a domain that is no power of two th
 ("cycle walking", Black and Rogaway, 2002).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from typing import Protocol
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
@@ -54,11 +57,17 @@ def permuted(position: int, size: int, *key: int) -> int:
             return position
 
 
+class Order(Protocol):
+    """Which sample each draw of a run takes; any draw can be asked for, in the same time."""
+
+    def __getitem__(self, draw: int) -> int:
+        """Return the number of the sample of a draw."""
+        ...
+
+
 @dataclass(frozen=True)
 class GlobalOrder:
-    """Which sample the i-th draw of a run takes: in every epoch each sample once, in a new order if shuffled.
-
-    Any draw can be asked for, in the same time, so a run resumes from one integer.
+    """The order of one data set: in every epoch each sample once, in a new order if shuffled.
 
     Args:
         num_samples: at least 1.
@@ -92,3 +101,71 @@ class GlobalOrder:
             slot = permuted(slot, whole_blocks, self.seed, epoch, 0)
         start = permuted(0, self.num_samples, self.seed, epoch, -1)
         return (start + slot * self.block + offset) % self.num_samples
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How streams take turns: each as often as its weight says, mixed; computed for any turn.
+
+    A cycle is about ``CYCLE`` turns, in which a stream has those that its weight gives it up to the cycle's end and that it has
+    not had before, so that none is ever more than one turn and a cycle from its share.
+
+    Args:
+        weights: of the streams, not negative and not all 0.
+        key: integers, for instance seed and what the turns are for.
+    """
+
+    weights: tuple[int, ...]
+    key: tuple[int, ...]
+    CYCLE = 256
+
+    def __getitem__(self, turn: int) -> tuple[int, int]:
+        """Return the stream whose turn it is, and how many turns it has had before."""
+        cycle = turn // self.CYCLE
+        while (end := sum(self._before(cycle + 1))) <= turn:  # a cycle may be shorter by a turn a stream
+            cycle += 1
+        first = end - len(_shuffled(self, cycle))
+        return _shuffled(self, cycle)[turn - first]
+
+    def _before(self, cycle: int) -> list[int]:
+        """Return the turns of every stream before a cycle."""
+        total = sum(self.weights)
+        return [cycle * self.CYCLE * weight // total for weight in self.weights]
+
+
+@lru_cache(maxsize=64)
+def _shuffled(turns: Turns, cycle: int) -> list[tuple[int, int]]:
+    """Return the streams of a cycle in their order, each with its turns so far."""
+    before, after = turns._before(cycle), turns._before(cycle + 1)
+    streams = [
+        stream for stream, (old, new) in enumerate(zip(before, after, strict=True)) for _ in range(new - old)
+    ]
+    shuffled, had = [], list(before)
+    for place in range(len(streams)):
+        stream = streams[permuted(place, len(streams), *turns.key, cycle)]
+        shuffled.append((stream, had[stream]))
+        had[stream] += 1
+    return shuffled
+
+
+class MixedOrder:
+    """Several orders that take turns, each over samples of its own, which are numbered one order after the other.
+
+    Args:
+        orders: with the number of samples and the weight of each; orders without samples have no turns.
+        key: integers that the turns depend on.
+        group: draws of a turn.
+    """
+
+    def __init__(
+        self, orders: Sequence[tuple[Order, int, int]], key: tuple[int, ...], group: int = 1
+    ) -> None:
+        self.orders, self.group = [order for order, _, _ in orders], group
+        self.firsts = list(accumulate((samples for _, samples, _ in orders), initial=0))
+        self.turns = Turns(tuple(weight if samples else 0 for _, samples, weight in orders), key)
+
+    def __getitem__(self, draw: int) -> int:
+        """Return the number of the sample of a draw."""
+        turn, place = divmod(draw, self.group)
+        stream, had = self.turns[turn]
+        return self.firsts[stream] + self.orders[stream][had * self.group + place]

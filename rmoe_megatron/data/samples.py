@@ -1,6 +1,6 @@
 """What a model takes of a shard folder: raw samples or precomputed ones, as tensors and captions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from rmoe_megatron.config.captions import CaptionSource
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.counter_rng import Purpose, derive, sample_keys, uniform
-from rmoe_megatron.data.decoding import Square
+from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.index import IMAGES, LATENTS
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
@@ -36,14 +36,18 @@ class SampleFormat:
 
     Attributes:
         num_classes: of a class-conditional model, 0 for text.
-        square: of raw images; None leaves them as they are.
+        bucketing: the sizes that raw images are cut to; None leaves them as they are.
+        divides: number the samples by bucket, and leave out those of none; otherwise there is one bucket, whatever their size.
+        pixels_per_latent: of a side, for precomputed samples.
         captions: where they are in raw samples.
         seed: of the run, which the choice among several captions depends on.
         filter: which raw samples to take; None takes all.
     """
 
     num_classes: int = 0
-    square: Square | None = None
+    bucketing: Bucketing | None = None
+    divides: bool = False
+    pixels_per_latent: int = 1
     captions: tuple[CaptionSource, ...] = (CaptionSource("txt"),)
     seed: int = 0
     filter: SampleFilter | None = None
@@ -126,19 +130,31 @@ class TrainingDataset:
             )
         if self.precomputed:
             text = list(PRECOMPUTED_TEXT.values())
-            self.samples.restrict([LATENTS, *([CLASS_LABEL] if sample_format.num_classes else text)])
+            needed = [LATENTS, *([CLASS_LABEL] if sample_format.num_classes else text)]
+            self.samples.restrict(needed, self._divided_by(sample_format.pixels_per_latent))
         else:
-            self.samples.square = sample_format.square
-            self.samples.keep(sample_format.takes, sample_format.needed)
+            self.samples.bucketing = sample_format.bucketing
+            self.samples.keep(sample_format.takes, sample_format.needed, self._divided_by(None))
             self.samples.wanted = {
                 *IMAGES,
                 CLASS_LABEL,
                 *(source.member for source in sample_format.captions),
             }
-        self.samples.require_shapes_of_first()  # samples of a batch are stacked
+        self.samples.require_shapes_of_first()  # samples of a batch are stacked; those of a bucket have its size
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def _divided_by(self, pixels_per_latent: int | None) -> Bucketing | None:
+        bucketing = self.format.bucketing
+        if bucketing is None or not self.format.divides:
+            return None
+        return replace(bucketing, pixels_per_latent=pixels_per_latent)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the number of samples of each bucket."""
+        return [len(selection) for selection in self.samples.selections]
 
     def draw(self, index: int, draw: int, bad: list[BadSample] | None = None) -> dict[str, Any]:
         """Return the sample at ``index`` as the ``draw``-th draw of a run sees it.

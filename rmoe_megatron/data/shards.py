@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import parse
-from rmoe_megatron.data.decoding import DECODERS, Square, decode_image
-from rmoe_megatron.data.index import IMAGES, INDEX, LEFT_OUT, MEMBERS, Selection
-from rmoe_megatron.data.indexing import index_shards, open_index
+from rmoe_megatron.data.bucketing import BucketCounts, Bucketing
+from rmoe_megatron.data.decoding import DECODERS, decode_image
+from rmoe_megatron.data.index import IMAGES, INDEX, LATENTS, LEFT_OUT, MEMBERS, Selection
+from rmoe_megatron.data.indexing import index_paths, index_shards, open_index
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,15 @@ class ShardDataset(Dataset[Any]):
             self.index = open_index(folder, sample_filter)
         else:
             self.index = index_shards(folder, shards, sample_filter)
-        self.square: Square | None = None  # of the images; None leaves them as they are
+        # An index of chosen shards is in no file.
+        self._index_paths = index_paths(folder, sample_filter) if shards is None else []
+        self.bucketing: Bucketing | None = None  # of the images; None leaves them as they are
         self.skipped = 0
         self._descriptors: dict[int, int] = {}
         self.restrict(extensions)
 
-    def restrict(self, extensions: list[str] | None) -> None:
-        """Decode these members only and leave out the samples that lack one; None decodes all.
+    def restrict(self, extensions: list[str] | None, bucketing: Bucketing | None = None) -> None:
+        """Decode these members only and leave out the samples that lack one, and those of no bucket; None decodes all.
 
         Raises:
             UserError: no sample is left.
@@ -64,10 +67,17 @@ class ShardDataset(Dataset[Any]):
         self.wanted: set[str] | None = None  # of the members that a sample happens to have; None decodes all
         self.shapes: dict[str, tuple[int, ...]] = {}
         wanted = set(extensions or ())
-        self.keep(lambda members: wanted <= members, ", ".join(extensions or ["any"]))
+        self.keep(lambda members: wanted <= members, ", ".join(extensions or ["any"]), bucketing)
 
-    def keep(self, is_usable: Callable[[set[str]], bool], needed: str) -> None:
-        """Leave out the samples whose members are not usable; a warning counts them.
+    def keep(
+        self,
+        is_usable: Callable[[set[str]], bool],
+        needed: str,
+        bucketing: Bucketing | None = None,
+    ) -> None:
+        """Leave out the samples whose members are not usable, and those of no bucket; warnings count them.
+
+        With a bucketing the samples are numbered anew: those of the first bucket come first.
 
         Args:
             is_usable: takes the extensions of a sample's members.
@@ -76,8 +86,12 @@ class ShardDataset(Dataset[Any]):
         Raises:
             UserError: no sample is left.
         """
-        passing = len(Selection(self.index, lambda members: LEFT_OUT not in members))
-        self.selection = Selection(self.index, lambda members: LEFT_OUT not in members and is_usable(members))
+        passing = len(Selection.of_kinds(self.index, lambda members: LEFT_OUT not in members))
+
+        def is_wanted(members: set[str]) -> bool:
+            return LEFT_OUT not in members and is_usable(members)
+
+        self.selections = [Selection.of_kinds(self.index, is_wanted)]
         if not passing and len(self.index):
             raise UserError(
                 f"data.filter takes none of the {len(self.index)} samples in {self.folder}; change it."
@@ -86,22 +100,61 @@ class ShardDataset(Dataset[Any]):
             raise UserError(
                 f"The shards in {self.folder} hold no samples with members {needed}; build the data again."
             )
-        if len(self) < passing:
+        left_out = passing - len(self)
+        if bucketing is not None:
+            self._divide(BucketCounts(self.index, is_wanted, bucketing, self._index_paths))
+        if left_out:
             logger.warning(
                 "%d of the %d samples in %s have no members %s; left out.",
-                passing - len(self),
+                left_out,
                 passing,
                 self.folder,
                 needed,
             )
 
+    def _divide(self, counts: BucketCounts) -> None:
+        usable, bucketing = len(self), counts.bucketing
+        self.selections, self.bucketing = counts.selections(), bucketing
+        what = (
+            "precomputed in none of the sizes"
+            if bucketing.pixels_per_latent
+            else "of no size that can be told"
+        )
+        causes = [
+            (counts.too_small, "smaller than their bucket (data.upscale=true enlarges them)"),
+            (counts.in_none, what),
+        ]
+        told = " and ".join(f"{number} are {cause}" for number, cause in causes if number)
+        sizes = ", ".join(map(str, bucketing.buckets))
+        if not len(self):
+            raise UserError(
+                f"None of the {usable} samples in {self.folder} is of one of the buckets {sizes}: {told}; change data.buckets, or "
+                "the data."
+            )
+        if told:
+            logger.warning(
+                "Of the %d samples in %s %s; left out of the buckets %s.", usable, self.folder, told, sizes
+            )
+
     def require_shapes_of_first(self) -> None:
         """From now on take a sample whose arrays differ in shape from the first sample's for unreadable."""
         arrays = {name: value for name, value in self[0].items() if isinstance(value, np.ndarray)}
-        self.shapes = {"image" if name in IMAGES else name: array.shape for name, array in arrays.items()}
+        shapes = {"image" if name in IMAGES else name: array.shape for name, array in arrays.items()}
+        if len(self.selections) > 1:  # those of a bucket have its size
+            shapes = {name: shape for name, shape in shapes.items() if name not in ("image", LATENTS)}
+        self.shapes = shapes
 
     def __len__(self) -> int:
-        return len(self.selection)
+        return sum(map(len, self.selections))
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Return the number of a sample's bucket (0 if there are none), and the sample's number in it."""
+        inside = index
+        for bucket, selection in enumerate(self.selections):
+            if inside < len(selection):
+                return bucket, inside
+            inside -= len(selection)
+        raise IndexError(index)
 
     def members(self, index: int) -> list[str]:
         """Return the extensions of a sample's members, as the index has them; nothing is read."""
@@ -118,6 +171,8 @@ class ShardDataset(Dataset[Any]):
     ) -> dict[str, Any]:
         """Return what ``use`` makes of a sample, or of the next one that can be read and of which it makes something.
 
+        The next one is of the same bucket.
+
         Args:
             use: raises ValueError for a sample that it cannot use.
             note: called with the index of every sample that cannot be read or used, and why; None warns of it.
@@ -125,16 +180,22 @@ class ShardDataset(Dataset[Any]):
         Raises:
             UserError: there is no such sample.
         """
-        for attempt in range(len(self)):
-            number = (index + attempt) % len(self)
+        bucket, inside = self.place(index)
+        size = len(self.selections[bucket])
+        for attempt in range(size):
+            number = index - inside + (inside + attempt) % size
             try:
                 return use(self.decoded(number))
             except (OSError, ValueError) as error:
                 why = error
                 (note or self.warn)(number, error)
         raise UserError(
-            f"None of the {len(self)} samples in {self.folder} can be read (the last: {why}); build the data again."
+            f"None of the {size} samples{self._in(bucket)} in {self.folder} can be read (the last: {why}); build the data again."
         )
+
+    def _in(self, bucket: int) -> str:
+        """Return which bucket it is as a part of a sentence."""
+        return f" of {self.bucketing.buckets[bucket]}" if self.bucketing and len(self.selections) > 1 else ""
 
     def warn(self, index: int, error: Exception) -> None:
         """Count a sample that cannot be used, and say why."""
@@ -160,7 +221,7 @@ class ShardDataset(Dataset[Any]):
             extensions = self.extensions or present
         else:
             extensions = [name for name in extensions if name in contents]
-        return {"__key__": key, **{name: self._member(contents, name) for name in extensions}}
+        return {"__key__": key, **{name: self._member(contents, name, index) for name in extensions}}
 
     def name(self, index: int) -> str:
         """Return a sample's key, or its number if its headers cannot be read."""
@@ -190,7 +251,8 @@ class ShardDataset(Dataset[Any]):
 
     def _record(self, index: int) -> np.void:
         """Return a sample's record of the index, whose file may be damaged."""
-        record = self.index.records[self.selection[index]]
+        bucket, inside = self.place(index)
+        record = self.index.records[self.selections[bucket][inside]]
         if record["shard"] >= len(self.index.shards) or record["kind"] >= len(self.index.kinds):
             raise UserError(
                 f"The index of {self.folder} is damaged at sample {index}; remove its {INDEX} and start again."
@@ -205,13 +267,23 @@ class ShardDataset(Dataset[Any]):
             self._descriptors[shard] = os.open(self.folder / self.index.shards[shard].name, os.O_RDONLY)
         return self._descriptors[shard]
 
-    def _member(self, contents: dict[str, memoryview], extension: str) -> Any:
-        """Decode a member."""
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height of a sample's upright picture or latents, as the index has them; 0 if it cannot tell."""
+        record = self._record(index)
+        return int(record["width"]), int(record["height"])
+
+    def _image(self, content: bytes, index: int) -> np.ndarray:
+        if self.bucketing is None:
+            return decode_image(content)
+        return decode_image(content, self.bucketing.buckets[self.place(index)[0]], self.bucketing.upscale)
+
+    def _member(self, contents: dict[str, memoryview], extension: str, index: int) -> Any:
+        """Decode a member of a sample."""
         if extension not in contents:
             raise ValueError(f"{extension}: no such member")
         kind, content = extension.rsplit(".", 1)[-1], bytes(contents[extension])
         try:
-            value = decode_image(content, self.square) if kind in IMAGES else DECODERS[kind](content)
+            value = self._image(content, index) if kind in IMAGES else DECODERS[kind](content)
         except Exception as error:  # on damaged content the libraries raise nearly anything
             raise ValueError(f"{extension}: {error}") from error
         shape = self.shapes.get("image" if kind in IMAGES else extension)

@@ -12,11 +12,13 @@ def build_objective(config: ModelDescription) -> TrainingObjective:
     """Return what the run trains for."""
     if config.diffusion.objective is Objective.ddpm:
         return DDPM(config.diffusion)
-    return RectifiedFlow(config.diffusion, config.model.sample_size)
+    return RectifiedFlow(config.diffusion)
 
 
-def build_scheduler(config: ModelDescription) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
-    """Return diffusers' deterministic sampler for the objective."""
+def build_scheduler(
+    config: ModelDescription, height: int | None = None, width: int | None = None
+) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
+    """Return diffusers' deterministic sampler for the objective and latents of this size; None is the model's."""
     if config.diffusion.objective is Objective.ddpm:
         return DDIMScheduler(
             num_train_timesteps=NUM_TIMESTEPS,
@@ -25,4 +27,6 @@ def build_scheduler(config: ModelDescription) -> FlowMatchEulerDiscreteScheduler
             beta_schedule="linear",
             clip_sample=False,
         )
-    return FlowMatchEulerDiscreteScheduler(shift=resolution_shift(config.diffusion, config.model.sample_size))
+    size = config.model.sample_size
+    shift = resolution_shift(config.diffusion, height or size, width or size)
+    return FlowMatchEulerDiscreteScheduler(shift=shift)

@@ -16,15 +16,15 @@ TIMESTEPS = 1000.0  # the model is conditioned on sigma * TIMESTEPS, as diffuser
 MIN_SIGMA = 0.05
 
 
-def resolution_shift(config: DiffusionConfig, sample_size: int) -> float:
-    """Return the shift of sigma for latents of ``sample_size``.
+def resolution_shift(config: DiffusionConfig, height: int, width: int) -> float:
+    """Return the shift of sigma for latents of this size.
 
     Signal-to-noise ratios agree between resolutions when the shift grows with the square root of the number of
-    tokens (Esser et al., section 5.3.2), that is with the side of the image.
+    tokens (Esser et al., section 5.3.2), that is with the side of a square of as many.
     """
     if config.shift_base_size is None:
         return config.shift
-    return config.shift * sample_size / config.shift_base_size
+    return config.shift * math.sqrt(height * width) / config.shift_base_size
 
 
 def draw_sigma(config: DiffusionConfig, keys: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ def draw_sigma(config: DiffusionConfig, keys: Tensor) -> Tensor:
 class RectifiedFlow:
     """Noisy latents ``(1 - sigma) x + sigma noise``, target ``noise - x``, mean squared error."""
 
-    def __init__(self, config: DiffusionConfig, sample_size: int) -> None:
+    def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        self.shift = resolution_shift(config, sample_size)
 
     def add_noise(self, latents: Tensor, keys: Tensor) -> TrainingExample:
         """Draw sigma and noise for latents float32 [B, C, H, W]; keys are int64 [B], one per sample."""
         sigma = draw_sigma(self.config, keys)
-        sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        shift = resolution_shift(self.config, *latents.shape[2:])
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
         noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
         weight = sigma.view(-1, 1, 1, 1)
         return TrainingExample(

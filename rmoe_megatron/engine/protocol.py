@@ -1,6 +1,6 @@
 """What an engine does. Each has a folder of its own and one line in :mod:`rmoe_megatron.engine.registry`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,25 +29,25 @@ class Engine(Protocol):
 
     Attributes:
         modules: what this rank has of the model; Megatron-Core's ``sharded_state_dict`` describes it.
-        num_micro_batches: that a step takes on this rank.
     """
 
     modules: nn.ModuleList
-    num_micro_batches: int
 
     def step(
-        self, micro_batches: Iterator[Batch], before_update: Callable[[], None] = lambda: None
+        self, micro_batches: list[Batch], before_update: Callable[[], None] = lambda: None
     ) -> StepResult:
-        """Consume the micro-batches of one step and update the weights.
+        """Update the weights by this rank's micro-batches of one step, as many as every other data-parallel rank's.
 
         Args:
+            micro_batches: of as many samples and tokens at every place as on the other ranks; with pipeline parallelism all of
+                them of one size.
             before_update: called when the gradients are there. Only then are the parameters of the previous update
                 surely here; they may arrive during the forward pass.
         """
         ...
 
-    def evaluate(self, micro_batches: Iterator[Batch], num_micro_batches: int) -> float:
-        """Return the mean loss over ``num_micro_batches`` micro-batches per rank without updating anything."""
+    def evaluate(self, micro_batches: list[Batch]) -> float:
+        """Return the mean loss of all ranks' micro-batches without updating anything; they are as those of a step."""
         ...
 
     def denoise(self, latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions) -> Tensor:

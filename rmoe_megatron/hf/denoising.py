@@ -43,6 +43,8 @@ class DenoisingLoop:
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
         callback_on_step_end: StepCallback | None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Tensor:
         """Return latents float32 [B, C, H, W].
 
@@ -51,11 +53,16 @@ class DenoisingLoop:
             guidance_scale: 1 samples without guidance.
             guidance_interval: guide only where timestep / 1000 lies in it (Kynkäänniemi et al., 2024).
             latents: initial noise [B, C, H, W]; drawn from ``generator`` if not given.
+            height: of the image in pixels, ``width`` likewise; None is the model's.
+
+        Raises:
+            ValueError: height or width is no multiple of the pixels of a patch.
         """
         config, device = self.transformer.config, self._execution_device
         if latents is None:
             count = next(iter(conditions.values())).shape[0]
-            shape = (count, config.in_channels, config.sample_size, config.sample_size)
+            sides = (self.latent_side(height), self.latent_side(width))
+            shape = (count, config.in_channels, *sides)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
@@ -67,6 +74,18 @@ class DenoisingLoop:
                 outputs = callback_on_step_end(self, index, timestep, {"latents": latents})
                 latents = outputs.get("latents", latents)
         return latents
+
+    def latent_side(self, pixels: int | None) -> int:
+        """Return height or width of the latents of an image; None is the model's."""
+        config = self.transformer.config
+        side, odd = divmod(
+            pixels if pixels is not None else config.sample_size * self.vae_scale_factor,
+            self.vae_scale_factor,
+        )
+        if odd or side % config.patch_size or side <= 0:
+            unit = self.vae_scale_factor * config.patch_size
+            raise ValueError(f"height and width are {pixels} pixels; they must be multiples of {unit}.")
+        return side
 
     def predict(
         self,

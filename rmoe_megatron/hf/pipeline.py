@@ -63,6 +63,8 @@ class RecurrentSD3Pipeline(CarriesCode, DenoisingLoop, DiffusionPipeline):
         self,
         prompt: str | list[str],
         negative_prompt: str | list[str] = "",
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -77,6 +79,7 @@ class RecurrentSD3Pipeline(CarriesCode, DenoisingLoop, DiffusionPipeline):
 
         Args:
             prompt: one or several prompts.
+            height: of the images in pixels, ``width`` likewise; None is the model's.
             negative_prompt: what unguided predictions are conditioned on; training drops captions to "".
             guidance_scale: 1 samples without guidance.
             guidance_interval: guide only where timestep / 1000 lies in it (Kynkäänniemi et al., 2024).
@@ -96,6 +99,8 @@ class RecurrentSD3Pipeline(CarriesCode, DenoisingLoop, DiffusionPipeline):
             generator,
             latents,
             callback_on_step_end,
+            height,
+            width,
         )
         images = self.decode(final, output_type)
         self.maybe_free_model_hooks()

@@ -41,8 +41,8 @@ class Addition[Section](ABC):
         """
 
     @abstractmethod
-    def multiply_adds(self, model: ModelConfig, section: Section) -> float:
-        """Return what it adds to a block."""
+    def multiply_adds(self, model: ModelConfig, section: Section, vision: int) -> float:
+        """Return what it adds to a block for an image of ``vision`` tokens."""
 
     @abstractmethod
     def parameters(self, model: ModelConfig, section: Section) -> int:

@@ -51,8 +51,12 @@ class Family(ABC):
         """Return multiply-adds of embedding an image's conditions."""
 
     @abstractmethod
-    def block_multiply_adds(self, model: ModelConfig, layer: int) -> float:
-        """Return multiply-adds of block ``layer`` without what is added to it: projections, MLP, modulation, attention."""
+    def block_multiply_adds(self, model: ModelConfig, layer: int, vision: int) -> float:
+        """Return multiply-adds of block ``layer`` without what is added to it: projections, MLP, modulation, attention.
+
+        Args:
+            vision: tokens of an image.
+        """
 
     @abstractmethod
     def conditioning_parameters(self, model: ModelConfig) -> int:
@@ -69,7 +73,7 @@ def attention_multiply_adds(queries: int, keys: int, hidden: int) -> float:
 
 
 def vision_tokens(model: ModelConfig) -> int:
-    """Return the number of patches of an image."""
+    """Return the number of patches of a square image of the model's size."""
     return (model.sample_size // model.patch_size) ** 2
 
 

@@ -1,14 +1,16 @@
 """What happens in which step of a run: training, validation, saving, sampling, logging; and where it can stop."""
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.run import RunConfig
@@ -33,6 +35,7 @@ class TrainingLoop:
         may_publish: raises if another process has taken over the run; rank 0 asks it before a checkpoint is published.
         averages_due: the update whose parameters the averages have not seen yet.
         saved: step of the last checkpoint, and what followed that step and was not done then.
+        waited: seconds for data, up to the last step.
     """
 
     config: RunConfig
@@ -44,6 +47,7 @@ class TrainingLoop:
     interruption: Interruption = field(default_factory=Interruption)
     averages_due: int | None = None
     saved: tuple[int, list[str]] = (0, [])
+    waited: float = 0.0
 
     def run(self) -> str | None:
         """Train from ``state.progress`` to the last step; returns None, or why it stopped before and saved."""
@@ -56,16 +60,18 @@ class TrainingLoop:
         if training.sample_prompts:
             prompts = self.source.encode_prompts(training.sample_prompts)
             self.grid = SampleGrid(self.config, prompts, self.source.autoencoder)
-        batches = self.source.training_batches(progress.samples)
         health = Health(run_dir, engine.modules, self.source.locate, training.max_skipped_steps)
         self.throughput = Throughput(self.config, self.device)
         self.saved = progress.step, list(progress.pending)
-        why = None
+        why, draws, batches = None, None, iter(list[list[Batch]]())
         try:
             self.look_and_save()  # what the step before an interruption left
             while progress.step < training.steps:
                 self.interruption.check()
-                health.check(progress.step + 1, self.step(batches))
+                if self.source.at(progress.step) is not draws:
+                    draws = self.source.at(progress.step)
+                    batches = self.source.training_batches(progress.step, progress.samples)
+                health.check(progress.step + 1, self.step(next(batches)))
                 self.look_and_save()
         except StopRequest as request:
             why = str(request)
@@ -73,17 +79,19 @@ class TrainingLoop:
         self.log.close()
         return why
 
-    def step(self, batches: Iterator[Batch]) -> StepResult:
+    def step(self, micro_batches: list[Batch]) -> StepResult:
         """Take one optimizer step, log it, and put down what is to follow it."""
         training, progress, engine = self.config.training, self.state.progress, self.state.engine
-        waited = self.source.waited
-        result = engine.step(batches, before_update=self.update_averages)
+        result = engine.step(micro_batches, before_update=self.update_averages)
         if result.suspects is None:
             self.averages_due = progress.step
         progress.step += 1
-        progress.samples += training.global_batch_size
+        progress.samples += (
+            sum(len(batch.latents) for batch in micro_batches) * parallel_state.get_data_parallel_world_size()
+        )
         progress.skipped_steps += result.suspects is not None
-        self.throughput.count(training.global_batch_size, self.source.waited - waited)
+        self.throughput.count(micro_batches, self.source.waited - self.waited)
+        self.waited = self.source.waited
         routing = engine.routing_metrics()
         if self.is_due(training.log_every):
             metrics = (
@@ -98,7 +106,8 @@ class TrainingLoop:
     def pauses(self) -> dict[str, int]:
         """Return what happens between steps, every how many of them, in this order."""
         training = self.config.training
-        pauses = {"validation": training.validate_every} if self.source.has_validation else {}
+        has_validation = self.source.has_validation(self.state.progress.step - 1)
+        pauses = {"validation": training.validate_every} if has_validation else {}
         pauses["checkpoint"] = self.config.checkpoint.every
         return pauses | ({"samples": training.sample_every} if self.grid is not None else {})
 
@@ -162,28 +171,32 @@ class TrainingLoop:
 
     def validate(self) -> None:
         """Log the loss of the averaged weights on the validation samples, with noise that is the same each time."""
-        batches, count = self.source.validation_batches()
-        size = self.state.engine.num_micro_batches
-        losses = []
+        step, losses = self.state.progress.step, dict[str, list[float]]()
         with self.state.ema.applied():
-            for _ in range(0, count, size):
+            for bucket, micro_batches in self.source.validation_batches(step - 1):
                 self.interruption.check()
-                losses.append(self.state.engine.evaluate(batches, size))
-        self.log.log_metrics(self.state.progress.step, {"validation_loss": math.fsum(losses) / len(losses)})
+                losses.setdefault(bucket, []).append(self.state.engine.evaluate(micro_batches))
+        metrics = {"validation_loss": fmean(chain(*losses.values()))}
+        if self.config.data.buckets is not None:
+            metrics |= {f"validation_loss_{bucket}": fmean(found) for bucket, found in losses.items()}
+        self.log.log_metrics(step, metrics)
 
     def sample(self) -> None:
-        """Draw the sample grid with the averaged weights; every rank computes, rank 0 writes."""
+        """Draw a sample grid of every bucket with the averaged weights; every rank computes, rank 0 writes."""
         assert self.grid is not None
 
         def denoise(*inputs: Any) -> torch.Tensor:
             self.interruption.check()
             return self.state.engine.denoise(*inputs)
 
-        with self.state.ema.applied():
-            image = self.grid.draw(denoise)
         step = self.state.progress.step
-        path = Path(self.config.run_dir) / "samples" / f"step-{step:08d}.png"
-        if dist.get_rank() == 0:
-            path.parent.mkdir(exist_ok=True)
-            durable.write(path, png(image))
-        self.log.log_image("samples", path, step)
+        draws, has_buckets = self.source.at(step - 1), self.config.data.buckets is not None
+        with self.state.ema.applied():
+            images = [self.grid.draw(denoise, *size) for size in draws.latent_sizes]
+        for bucket, image in zip(draws.buckets, images, strict=True):
+            name = f"-{bucket}" if has_buckets else ""
+            path = Path(self.config.run_dir) / "samples" / f"step-{step:08d}{name}.png"
+            if dist.get_rank() == 0:
+                path.parent.mkdir(exist_ok=True)
+                durable.write(path, png(image))
+            self.log.log_image(f"samples{name}", path, step)

@@ -13,12 +13,15 @@ from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import list_checkpoints
+from rmoe_megatron.config.buckets import Bucket, build_buckets
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.model import ModelConfig
+from rmoe_megatron.config.requirements import require
 from rmoe_megatron.config.run import Device, Precision, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
+from rmoe_megatron.config.stages import Stage, stages_of
 from rmoe_megatron.config.validation import validate
-from rmoe_megatron.data.decoding import Square
+from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.indexing import list_shards
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.encoders.source import present_folder
@@ -50,6 +53,7 @@ def check(config: RunConfig, world_size: int) -> None:
     validate(config, world_size)
     check_device(config)
     check_files(config)
+    check_buckets(config)
 
 
 def check_submission(config: RunConfig, world_size: int) -> None:
@@ -63,11 +67,12 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     check_model(config)
     validate(config, world_size)
     check_files(config)
+    check_buckets(config)
     if not config.model.is_class_conditional and config.encoders.text_encoder != "minilm":
         present_folder(config.encoders.text_encoder, "encoders.text_encoder")
-    for folder in (config.data.train, config.data.validation):
-        if folder is not None:
-            check_first_sample(config, Path(folder))
+    for stage in stages_of(config):
+        for folder in folders_of(stage):
+            check_first_sample(config, folder, stage.sample_size)
 
 
 def check_device(config: RunConfig) -> None:
@@ -91,9 +96,9 @@ def check_files(config: RunConfig) -> None:
             f"There is no run at fine_tuning.base {config.fine_tuning.base}; train one or import one with "
             "`rmoe convert from-hf`."
         )
-    list_shards(Path(config.data.train))
-    if config.data.validation is not None:
-        list_shards(Path(config.data.validation))
+    for stage in stages_of(config):
+        for folder in folders_of(stage):
+            list_shards(folder)
     durable.check_writable(Path(config.run_dir), "run_dir")
     check_space(config)
 
@@ -146,33 +151,100 @@ def pixels_per_latent(autoencoder: str) -> int:
     return 2 ** (len(described["block_out_channels"]) - 1)
 
 
-def check_first_sample(config: RunConfig, folder: Path) -> None:
+def folders_of(stage: Stage) -> list[Path]:
+    """Return the shard folders of a stage."""
+    validation = [Path(stage.validation)] if stage.validation is not None else []
+    return [*(Path(dataset.path) for dataset in stage.datasets), *validation]
+
+
+def check_first_sample(config: RunConfig, folder: Path, sample_size: int) -> None:
     """Check that the first sample of a shard folder fits the model; no other shard is opened.
 
     Raises:
         UserError: it lacks a member, or is precomputed and has another shape.
     """
     # One shard may well have no sample that the filter takes.
-    taken = replace(sample_format(config), filter=None)
+    taken = replace(sample_format(config, sample_size), filter=None, divides=False)
     samples = TrainingDataset(folder, taken, shards=list_shards(folder)[:1])
-    sample = samples.draw(0, 0)
     if samples.precomputed:
+        sample = samples.draw(0, 0)
         shapes = {
             name: tuple(value.shape) for name, value in sample.items() if isinstance(value, torch.Tensor)
         }
-        check_shapes(shapes, config.model, folder, precomputed=True)
+        sizes = latent_sizes(config, sample_size)
+        expected = next((size for size in sizes if size == shapes["latents"][1:]), sizes[0])
+        check_shapes(shapes, config.model, expected, folder, precomputed=True)
+    elif config.data.buckets is None:
+        samples.draw(0, 0)
 
 
-def sample_format(config: RunConfig) -> SampleFormat:
+def buckets_of(config: RunConfig, sample_size: int) -> tuple[Bucket, ...]:
+    """Return the sizes of a run's pictures, in pixels: its buckets, or one square.
+
+    Args:
+        sample_size: of a side of the square latents.
+
+    Raises:
+        UserError: a bucket is none, or the autoencoder is not here, or its configuration cannot be read.
+    """
+    side = sample_size * pixels_per_latent(config.encoders.autoencoder)
+    if config.data.buckets is None:
+        return (Bucket(side, side),)
+    return build_buckets(config.data.buckets, side)
+
+
+def latent_sizes(config: RunConfig, sample_size: int) -> list[tuple[int, int]]:
+    """Return height and width of the latents of each bucket."""
+    scale = pixels_per_latent(config.encoders.autoencoder)
+    return [(bucket.height // scale, bucket.width // scale) for bucket in buckets_of(config, sample_size)]
+
+
+def check_buckets(config: RunConfig) -> None:
+    """Check that the model takes latents of every bucket of every stage, spread over ranks as configured.
+
+    Raises:
+        UserError: a bucket does not fit.
+    """
+    model, parallel = config.model, config.parallel
+    if config.data.buckets is None:
+        return
+    shards = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    unit = pixels_per_latent(config.encoders.autoencoder) * model.patch_size
+    for stage in stages_of(config):
+        for bucket in buckets_of(config, stage.sample_size):
+            width, height = bucket.width // unit, bucket.height // unit
+            require(
+                bucket.width % unit == 0 and bucket.height % unit == 0,
+                f"data.buckets has {bucket}, whose sides must be multiples of {unit} pixels, those of a patch; change sizes or "
+                "multiple.",
+            )
+            require(
+                max(width, height) <= model.pos_embed_max_size,
+                f"data.buckets has {bucket}, which is {width} x {height} patches; model.pos_embed_max_size "
+                f"({model.pos_embed_max_size}) is the most of a side: lower max_aspect_ratio, or raise it.",
+            )
+            require(
+                width * height % shards == 0,
+                f"data.buckets has {bucket}, whose {width * height} patches cannot be spread over tensor_model_parallel_size x "
+                f"context_parallel_size = {shards} ranks; raise data.buckets.multiple, or choose other sizes.",
+            )
+
+
+def sample_format(config: RunConfig, sample_size: int | None = None) -> SampleFormat:
     """Return what the model of a configuration takes of samples.
+
+    Args:
+        sample_size: of a side of the square latents, if it is not the model's.
 
     Raises:
         UserError: the autoencoder is not here, or its configuration cannot be read.
     """
-    side = config.model.sample_size * pixels_per_latent(config.encoders.autoencoder)
+    buckets = buckets_of(config, sample_size or config.model.sample_size)
     return SampleFormat(
         config.model.num_classes,
-        Square(side, config.data.upscale),
+        Bucketing(buckets, config.data.upscale),
+        config.data.buckets is not None,
+        pixels_per_latent(config.encoders.autoencoder),
         parse_captions(config.data.captions),
         config.seed,
         SampleFilter(config.data.filter) if config.data.filter is not None else None,
@@ -180,20 +252,23 @@ def sample_format(config: RunConfig) -> SampleFormat:
 
 
 def check_shapes(
-    shapes: dict[str, tuple[int, ...]], model: ModelConfig, folder: Path, precomputed: bool
+    shapes: dict[str, tuple[int, ...]],
+    model: ModelConfig,
+    size: tuple[int, int],
+    folder: Path,
+    precomputed: bool,
 ) -> None:
     """Check the shapes of a sample, encoded, against what a model takes.
 
     Args:
+        size: height and width of the latents.
         folder: of the sample.
         precomputed: it lies there encoded.
 
     Raises:
         UserError: one differs.
     """
-    expected: dict[str, tuple[int, ...]] = {
-        "latents": (model.in_channels, model.sample_size, model.sample_size)
-    }
+    expected: dict[str, tuple[int, ...]] = {"latents": (model.in_channels, *size)}
     if not model.is_class_conditional:
         expected["text_hidden_states"] = (model.text_length, model.text_hidden_size)
         expected["text_pooled"] = (model.pooled_size,)

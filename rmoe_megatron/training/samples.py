@@ -26,38 +26,31 @@ class SampleGrid:
         self.prompts = prompts
         self.autoencoder = autoencoder
 
-    def draw(self, model: Denoiser) -> Image.Image:
-        """Sample every prompt once and return them as a labelled grid."""
-        training = self.config.training
-        latents = sample_latents(
-            model, self.prompts, self.config, training.sample_steps, training.sample_guidance
-        )
+    def draw(self, model: Denoiser, height: int, width: int) -> Image.Image:
+        """Sample every prompt once, in latents of this size, and return them as a labelled grid."""
+        latents = sample_latents(model, self.prompts, self.config, height, width)
         return labelled_grid(decode_latents(self.autoencoder, latents).numpy(), self.prompts.captions)
 
 
 @torch.no_grad()
-def sample_latents(
-    model: Denoiser, prompts: Prompts, config: RunConfig, steps: int, guidance: float
-) -> Tensor:
-    """Sample latents float32 [N, C, H, W] with classifier-free guidance.
+def sample_latents(model: Denoiser, prompts: Prompts, config: RunConfig, height: int, width: int) -> Tensor:
+    """Sample latents float32 [N, C, height, width] with classifier-free guidance, as ``training.sample_*`` says.
 
     Args:
         model: an engine's ``denoise``.
-        steps: of the objective's sampler.
-        guidance: 1 is no guidance.
     """
-    shape = (config.model.in_channels, config.model.sample_size, config.model.sample_size)
+    shape = (config.model.in_channels, height, width)
     count, device = len(prompts.captions), prompts.conditions.device
     keys = sample_keys(config.seed, torch.arange(count, device=device))
     latents = normal(derive(keys, Purpose.noise), math.prod(shape)).view(count, *shape)
     conditions = prompts.conditions.combine(
         prompts.null_conditions, lambda values, empty: torch.cat((values, empty.expand_as(values)))
     )
-    scheduler = build_scheduler(config)
-    scheduler.set_timesteps(steps, device=device)
+    scheduler = build_scheduler(config, height, width)
+    scheduler.set_timesteps(config.training.sample_steps, device=device)
     for timestep in scheduler.timesteps:
         timesteps = timestep.float().expand(2 * count)
         output = model(latents.repeat(2, 1, 1, 1), timesteps, keys.repeat(2), conditions)
-        guided = guide(output[:, : shape[0]], guidance)
+        guided = guide(output[:, : shape[0]], config.training.sample_guidance)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     return latents

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,36 @@ from megatron.core import parallel_state
 from torch.utils.data import default_collate
 
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.stages import Stage, stage_at
 from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, typed_batch
-from rmoe_megatron.data.indexing import open_index
-from rmoe_megatron.data.loader import BatchLayout, batches
-from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
+from rmoe_megatron.data.loader import BatchLayout, Samples, batches
+from rmoe_megatron.data.mixture import Mixture
+from rmoe_megatron.data.order import Order
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import build_condition_encoder
 from rmoe_megatron.training.bad_samples import BadSamples, warn
-from rmoe_megatron.training.preflight import check_shapes, sample_format
+from rmoe_megatron.training.draws import (
+    FIRST_VALIDATION_DRAW,
+    StageDraws,
+    check_continues,
+    locate,
+    open_draws,
+)
+from rmoe_megatron.training.preflight import check_shapes
 
-# Validation draws get noise of their own: draw numbers that no training run reaches.
-FIRST_VALIDATION_DRAW = 1 << 40
 
-
-def _index_once(formats: dict[Path, SampleFormat]) -> None:
-    """Have rank 0 bring the indices of shard folders up to date before the other ranks open them."""
+def _open_in_turn(config: RunConfig) -> list[StageDraws]:
+    """Open the data sets; rank 0 goes first and brings indices and counts of buckets up to date."""
     if dist.get_rank() == 0:
-        for folder, taken in formats.items():
-            open_index(folder, taken.filter)
+        draws = open_draws(config)
+        dist.barrier()
+        return draws
     dist.barrier()
+    return open_draws(config)
 
 
 class TrainingSource:
-    """Batches of latents and conditions for this data-parallel rank.
+    """Batches of latents and conditions for this data-parallel rank, stage by stage.
 
     Raises:
         UserError: shards are missing or do not fit the model.
@@ -46,33 +53,73 @@ class TrainingSource:
         self.device = device
         self.waited = 0.0  # seconds in which training waited for the loader
         self.bad_samples = BadSamples(config.data, Path(config.run_dir), device)
-        taken, validation = sample_format(config), config.data.validation
-        unfiltered = replace(taken, filter=None)
-        _index_once({Path(config.data.train): taken} | ({Path(validation): unfiltered} if validation else {}))
-        self.train = TrainingDataset(Path(config.data.train), taken)
-        self._order = GlobalOrder(len(self.train), config.data.shuffle, config.seed)
-        self.validation = TrainingDataset(Path(validation), unfiltered) if validation else None
+        self.draws = _open_in_turn(config)
         self.autoencoder = load_autoencoder(config.encoders.autoencoder, device)
+        first = self.draws[0].samples
+        folder = first.datasets[0].samples.folder
         self.encoder = build_condition_encoder(
-            config, device, precomputed=Path(config.data.train) if self.train.precomputed else None
+            config, device, precomputed=folder if first.precomputed else None
         )
         self.null_conditions = self.encoder.null
-        for dataset in (self.train, self.validation):
-            if dataset is not None:
-                self._check_shapes(dataset)
+        for draws in self.draws:
+            for mixture in (draws.samples, draws.validation):
+                if mixture is not None:
+                    self._check_shapes(draws, mixture)
 
-    @property
-    def has_validation(self) -> bool:
-        """Whether validation shards are configured."""
-        return self.validation is not None
+    def at(self, step: int) -> StageDraws:
+        """Return what the step after ``step`` steps draws from."""
+        return self.draws[stage_at([each.stage for each in self.draws], step).number]
 
-    def training_batches(self, first_draw: int) -> Iterator[Batch]:
-        """Iterate over this rank's training micro-batches from ``first_draw`` on, without end."""
-        order = GlobalOrder(len(self.train), self.config.data.shuffle, self.config.seed)
-        loader = batches(
-            self.train, order, self._layout(), first_draw, num_workers=self.config.data.num_workers
-        )
-        return map(self._noted, self._timed(loader))
+    def training_batches(self, step: int, draw: int) -> Iterator[list[Batch]]:
+        """Iterate over this rank's micro-batches of each training step of the stage that comes after ``step`` steps.
+
+        Args:
+            draw: draws of the run before that step.
+
+        Raises:
+            UserError: the steps before were of other stages or batches.
+        """
+        draws = self.at(step)
+        check_continues(draws.stage, step, draw, len(self.draws), self.config.data.buckets is not None)
+        loader = self._loader(draws.stage, draws.samples, draws, draw, None, self.config.data.num_workers)
+        return self._in_steps(draws.stage, map(self._noted, self._timed(loader)))
+
+    def validation_batches(self, step: int) -> Iterator[tuple[str, list[Batch]]]:
+        """Iterate over this rank's validation micro-batches, as many at once as a step takes: always the same in a stage.
+
+        Yields:
+            The bucket's size and its micro-batches.
+        """
+        draws = self.at(step)
+        assert draws.validation is not None
+        for bucket, order, first, last in draws.validation_parts(self.config.training.validation_samples):
+            loader = self._loader(draws.stage, draws.validation, order, first, last)
+            told = map(self._with_validation_noise, map(self._told, loader))
+            for micro_batches in self._in_steps(draws.stage, told):
+                yield str(draws.buckets[bucket]), micro_batches
+
+    def has_validation(self, step: int) -> bool:
+        """Whether validation shards are configured for the stage of the step after ``step`` steps."""
+        return self.at(step).validation is not None
+
+    def locate(self, draw: int) -> dict[str, str]:
+        """Return the ``shard`` and ``key`` of a training draw's sample."""
+        dataset, index = locate(self.draws, draw)
+        return {"shard": str(dataset.samples.shard(index)), "key": dataset.samples.name(index)}
+
+    def encode_prompts(self, captions: list[str]) -> Prompts:
+        """Encode captions or class labels for the sample grid."""
+        return Prompts(captions, self.encoder.encode_prompts(captions), self.null_conditions)
+
+    def _loader(
+        self, stage: Stage, samples: Samples, order: Order, first: int, last: int | None, num_workers: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        return batches(samples, order, self._layout(stage), first, last, num_workers)
+
+    def _in_steps(self, stage: Stage, micro_batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+        """Hand on as many micro-batches at once as a step takes."""
+        while step := list(islice(micro_batches, self._layout(stage).micro_batches_per_step)):
+            yield step
 
     def _told(self, collated: dict[str, Any]) -> Batch:
         warn(collated["bad_samples"])
@@ -93,33 +140,11 @@ class TrainingSource:
         self.bad_samples.note(collated)
         return self._embed(collated)
 
-    def locate(self, draw: int) -> dict[str, str]:
-        """Return the ``shard`` and ``key`` of a training draw's sample."""
-        index, samples = self._order[draw], self.train.samples
-        return {"shard": str(samples.shard(index)), "key": samples.name(index)}
-
-    def validation_batches(self) -> tuple[Iterator[Batch], int]:
-        """Return the validation micro-batches of this rank and their number; they are the same every time."""
-        assert self.validation is not None
-        layout = self._layout()
-        samples = min(self.config.training.validation_samples, len(self.validation))
-        steps = max(samples // layout.global_batch_size, 1)
-        order = GlobalOrder(len(self.validation), shuffle=False, seed=0)
-        loader = batches(self.validation, order, layout, last_draw=steps * layout.global_batch_size)
-        micro_batches = (
-            steps * layout.global_batch_size // (layout.micro_batch_size * layout.data_parallel_size)
-        )
-        return map(self._with_validation_noise, map(self._told, loader)), micro_batches
-
-    def encode_prompts(self, captions: list[str]) -> Prompts:
-        """Encode captions or class labels for the sample grid."""
-        return Prompts(captions, self.encoder.encode_prompts(captions), self.null_conditions)
-
-    def _layout(self) -> BatchLayout:
-        training = self.config.training
+    @staticmethod
+    def _layout(stage: Stage) -> BatchLayout:
         return BatchLayout(
-            training.global_batch_size,
-            training.micro_batch_size,
+            stage.global_batch_size,
+            stage.micro_batch_size,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
         )
@@ -135,8 +160,11 @@ class TrainingSource:
     def _with_validation_noise(batch: Batch) -> Batch:
         return replace(batch, sample_index=batch.sample_index + FIRST_VALIDATION_DRAW)
 
-    def _check_shapes(self, dataset: TrainingDataset) -> None:
-        embedded = self._embed(default_collate([{**dataset.draw(0, 0), "sample_index": 0}]))
-        tensors = {"latents": embedded.latents, **embedded.conditions.tensors()}
-        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
-        check_shapes(shapes, self.config.model, dataset.samples.folder, dataset.precomputed)
+    def _check_shapes(self, draws: StageDraws, mixture: Mixture) -> None:
+        """Check one sample of every data set."""
+        for dataset in mixture.datasets:
+            embedded = self._embed(default_collate([{**dataset.draw(0, 0), "sample_index": 0}]))
+            tensors = {"latents": embedded.latents, **embedded.conditions.tensors()}
+            shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+            size = draws.latent_sizes[dataset.samples.place(0)[0]]
+            check_shapes(shapes, self.config.model, size, dataset.samples.folder, dataset.precomputed)

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.model.family import vision_tokens
+from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.platform import peak_flops, synchronize
 
@@ -21,37 +22,44 @@ class Throughput:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.device = device
-        self.tokens_per_sample = config.model.text_length + vision_tokens(config.model)
-        self.flops_per_sample = training_flops_per_sample(config)
+        self.config = config
         peak = peak_flops(device)
         self.peak = peak * dist.get_world_size() if peak else None
-        self.steps = self.samples = 0  # since the last report
+        self.steps = self.samples = self.tokens = 0  # since the last report, of all ranks
+        self.flops = 0.0
         self.waited = 0.0  # seconds, for data
         self.started = time.perf_counter()
         self.seconds_per_step: float | None = None  # at the last report
         self.pauses: dict[str, float] = {}  # seconds per step that each kind of pause adds
 
-    def count(self, samples: int, waited: float) -> None:
-        """Add one step: its samples, and the seconds in which this rank waited for them."""
+    def count(self, micro_batches: list[Batch], waited: float) -> None:
+        """Add one step: this rank's micro-batches, like those of the others, and the seconds in which it waited for them."""
         self.steps += 1
-        self.samples += samples
         self.waited += waited
+        ranks = parallel_state.get_data_parallel_world_size()
+        for batch in micro_batches:
+            samples, _, height, width = batch.latents.shape
+            vision = height * width // self.config.model.patch_size**2
+            self.samples += ranks * samples
+            self.tokens += ranks * samples * (self.config.model.text_length + vision)
+            self.flops += ranks * samples * training_flops_per_sample(self.config, vision)
 
     def rates(self) -> dict[str, float]:
         """Return the rates since the last call and start anew."""
         synchronize(self.device)
         seconds = time.perf_counter() - self.started
-        samples_per_second = self.samples / seconds
         self.seconds_per_step, wait_per_step = seconds / self.steps, self.waited / self.steps
-        self.steps, self.samples, self.waited, self.started = 0, 0, 0.0, time.perf_counter()
         rates = {
-            "samples_per_second": samples_per_second,
-            "tokens_per_second": samples_per_second * self.tokens_per_sample,
-            "model_tflops": samples_per_second * self.flops_per_sample / 1e12,
+            "samples_per_second": self.samples / seconds,
+            "tokens_per_step": self.tokens / self.steps,
+            "tokens_per_second": self.tokens / seconds,
+            "model_tflops": self.flops / seconds / 1e12,
             "data_wait_seconds": wait_per_step,
         }
         if self.peak:
-            rates["model_flops_utilisation"] = samples_per_second * self.flops_per_sample / self.peak
+            rates["model_flops_utilisation"] = self.flops / seconds / self.peak
+        self.steps = self.samples = self.tokens = 0
+        self.flops, self.waited, self.started = 0.0, 0.0, time.perf_counter()
         return rates
 
     def remaining(self, steps: int) -> float | None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from rmoe_megatron.data.decoding import Square, decode_image
+from rmoe_megatron.config.buckets import Bucket
+from rmoe_megatron.data.decoding import decode_image
 
 
 def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
@@ -27,14 +28,14 @@ def gradient(width: int, height: int) -> Image.Image:
 def test_a_picture_of_the_right_size_is_left_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     content = encoded(Image.fromarray(pixels), "png")
-    assert np.array_equal(decode_image(content, Square(16)).transpose(1, 2, 0), pixels)
+    assert np.array_equal(decode_image(content, Bucket(16, 16)).transpose(1, 2, 0), pixels)
     assert np.array_equal(decode_image(content).transpose(1, 2, 0), pixels)
 
 
 @pytest.mark.parametrize("file_format", ["png", "jpeg", "webp", "avif"])
 @pytest.mark.parametrize(("width", "height"), [(64, 32), (32, 64), (65, 33), (400, 32)])
 def test_the_middle_is_taken(file_format: str, width: int, height: int) -> None:
-    found = decode_image(encoded(gradient(width, height), file_format), Square(32)).astype(int)
+    found = decode_image(encoded(gradient(width, height), file_format), Bucket(32, 32)).astype(int)
     assert found.shape == (3, 32, 32)
     shorter = min(width, height)
     columns, rows = np.linspace(0, 255, width), np.linspace(0, 255, height)
@@ -52,9 +53,9 @@ def test_a_large_jpeg_is_what_its_pixels_are_resized_to(width: int, height: int)
     coarse = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     content = encoded(picture, "jpeg", quality=95)
-    found = decode_image(content, Square(64)).astype(int)
+    found = decode_image(content, Bucket(64, 64)).astype(int)
     whole = encoded(Image.open(io.BytesIO(content)), "png")
-    difference = np.abs(found - decode_image(whole, Square(64)).astype(int))
+    difference = np.abs(found - decode_image(whole, Bucket(64, 64)).astype(int))
     assert difference.mean() < 2
     assert difference.max() < 16
 
@@ -62,10 +63,10 @@ def test_a_large_jpeg_is_what_its_pixels_are_resized_to(width: int, height: int)
 def test_small_pictures_are_enlarged_if_asked_alone() -> None:
     content = encoded(gradient(20, 40), "png")
     with pytest.raises(ValueError, match="20 x 40 pixels, smaller than the model's 32 x 32"):
-        decode_image(content, Square(32))
-    assert decode_image(content, Square(32, upscale=True)).shape == (3, 32, 32)
+        decode_image(content, Bucket(32, 32))
+    assert decode_image(content, Bucket(32, 32), upscale=True).shape == (3, 32, 32)
     # One pixel wide: the resized whole would have 10 million rows.
-    assert decode_image(encoded(Image.new("RGB", (1, 10_000)), "png"), Square(1024, upscale=True)).shape == (
+    assert decode_image(encoded(Image.new("RGB", (1, 10_000)), "png"), Bucket(1024, 1024), upscale=True).shape == (
         3, 1024, 1024,
     )  # fmt: skip
 

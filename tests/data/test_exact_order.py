@@ -52,8 +52,8 @@ def test_the_order_is_the_run_s_alone(folders: dict[int, Path], data: st.DataObj
             loader = batches(dataset, order, layout, first_draw=len(drawn), num_workers=workers)
             loaded.append([batch["caption"] for batch in islice(loader, here * per_step)])
         for step in range(here):
-            for of_rank in loaded:
-                drawn += [key for batch in of_rank[step * per_step : (step + 1) * per_step] for key in batch]
+            for place in range(per_step):  # the first micro-batches of all ranks, then the second ones
+                drawn += [key for of_rank in loaded for key in of_rank[step * per_step + place]]
     assert drawn == [str(order[draw]) for draw in range(len(drawn))]
     for epoch in range(3):
         assert sorted(map(int, drawn[epoch * size : (epoch + 1) * size])) == list(range(size))

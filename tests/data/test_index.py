@@ -264,7 +264,7 @@ def test_a_selection_is_the_list_of_what_is_wanted(kinds: list[int], wanted: set
         writer.finish()
         index = index_module.parse_index(np.frombuffer(content.getbuffer(), np.uint8), Path("folder"))
         names = {"abc"[number] for number in wanted}
-        selection = Selection(index, lambda members: members <= names)
+        selection = Selection.of_kinds(index, lambda members: members <= names)
         expected = [place for place, kind in enumerate(kinds) if kind in wanted]
         assert len(selection) == len(expected)
         assert [selection[number] for number in range(len(selection))] == expected
@@ -288,7 +288,7 @@ def resident():
 
 before = resident()
 index = read_index(Path(sys.argv[1]), Path("folder"))
-selection = Selection(index, lambda members: "txt" in members)
+selection = Selection.of_kinds(index, lambda members: "txt" in members)
 order = GlobalOrder(len(selection), shuffle=True, seed=0)
 drawn = [selection[order[draw]] for draw in range(10**11, 10**11 + 2000)]
 assert len(set(drawn)) == 2000 and all(index.kinds[index.records["kind"][place]].members == ["jpg", "txt"] for place in drawn)

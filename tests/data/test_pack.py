@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from rmoe_megatron.data.decoding import Square
+from rmoe_megatron.config.buckets import Bucket
+from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.pack import LEFT_OUT, Columns, pack
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.shards import ShardDataset
@@ -126,7 +127,7 @@ def test_a_folder_of_parquet_files_from_the_hub(tmp_path: Path) -> None:
     packed = pack(tmp_path / "data", tmp_path / "out")
     assert packed.samples == 4
     assert packed.left_out == [(f"row 2 of train-{part}.parquet", "it has no caption") for part in range(2)]
-    dataset = TrainingDataset(tmp_path / "out", SampleFormat(square=Square(8)))
+    dataset = TrainingDataset(tmp_path / "out", SampleFormat(bucketing=Bucketing((Bucket(8, 8),))))
     assert [dataset.draw(index, 0)["caption"] for index in range(4)] == ["0 0", "0 1", "1 0", "1 1"]
     assert np.abs(dataset.draw(3, 0)["image"].numpy().astype(int) - 11).max() <= 2
 

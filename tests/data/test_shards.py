@@ -87,7 +87,8 @@ def test_a_step_draws_the_same_samples_in_every_layout(tmp_path: Path, ranks: in
     ]
     for step, expected in enumerate(whole):
         count = 8 // ranks // micro_batch
-        parts = [part for rank in per_rank for part in rank[step * count : (step + 1) * count]]
+        # The first micro-batches of all ranks, then the second ones.
+        parts = [rank[step * count + place] for place in range(count) for rank in per_rank]
         assert [caption for part in parts for caption in part["caption"]] == expected["caption"]
         assert torch.equal(torch.cat([part["sample_index"] for part in parts]), expected["sample_index"])
 

@@ -56,8 +56,8 @@ def test_uniform_density() -> None:
 
 
 def sigma_of(config: DiffusionConfig, sample_size: int = 8) -> torch.Tensor:
-    latents = torch.zeros(100, 1, 2, 2)
-    example = RectifiedFlow(config, sample_size).add_noise(latents, sample_keys(0, torch.arange(100)))
+    latents = torch.zeros(100, 1, sample_size, sample_size)
+    example = RectifiedFlow(config).add_noise(latents, sample_keys(0, torch.arange(100)))
     return example.timestep / TIMESTEPS
 
 
@@ -68,14 +68,15 @@ def test_shift_adds_its_logarithm_to_the_logit() -> None:
 
 def test_shift_grows_with_the_square_root_of_the_number_of_tokens() -> None:
     config = DiffusionConfig(shift=1.5, shift_base_size=64)
-    assert resolution_shift(config, 128) == pytest.approx(1.5 * math.sqrt(128**2 / 64**2))
-    assert resolution_shift(config, 64) == 1.5
+    assert resolution_shift(config, 128, 128) == pytest.approx(1.5 * math.sqrt(128**2 / 64**2))
+    assert resolution_shift(config, 64, 64) == 1.5
+    assert resolution_shift(config, 32, 128) == 1.5  # as many tokens
     torch.testing.assert_close(sigma_of(config, 128), sigma_of(DiffusionConfig(shift=3.0)))
 
 
 def test_one_euler_step_with_the_target_returns_the_data() -> None:
     latents = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    objective = RectifiedFlow(DiffusionConfig(), sample_size=8)
+    objective = RectifiedFlow(DiffusionConfig())
     example = objective.add_noise(latents, sample_keys(0, torch.arange(4)))
     assert objective.loss(example.target, example) == 0
     for index in range(4):

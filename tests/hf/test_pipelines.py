@@ -195,14 +195,17 @@ def trajectory(pipeline: Any, latents: torch.Tensor, **arguments: Any) -> list[t
     return states
 
 
-@pytest.mark.parametrize("kind", ["mmdit", "dit-ddpm", "dit-flow"])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("mmdit", (8, 8)), ("mmdit", (4, 8)), ("dit-ddpm", (8, 8)), ("dit-flow", (8, 8))]
+)
 def test_pipeline_equals_the_training_model_along_a_trajectory(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rmoe_megatron.model.build import build_transformer
     from rmoe_megatron.training import samples
 
     config = trajectory_config(kind)
+    config.training.sample_steps = 10
     prompts = ["two red circles", "a cat"] if kind == "mmdit" else ["1", "6"]
     ours: list[torch.Tensor] = []
     with one_rank(config) as device, torch.no_grad():
@@ -220,7 +223,7 @@ def test_pipeline_equals_the_training_model_along_a_trajectory(
             return model(latents, timestep, keys, **conditions.tensors())
 
         embedded = Prompts(prompts, encoder.encode_prompts(prompts), encoder.null)
-        ours_last = samples.sample_latents(recorded, embedded, config, steps=10, guidance=2.0)
+        ours_last = samples.sample_latents(recorded, embedded, config, *size)
     pipeline = build_pipeline(config, transformer)
     inputs = {"prompt": prompts} if kind == "mmdit" else {"class_labels": [int(label) for label in prompts]}
     theirs = trajectory(pipeline, first[0], **inputs)

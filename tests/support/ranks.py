@@ -1,5 +1,6 @@
 """Several ranks on this machine that train tiny models from random weights, and report them whole."""
 
+import math
 import os
 import time
 import zlib
@@ -47,7 +48,7 @@ class Result:
     final: dict[str, Tensor] = field(default_factory=dict)
     averages: dict[str, Tensor] = field(default_factory=dict)
     validation_loss: float = 0.0
-    denoised: Tensor | None = None
+    denoised: list[Tensor] = field(default_factory=list)
 
 
 def configuration(model: ModelConfig, recurrent: bool, **changes: Any) -> RunConfig:
@@ -130,8 +131,7 @@ def train(config: RunConfig) -> Result:
         perturb(modules)
         engine = MegatronEngine(config, modules, DiffusionLoss(config, config.seed, null))
         ema = ExponentialMovingAverage(modules, 0.9)
-        micro_batches = batches(config)
-        for number in range(STEPS):
+        for number, micro_batches in enumerate(batches(config)):
 
             def before_update(number: int = number) -> None:
                 if number == 0:
@@ -146,14 +146,13 @@ def train(config: RunConfig) -> Result:
         ema.update(STEPS - 1)
         result.final = gathered(modules)
         result.averages = gathered(modules, ema.averages)
-        result.validation_loss = engine.evaluate(batches(config), engine.num_micro_batches)
-        keys, size = sample_keys(4, torch.arange(3)), config.model.sample_size
-        result.denoised = engine.denoise(
-            normal(keys, config.model.in_channels * size**2).view(3, -1, size, size),
-            torch.tensor([10.0, 500.0, 900.0]),
-            keys,
-            conditions(config, torch.arange(3)),
-        )
+        result.validation_loss = engine.evaluate(next(batches(config)))
+        keys = sample_keys(4, torch.arange(3))
+        for shape in sizes(config):
+            latents = normal(keys, config.model.in_channels * math.prod(shape)).view(3, -1, *shape)
+            timestep = torch.tensor([10.0, 500.0, 900.0])
+            denoised = engine.denoise(latents, timestep, keys, conditions(config, torch.arange(3)))
+            result.denoised.append(denoised)
     return result
 
 
@@ -169,8 +168,18 @@ def conditions(config: RunConfig, draws: Tensor) -> Conditions:
     )
 
 
-def batches(config: RunConfig) -> Iterator[Batch]:
-    """This rank's micro-batches, each sample a function of its draw number."""
+def sizes(config: RunConfig) -> list[tuple[int, int]]:
+    """Heights and widths of latents that the steps take in turn: a DiT's are square."""
+    side = config.model.sample_size
+    return (
+        [(side, side)]
+        if config.model.is_class_conditional
+        else [(side, side), (side // 2, side), (side, side // 2)]
+    )
+
+
+def batches(config: RunConfig) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each step, each sample a function of its draw number."""
     from megatron.core import parallel_state
 
     from rmoe_megatron.data.loader import BatchLayout
@@ -183,11 +192,13 @@ def batches(config: RunConfig) -> Iterator[Batch]:
         parallel_state.get_data_parallel_world_size(),
     )
     for step in range(STEPS):
+        micro_batches = []
         for micro_batch in batch_layout.micro_batches(step * training.global_batch_size):
             draws = torch.tensor(list(micro_batch))
-            size = (model.in_channels, model.sample_size, model.sample_size)
-            latents = normal(sample_keys(3, draws), size[0] * size[1] * size[2]).view(-1, *size)
-            yield Batch(latents, conditions(config, draws), draws)
+            size = (model.in_channels, *sizes(config)[step % len(sizes(config))])
+            latents = normal(sample_keys(3, draws), math.prod(size)).view(-1, *size)
+            micro_batches.append(Batch(latents, conditions(config, draws), draws))
+        yield micro_batches
 
 
 def perturb(chunks: torch.nn.ModuleList, std: float = 0.05) -> None:

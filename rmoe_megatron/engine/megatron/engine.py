@@ -23,7 +23,6 @@ from rmoe_megatron.engine.megatron.optimizer import (
 from rmoe_megatron.engine.megatron.routing import forget_losses, load_balancing_loss
 from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.engine.suspects import find_suspects
-from rmoe_megatron.model.family import vision_tokens
 from rmoe_megatron.model.sequence import num_shards, padded_length
 
 
@@ -39,9 +38,7 @@ class MegatronEngine:
         self.device = loss.null_conditions.device
         self.model = ModelChunks(modules, data_parallelism(config))
         self.optimizer, self.scheduler = build_optimizer(config, self.model)
-        data_parallel = parallel_state.get_data_parallel_world_size()
-        training = config.training
-        self.num_micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
+        self.num_micro_batches = 0  # of the last step
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = get_forward_backward_func()
@@ -49,29 +46,29 @@ class MegatronEngine:
         forget_losses()
 
     def step(
-        self, micro_batches: Iterator[Batch], before_update: Callable[[], None] = lambda: None
+        self, micro_batches: list[Batch], before_update: Callable[[], None] = lambda: None
     ) -> StepResult:
-        """Consume the micro-batches of one step and update the weights; see the protocol."""
+        """Update the weights by the micro-batches of one step; see the protocol."""
+        self.num_micro_batches = len(micro_batches)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = [next(micro_batches) for _ in range(self.num_micro_batches)]
-        losses = self._losses(batches, forward_only=False)
+        losses = self._losses(micro_batches, forward_only=False)
         before_update()
         # Megatron-Core's optimizer looks for NaN under float16's loss scaling only: with NaN gradients it would update.
         self.optimizer.prepare_grads()
         loss, grad_norm = mean_over_data_parallel(losses), float(self.optimizer.get_grad_norm() or 0.0)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return StepResult(loss, grad_norm, learning_rate, find_suspects(batches, losses))
+            return StepResult(loss, grad_norm, learning_rate, find_suspects(micro_batches, losses))
         self.optimizer.step()
         self.scheduler.step(increment=1)
         return StepResult(loss, grad_norm, learning_rate)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterator[Batch], num_micro_batches: int) -> float:
-        """Return the mean loss over ``num_micro_batches`` micro-batches per rank without updating anything."""
+    def evaluate(self, micro_batches: list[Batch]) -> float:
+        """Return the mean loss of all ranks' micro-batches without updating anything."""
         self.model.train(False)
-        losses = self._losses([next(micro_batches) for _ in range(num_micro_batches)], forward_only=True)
+        losses = self._losses(micro_batches, forward_only=True)
         self.model.train()
         return mean_over_data_parallel(losses)
 
@@ -92,7 +89,11 @@ class MegatronEngine:
 
         self.model.train(False)
         outputs = self._run_schedule(
-            forward_step, batches, size, forward_only=True, collect_non_loss_data=True
+            forward_step,
+            batches,
+            (size, *latents.shape[2:]),
+            forward_only=True,
+            collect_non_loss_data=True,
         )
         self.model.train()
         if stages == 1:
@@ -126,27 +127,32 @@ class MegatronEngine:
 
     def _losses(self, batches: list[Batch], forward_only: bool) -> list[Tensor]:
         """Return the losses of micro-batches on the last pipeline stage, nothing before it."""
-        size = self.config.training.micro_batch_size
-        stored = self._run_schedule(self.forward_step, batches, size, forward_only)
+        latents = batches[
+            0
+        ].latents  # with pipeline parallelism they are all of one size, elsewhere nothing asks
+        stored = self._run_schedule(
+            self.forward_step, batches, (len(latents), *latents.shape[2:]), forward_only
+        )
         return [entry["loss"] for entry in stored]
 
     def _run_schedule(
         self,
         forward_step: Callable[..., Any],
         batches: list[Any],
-        micro_batch_size: int,
+        size: tuple[int, int, int],
         forward_only: bool,
         collect_non_loss_data: bool = False,
     ) -> list[Any]:
-        model = self.config.model
+        """Run Megatron-Core's schedule over micro-batches of this many samples of latents of this height and width."""
+        model, (samples, height, width) = self.config.model, size
         text_length = padded_length(model.text_length, num_shards(self.model.config))
         return self.forward_backward(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in self.model.wrapped],  # every chunk takes them in turn
             model=self.model.wrapped,
             num_microbatches=len(batches),
-            seq_length=text_length + vision_tokens(model),
-            micro_batch_size=micro_batch_size,
+            seq_length=text_length + height * width // model.patch_size**2,
+            micro_batch_size=samples,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
         )

@@ -9,7 +9,6 @@ from rmoe_megatron.model.family import (
     attention_multiply_adds,
     stream_parameters,
     timestep_parameters,
-    vision_tokens,
 )
 
 TEXT_KEYS = ("text_length", "text_hidden_size", "pooled_size", "pos_embed_max_size")
@@ -55,9 +54,9 @@ class DiTFamily(Family):
         """Return multiply-adds of the timestep's embedding; a class is looked up."""
         return (TIMESTEP_CHANNELS + model.hidden_size) * model.hidden_size
 
-    def block_multiply_adds(self, model: ModelConfig, layer: int) -> float:
+    def block_multiply_adds(self, model: ModelConfig, layer: int, vision: int) -> float:
         """Return multiply-adds of a block."""
-        vision, hidden = vision_tokens(model), model.hidden_size
+        hidden = model.hidden_size
         return 12 * vision * hidden**2 + 6 * hidden**2 + attention_multiply_adds(vision, vision, hidden)
 
     def conditioning_parameters(self, model: ModelConfig) -> int:

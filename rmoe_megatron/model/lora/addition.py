@@ -8,7 +8,6 @@ from torch import Tensor
 from rmoe_megatron.config.model import LoraConfig, ModelConfig
 from rmoe_megatron.config.requirements import require
 from rmoe_megatron.model.addition import Addition, Join
-from rmoe_megatron.model.family import vision_tokens
 
 
 class LoraAddition(Addition[LoraConfig]):
@@ -25,9 +24,9 @@ class LoraAddition(Addition[LoraConfig]):
             "has no use for it; choose a smaller rank.",
         )
 
-    def multiply_adds(self, model: ModelConfig, section: LoraConfig) -> float:
+    def multiply_adds(self, model: ModelConfig, section: LoraConfig, vision: int) -> float:
         """Return both factors of three projections."""
-        return vision_tokens(model) * 6 * model.hidden_size * section.rank
+        return vision * 6 * model.hidden_size * section.rank
 
     def parameters(self, model: ModelConfig, section: LoraConfig) -> int:
         """Return the number of parameters of both factors."""

@@ -12,7 +12,6 @@ from rmoe_megatron.model.family import (
     qk_norm_parameters,
     stream_parameters,
     timestep_parameters,
-    vision_tokens,
 )
 
 
@@ -77,9 +76,9 @@ class MMDiTFamily(Family):
         timestep, pooled = (TIMESTEP_CHANNELS + hidden) * hidden, (model.pooled_size + hidden) * hidden
         return timestep + pooled + model.text_length * model.text_hidden_size * hidden
 
-    def block_multiply_adds(self, model: ModelConfig, layer: int) -> float:
+    def block_multiply_adds(self, model: ModelConfig, layer: int, vision: int) -> float:
         """Return multiply-adds of a joint block; the last one's text stream ends in the attention."""
-        vision, text, hidden = vision_tokens(model), model.text_length, model.hidden_size
+        text, hidden = model.text_length, model.hidden_size
         tokens = vision + text
         block = 12 * tokens * hidden**2 + 12 * hidden**2 + attention_multiply_adds(tokens, tokens, hidden)
         if layer in model.dual_attention_layers:

@@ -5,7 +5,7 @@ from typing import Any
 from rmoe_megatron.config.model import ModelConfig, RecurrenceConfig
 from rmoe_megatron.config.requirements import require
 from rmoe_megatron.model.addition import Addition
-from rmoe_megatron.model.family import attention_multiply_adds, linear_parameters, vision_tokens
+from rmoe_megatron.model.family import attention_multiply_adds, linear_parameters
 
 GATE_INPUTS = ("tokens", "conditioning")
 
@@ -37,9 +37,9 @@ class RecurrenceAddition(Addition[RecurrenceConfig]):
             f"recurrence.gate_inputs {inputs} must be one or both of {', '.join(GATE_INPUTS)}.",
         )
 
-    def multiply_adds(self, model: ModelConfig, section: RecurrenceConfig) -> float:
+    def multiply_adds(self, model: ModelConfig, section: RecurrenceConfig, vision: int) -> float:
         """Return modules, gate and modulation of every latent step, and the attention of all but the last."""
-        vision, text, hidden = vision_tokens(model), model.text_length, model.hidden_size
+        text, hidden = model.text_length, model.hidden_size
         module = 3 * hidden**2 if section.rank is None else 6 * hidden * section.rank
         gate = section.num_modules * hidden if "tokens" in section.gate_inputs else 0
         step = vision * (module + gate) + (2 * hidden**2 if section.modulation else 0)
