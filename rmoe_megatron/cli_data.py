@@ -75,7 +75,7 @@ def check_command(
 
 @data_app.command("index")
 def index_command(
-    folder: Annotated[Path, typer.Argument(help="Folder of .tar shards.")],
+    folder: Annotated[str, typer.Argument(help="Folder of .tar shards, or URL of one.")],
     processes: Annotated[int, typer.Option(min=1, max=256, help="That scan shards at the same time.")] = 1,
     sample_filter: Annotated[
         str | None, typer.Option("--filter", help="The data.filter of a run: it has an index of its own.")
@@ -83,15 +83,18 @@ def index_command(
 ) -> None:
     """Find the samples of all shards, once; shards that haven't changed since the last time are not read again."""
     from rmoe_megatron.config.sample_filter import SampleFilter
-    from rmoe_megatron.data.indexing import build_index, index_paths
+    from rmoe_megatron.data.indexing import build_index, index_name
+    from rmoe_megatron.data.store import shard_store
 
     parsed = SampleFilter(sample_filter) if sample_filter is not None else None
-    index = build_index(folder, parsed, processes, Bar("index", "shard"))
+    store = shard_store(folder)
+    index = build_index(store, parsed, processes, Bar("index", "shard"))
     for kind in sorted(index.kinds, key=lambda kind: -kind.samples):
         if kind.samples:
             print(f"{kind.samples:>12} samples with {', '.join(kind.members)}")
     print(f"{len(index):>12} samples in {len(index.shards)} shards")
-    print(f"index {next((path for path in index_paths(folder, parsed) if path.is_file()), 'not written')}")
+    paths = store.index_paths(index_name(parsed))
+    print(f"index {next((path for path in paths if path.is_file()), 'not written')}")
 
 
 @data_app.command("precompute")

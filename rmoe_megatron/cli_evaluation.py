@@ -44,12 +44,12 @@ def eval_shapes(
     """Score a model on the toy shapes set by GenEval's rules."""
     import numpy as np
 
-    from rmoe_megatron.data.indexing import list_shards
+    from rmoe_megatron.data.store import LocalStore
     from rmoe_megatron.evaluation.shapes import evaluate_shapes
 
     check_guidance(guidance)
     durable.check_writable(out, "--out")
-    list_shards(data / "val")  # a missing set is named before the model is loaded
+    LocalStore(data / "val").shards()  # a missing set is named before the model is loaded
     from rmoe_megatron.sampling import load_pipeline, sample_images
 
     pipeline = load_pipeline(model)

@@ -191,7 +191,7 @@ def encode_shard(
     sample_format: SampleFormat,
 ) -> None:
     """Encode the samples of one shard; without ``captions`` text is copied and not embedded."""
-    samples = ShardDataset(shard.parent, shards=[shard], sample_filter=sample_format.filter)
+    samples = ShardDataset(shard.parent, shards=[shard.name], sample_filter=sample_format.filter)
     samples.bucketing = sample_format.bucketing
     divided_by = sample_format.bucketing if sample_format.divides else None
     samples.keep(sample_format.takes, sample_format.needed, divided_by)

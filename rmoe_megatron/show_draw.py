@@ -21,7 +21,7 @@ from rmoe_megatron.training.draws import locate, open_draws
 class Draw:
     """A training sample, where it lies, what it says, and its picture."""
 
-    shard: Path
+    shard: str
     key: str
     caption: str | None
     class_label: int | None

@@ -47,7 +47,7 @@ def test_the_sample_of_a_draw(tmp_path: Path, precomputed: bool, draw: int) -> N
     run_dir = make_folder(tmp_path, precomputed)
     number = ORDER[draw]
     found = show_draw(run_dir, draw, [])
-    assert found.shard.name == f"shard-{number // 8:06d}.tar"
+    assert Path(found.shard).name == f"shard-{number // 8:06d}.tar"
     assert (found.key, found.caption, found.class_label) == (f"{number % 8:06d}", f"number {number}", 3)
     assert found.is_finite
     assert found.picture == run_dir / "draws" / f"draw-{draw:08d}.png"

@@ -30,11 +30,12 @@ from rmoe_megatron.data.batch import typed_batch
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.decoding import decode_image
 from rmoe_megatron.data.index import LATENTS
-from rmoe_megatron.data.indexing import list_shards, open_index
+from rmoe_megatron.data.indexing import open_index
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.data.samples import TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat, TrainingDataset
 from rmoe_megatron.data.shard_writer import open_shard
+from rmoe_megatron.data.store import LocalStore
 
 SHARDS, SAMPLES = 8, 256  # of each set, and in each shard
 BATCH = 32
@@ -61,7 +62,7 @@ def write_sets(folder: Path) -> dict[str, Path]:
                 with open_shard(folder / name / f"{shard:06d}.tar") as write:
                     for number in range(SAMPLES):
                         write(f"{shard * SAMPLES + number:06d}", make(number))
-        open_index(folder / name)
+        open_index(LocalStore(folder / name))
     return {name: folder / name for name in members}
 
 
@@ -93,7 +94,7 @@ def _decoded(sample: dict[str, Any]) -> dict[str, Any]:
 
 def plain_webdataset(folder: Path, workers: int, first_draw: int) -> Iterator[Any]:
     """Return the batches of webdataset's usual pipeline; what comes before a draw is read and passed over."""
-    urls = [str(shard) for shard in list_shards(folder)]
+    urls = [str(folder / shard.name) for shard in LocalStore(folder).shards()]
     dataset = (
         webdataset.WebDataset(urls, shardshuffle=SHARDS, nodesplitter=webdataset.single_node_only, seed=0)
         .shuffle(1000)

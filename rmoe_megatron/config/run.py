@@ -91,7 +91,7 @@ class MixedDatasetConfig:
 class DataConfig:
     """WebDataset shards of images with captions, raw or precomputed (``rmoe data precompute``)."""
 
-    train: str | None = None  # folder of .tar shards
+    train: str | None = None  # folder of .tar shards, or URL of one (s3://, gs://, https://)
     mixture: list[MixedDatasetConfig] = field(default_factory=list)  # instead of train
     buckets: BucketsConfig | None = None  # null: every picture is cut to the model's square
     validation: str | None = None
@@ -102,6 +102,8 @@ class DataConfig:
     bad_samples: BadSamplesPolicy = BadSamplesPolicy.skip
     max_bad_fraction: float = number(0.05, least=0, most=1)  # of the samples drawn; more end the run
     shuffle: bool = True
+    cache: str | None = None  # folder of this machine for what is read of URLs; null keeps nothing
+    cache_gigabytes: float = number(100, above=0, most=1.0e7)
     num_workers: int = number(
         0, least=0, most=256, why="each is a process of this host"
     )  # data loading processes per rank

@@ -3,11 +3,9 @@
 import io
 import os
 import re
-import stat
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO
 
 from rmoe_megatron.errors import UserError
@@ -43,33 +41,32 @@ def base_plus_ext(path: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match else (None, "")
 
 
-def scan(shard: Path) -> tuple[list[ArchiveSample], str]:
-    """Find the samples of a shard from its headers.
+def scan(file: BinaryIO, damage: list[str]) -> Iterator[ArchiveSample]:
+    """Find the samples of a shard from its headers, one after the other.
 
-    Of a damaged shard everything that can be found is returned. Damage is what a sound archive cannot have: anything but
-    members and the zeros at the end.
+    Of a damaged shard everything that can be found is yielded. Damage is what a sound archive cannot have: anything but
+    members and the zeros at the end. Between two samples the file may be read elsewhere.
 
-    Returns:
-        The samples in their order, and where the shard is damaged (empty for a sound one).
+    Args:
+        damage: takes up where the shard is damaged.
 
     Raises:
-        UserError: it is no regular file or cannot be read.
+        OSError: it cannot be read.
     """
-    samples: list[ArchiveSample] = []
-    damage: list[str] = []
-    for member in _members(shard, damage):
+    sample: ArchiveSample | None = None
+    for member in _members(file, damage):
         key, extension = base_plus_ext(member.name)
         if not member.isfile() or key is None:
             continue
         # After a hole the other members of the sample are not to be had in one piece.
-        if not samples or samples[-1].key != key or samples[-1].next_header != member.offset:
-            samples.append(ArchiveSample(key, member.offset))
-        sample = samples[-1]
+        if sample is None or sample.key != key or sample.next_header != member.offset:
+            if sample is not None:
+                yield sample
+            sample = ArchiveSample(key, member.offset)
         sample.members[extension.lower()] = (member.offset_data, member.size)
         sample.size = member.offset_data + member.size - sample.offset
-    if not samples:
-        damage.append("it holds no samples")
-    return samples, "; ".join(damage[:3]) + (f"; {len(damage) - 3} more" if len(damage) > 3 else "")
+    if sample is not None:
+        yield sample
 
 
 def parse(content: memoryview, offset: int) -> ArchiveSample:
@@ -117,14 +114,12 @@ def _add(sample: ArchiveSample, name: str, offset: int, size: int) -> None:
     sample.members[extension.lower()] = (offset, size)
 
 
-def _members(shard: Path, damage: list[str]) -> Iterator[tarfile.TarInfo]:
+def _members(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
     """Yield the members whose headers pass their checksum; what else there is, is told to ``damage``."""
     end = 0  # of the members so far
     try:
-        if not stat.S_ISREG(shard.stat().st_mode):  # opening a pipe would wait for its writer
-            raise OSError(0, "it is no regular file")
         # Without ignore_zeros tarfile takes a damaged header, or zeros in the middle, for the end of the archive.
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
             size = file.seek(0, os.SEEK_END)
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
@@ -136,10 +131,8 @@ def _members(shard: Path, damage: list[str]) -> Iterator[tarfile.TarInfo]:
                 yield member
             if not _is_end_of_archive(file, end):
                 damage.append(f"no header and no end of the archive at byte {end}")
-    except OSError as error:
-        raise UserError(
-            f"The shard {shard} cannot be read ({error.strerror}); remove or replace it."
-        ) from error
+    except (OSError, UserError):
+        raise
     except Exception as error:  # on damaged headers tarfile raises nearly anything
         damage.append(f"{error} at byte {end}")
 

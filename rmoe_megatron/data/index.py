@@ -88,12 +88,12 @@ class Index:
     """The samples of a folder's shards, in the order of the shards' names and of the samples in them.
 
     Attributes:
-        folder: of the shards.
+        folder: of the shards, as users name it.
         records: one of ``RECORD`` a sample, [samples].
         block_counts: samples of each kind in each block of ``BLOCK`` records, uint16 [blocks, kinds].
     """
 
-    folder: Path
+    folder: str
     shards: list[IndexedShard]
     kinds: list[Kind]
     records: np.ndarray
@@ -208,7 +208,7 @@ def filter_text(sample_filter: SampleFilter | None) -> str:
     return "" if sample_filter is None else sample_filter.text
 
 
-def read_index(path: Path, folder: Path, sample_filter: SampleFilter | None = None) -> Index:
+def read_index(path: Path, folder: str, sample_filter: SampleFilter | None = None) -> Index:
     """Map the file of an index into memory.
 
     Raises:
@@ -220,7 +220,7 @@ def read_index(path: Path, folder: Path, sample_filter: SampleFilter | None = No
     return parse_index(np.memmap(path, np.uint8, "r"), folder, sample_filter)
 
 
-def parse_index(content: np.ndarray, folder: Path, sample_filter: SampleFilter | None = None) -> Index:
+def parse_index(content: np.ndarray, folder: str, sample_filter: SampleFilter | None = None) -> Index:
     """Return the index whose file has this content, uint8 [bytes]; it shares the memory.
 
     Raises:

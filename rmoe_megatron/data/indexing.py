@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -34,6 +33,7 @@ from rmoe_megatron.data.index import (
     parse_index,
     read_index,
 )
+from rmoe_megatron.data.store import ShardStore, StoredShard
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,24 +41,10 @@ logger = logging.getLogger(__name__)
 ORIENTATION = 0x0112  # of EXIF
 
 
-def list_shards(folder: Path) -> list[Path]:
-    """Return the tar shards of a folder by name.
-
-    Raises:
-        UserError: the folder is missing or has no shards.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"There is no shard folder {folder}; point the data setting at a folder of .tar shards."
-        )
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
-        raise UserError(f"The folder {folder} has no .tar shards; build or download the data first.")
-    return shards
-
-
-def index_shards(folder: Path, shards: list[Path], sample_filter: SampleFilter | None = None) -> Index:
-    """Scan some shards of a folder; nothing is written.
+def index_shards(
+    store: ShardStore, shards: list[StoredShard], sample_filter: SampleFilter | None = None
+) -> Index:
+    """Scan some shards; nothing is written.
 
     Args:
         sample_filter: samples that it does not take get :data:`LEFT_OUT` among the members of their kind.
@@ -69,34 +55,40 @@ def index_shards(folder: Path, shards: list[Path], sample_filter: SampleFilter |
     content = io.BytesIO()
     writer = IndexWriter(content, sample_filter)
     for shard in shards:
-        writer.add(*_scan(shard, sample_filter))
-        _warn_of_damage(folder, writer.shards[-1])
+        writer.add(*_scan(store, sample_filter, shard))
+        _warn_of_damage(store, writer.shards[-1])
     writer.finish()
-    return parse_index(np.frombuffer(content.getbuffer(), np.uint8), folder, sample_filter)
+    return parse_index(np.frombuffer(content.getbuffer(), np.uint8), str(store), sample_filter)
 
 
-def open_index(folder: Path, sample_filter: SampleFilter | None = None) -> Index:
-    """Map the index of a folder, which is made or brought up to date first; every filter has an index of its own.
+def open_index(store: ShardStore, sample_filter: SampleFilter | None = None) -> Index:
+    """Map the index of a store, which is made or brought up to date first; every filter has an index of its own.
+
+    That of a remote store is copied from beside the shards where it is not here, and put there when it was made.
 
     Raises:
         UserError: the folder is missing or has no shards, or one cannot be read.
     """
-    shards = list_shards(folder)
-    index = _read_if_there(folder, sample_filter)
-    if index is not None and _is_current(index, shards):
-        for shard in index.shards:
-            _warn_of_damage(folder, shard)
-        return index
-    return build_index(folder, sample_filter)
+    shards = store.shards()
+    index = _read_if_there(store, sample_filter)
+    if index is None or not _is_current(index, shards):
+        name = index_name(sample_filter)
+        if store.fetch(name, store.index_paths(name)[0]):
+            index = _read_if_there(store, sample_filter)
+    if index is None or not _is_current(index, shards):
+        return build_index(store, sample_filter)
+    for shard in index.shards:
+        _warn_of_damage(store, shard)
+    return index
 
 
 def build_index(
-    folder: Path,
+    store: ShardStore,
     sample_filter: SampleFilter | None = None,
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Index:
-    """Make the index of a folder, or bring it up to date: shards that are as they were are not read.
+    """Make the index of a store, or bring it up to date: shards that are as they were are not read.
 
     Args:
         processes: that scan shards at the same time.
@@ -105,34 +97,36 @@ def build_index(
     Raises:
         UserError: the folder is missing or has no shards, or one cannot be read.
     """
-    shards, old = list_shards(folder), _read_if_there(folder, sample_filter)
-    for path in index_paths(folder, sample_filter):
+    shards, old = store.shards(), _read_if_there(store, sample_filter)
+    for path in store.index_paths(index_name(sample_filter)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with durable.writing(path) as unfinished, unfinished.open("wb") as file:
                 writer = IndexWriter(file, sample_filter)
-                for done, _ in enumerate(_scanned(shards, old, processes, writer)):
-                    _warn_of_damage(folder, writer.shards[-1])
+                for done, _ in enumerate(_scanned(store, shards, old, processes, writer)):
+                    _warn_of_damage(store, writer.shards[-1])
                     if progress is not None:
                         progress(done + 1, len(shards))
                 writer.finish()
         except OSError as error:  # a shard that cannot be read is a UserError
             why = error.strerror
         else:
-            return read_index(path, folder, sample_filter)
-    logger.warning("The index of %s cannot be written (%s); every start scans the shards.", folder, why)
-    return index_shards(folder, shards, sample_filter)
+            store.publish(path, index_name(sample_filter))
+            return read_index(path, str(store), sample_filter)
+    logger.warning("The index of %s cannot be written (%s); every start scans the shards.", store, why)
+    return index_shards(store, shards, sample_filter)
 
 
-def _scanned(shards: list[Path], old: Index | None, processes: int, writer: IndexWriter) -> Iterator[None]:
+def _scanned(
+    store: ShardStore, shards: list[StoredShard], old: Index | None, processes: int, writer: IndexWriter
+) -> Iterator[None]:
     """Add the shards to ``writer``, one a step: those that are as in ``old`` from there."""
     known = {} if old is None else _known(old)
-    stamps = {shard: _stamp(shard) for shard in shards}
-    is_known = {shard: known.get(shard.name, (None,))[0] == stamps[shard] for shard in shards}
+    is_known = {shard: known.get(shard.name, (None,))[0] == shard for shard in shards}
     pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else nullcontext()
     with pool as executor:
         each = map if executor is None else executor.map
-        scan_one = partial(_scan, sample_filter=writer.filter)
+        scan_one = partial(_scan, store, writer.filter)
         scanned = each(scan_one, [shard for shard in shards if not is_known[shard]])
         for shard in shards:
             if old is not None and is_known[shard]:
@@ -145,32 +139,33 @@ def _scanned(shards: list[Path], old: Index | None, processes: int, writer: Inde
 
 
 def _scan(
-    shard: Path, sample_filter: SampleFilter | None
+    store: ShardStore, sample_filter: SampleFilter | None, shard: StoredShard
 ) -> tuple[IndexedShard, np.ndarray, list[tuple[str, ...]]]:
     """Return a shard's entry, its records, and the kinds that they number."""
-    samples, damage = scan(shard)
-    size, modified = _stamp(shard)
     kinds: dict[tuple[str, ...], int] = {}
-    rows = []
-    with shard.open("rb", buffering=0) as file:
-        for sample in samples:
-            names = tuple(name for name in sample.members if name.rsplit(".", 1)[-1] in MEMBERS)
-            if names and sample.size < 1 << 32:
-                width, height = _image_size(file, sample)
-                caption = sample.members.get("txt", (0, 0))[1]
-                if sample_filter is not None and not sample_filter.takes(
-                    _values(file, sample, width, height, sample_filter.names)
-                ):
-                    names = (*names, LEFT_OUT)
-                kind = kinds.setdefault(names, len(kinds))
-                rows.append((sample.offset, sample.size, 0, width, height, caption, kind, 0))
-    if samples and not rows:
-        damage = "; ".join(filter(None, [damage, "it holds no samples"]))
-    return (
-        IndexedShard(shard.name, size, modified, len(rows), damage),
-        np.array(rows, dtype=RECORD),
-        list(kinds),
-    )
+    rows, damage = [], list[str]()
+    try:
+        with store.open(shard.name) as file:
+            for sample in scan(file, damage):
+                names = tuple(name for name in sample.members if name.rsplit(".", 1)[-1] in MEMBERS)
+                if names and sample.size < 1 << 32:
+                    width, height = _image_size(file, sample)
+                    caption = sample.members.get("txt", (0, 0))[1]
+                    if sample_filter is not None and not sample_filter.takes(
+                        _values(file, sample, width, height, sample_filter.names)
+                    ):
+                        names = (*names, LEFT_OUT)
+                    kind = kinds.setdefault(names, len(kinds))
+                    rows.append((sample.offset, sample.size, 0, width, height, caption, kind, 0))
+    except OSError as error:
+        raise UserError(
+            f"The shard {store.path(shard.name)} cannot be read ({error.strerror}); remove or replace it."
+        ) from error
+    if not rows:
+        damage.append("it holds no samples")
+    more = f"; {len(damage) - 3} more" if len(damage) > 3 else ""
+    entry = IndexedShard(shard.name, shard.size, shard.modified, len(rows), "; ".join(damage[:3]) + more)
+    return entry, np.array(rows, dtype=RECORD), list(kinds)
 
 
 def _image_size(file: BinaryIO, sample: ArchiveSample) -> tuple[int, int]:
@@ -180,7 +175,7 @@ def _image_size(file: BinaryIO, sample: ArchiveSample) -> tuple[int, int]:
         return 0, 0
     offset, size = sample.members[name]
     try:
-        content = io.BufferedReader(_Window(file.fileno(), offset, size), 1 << 13)
+        content = io.BufferedReader(_Window(file, offset, size), 1 << 13)
         if name == LATENTS:
             if np.lib.format.read_magic(content) != (1, 0):
                 return 0, 0
@@ -208,7 +203,8 @@ def _values(
         return sizes
     offset, size = sample.members["json"]
     try:
-        described = json.loads(os.pread(file.fileno(), size, offset))
+        file.seek(offset)
+        described = json.loads(file.read(size))
     except (ValueError, RecursionError):  # reading the sample will say it, if it is taken
         return sizes
     return described | sizes if isinstance(described, dict) else sizes
@@ -217,8 +213,8 @@ def _values(
 class _Window(io.RawIOBase):
     """A part of a file, read as if it were a file of its own."""
 
-    def __init__(self, descriptor: int, offset: int, size: int) -> None:
-        self.descriptor, self.offset, self.size, self.position = descriptor, offset, size, 0
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self.file, self.offset, self.size, self.position = file, offset, size, 0
 
     def readable(self) -> bool:
         return True
@@ -233,62 +229,48 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         count = max(min(len(buffer), self.size - self.position), 0)
-        content = os.pread(self.descriptor, count, self.offset + self.position)
+        self.file.seek(self.offset + self.position)
+        content = self.file.read(count)
         buffer[: len(content)] = content
         self.position += len(content)
         return len(content)
 
 
-def _stamp(shard: Path) -> tuple[int, int]:
-    """Return what tells that a shard has changed: bytes, and nanoseconds since 1970."""
-    try:
-        found = shard.stat()
-    except OSError as error:
-        raise UserError(
-            f"The shard {shard} cannot be read ({error.strerror}); remove or replace it."
-        ) from error
-    return found.st_size, found.st_mtime_ns
+def _is_current(index: Index, shards: list[StoredShard]) -> bool:
+    return [(shard.name, shard.size, shard.modified) for shard in index.shards] == shards
 
 
-def _is_current(index: Index, shards: list[Path]) -> bool:
-    entries = [(shard.name, (shard.size, shard.modified)) for shard in index.shards]
-    return entries == [(shard.name, _stamp(shard)) for shard in shards]
-
-
-def _known(index: Index) -> dict[str, tuple[tuple[int, int], int, IndexedShard]]:
-    """Return for every shard its stamp, its first record and its entry."""
+def _known(index: Index) -> dict[str, tuple[StoredShard, int, IndexedShard]]:
+    """Return every shard as it was, its first record and its entry."""
     firsts = np.cumsum([0, *(shard.samples for shard in index.shards)]).tolist()
     return {
-        shard.name: ((shard.size, shard.modified), first, shard)
+        shard.name: (StoredShard(shard.name, shard.size, shard.modified), first, shard)
         for shard, first in zip(index.shards, firsts, strict=False)
     }
 
 
-def _warn_of_damage(folder: Path, shard: IndexedShard) -> None:
+def _warn_of_damage(store: ShardStore, shard: IndexedShard) -> None:
     if shard.damage:
         logger.warning(
             "Shard %s is damaged (%s); the %d samples found are used.",
-            folder / shard.name,
+            store.path(shard.name),
             shard.damage,
             shard.samples,
         )
 
 
-def index_paths(folder: Path, sample_filter: SampleFilter | None = None) -> list[Path]:
-    """Return where the index of a folder may lie: with the shards, or in the user's cache."""
+def index_name(sample_filter: SampleFilter | None = None) -> str:
+    """Return the name of the file of an index."""
     text = filter_text(sample_filter)
-    suffix = f"-{hashlib.sha256(text.encode()).hexdigest()[:16]}" if text else ""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    return [folder / f"{INDEX}{suffix}", cache / "rmoe_megatron" / "index" / f"{name}{suffix}"]
+    return INDEX + (f"-{hashlib.sha256(text.encode()).hexdigest()[:16]}" if text else "")
 
 
-def _read_if_there(folder: Path, sample_filter: SampleFilter | None) -> Index | None:
-    """Map the index of a folder; None if there is none, or one that is not what it says, which is told."""
-    for path in index_paths(folder, sample_filter):
+def _read_if_there(store: ShardStore, sample_filter: SampleFilter | None) -> Index | None:
+    """Map the index of a store; None if there is none, or one that is not what it says, which is told."""
+    for path in store.index_paths(index_name(sample_filter)):
         if path.is_file():
             try:
-                return read_index(path, folder, sample_filter)
+                return read_index(path, str(store), sample_filter)
             except (OSError, ValueError) as error:
                 logger.warning("The index %s cannot be used (%s); it is made anew.", path, error)
     return None

@@ -21,6 +21,10 @@ class Samples(Protocol):
         """Return the sample at ``index`` as the ``draw``-th draw of a run sees it."""
         ...
 
+    def expect(self, indices: list[int]) -> None:
+        """Begin to read samples that will be asked for next."""
+        ...
+
 
 @dataclass(frozen=True)
 class BatchLayout:
@@ -65,8 +69,11 @@ class _Collated(Dataset[Any]):
     def __getitem__(self, draws: list[int]) -> dict[str, Any] | UserError:
         bad: list[BadSample] = []
         try:
+            indices = [self.order[draw] for draw in draws]
+            self.samples.expect(indices)
             samples = [
-                {**self.samples.draw(self.order[draw], draw, bad), "sample_index": draw} for draw in draws
+                {**self.samples.draw(index, draw, bad), "sample_index": draw}
+                for index, draw in zip(indices, draws, strict=True)
             ]
             return {**default_collate(samples), "bad_samples": bad}
         except UserError as error:

@@ -72,6 +72,11 @@ class Mixture:
         dataset, inside = self.place(index)
         return dataset.draw(inside, draw, bad)
 
+    def expect(self, indices: list[int]) -> None:
+        """Begin to read samples that will be asked for next, where their store does that in the background."""
+        for dataset, inside in map(self.place, indices):
+            dataset.samples.expect([inside])
+
     def place(self, index: int) -> tuple[TrainingDataset, int]:
         """Return the data set of a sample and its number there."""
         for bucket in self.buckets:

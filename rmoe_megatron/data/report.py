@@ -64,7 +64,7 @@ def inspect_shards(
     seen: dict[bytes, str] = {}
     shown = {round(place) for place in np.linspace(0, len(samples) - 1, min(SHEET, len(samples)))}
     for index in range(len(samples)):
-        place = f"{samples.shard(index).name}/{samples.name(index)}"
+        place = f"{samples.shard(index).rsplit('/', 1)[-1]}/{samples.name(index)}"
         try:
             sample = samples.decoded(index)
             image, caption = image_of(sample), sample_format.caption(sample, index)

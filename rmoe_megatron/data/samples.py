@@ -13,6 +13,7 @@ from rmoe_megatron.counter_rng import Purpose, derive, sample_keys, uniform
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.index import IMAGES, LATENTS
 from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.store import ShardStore
 from rmoe_megatron.errors import UserError
 
 TEXT_HIDDEN_STATES, TEXT_POOLED = "text_hidden_states.npy", "text_pooled.npy"
@@ -116,10 +117,12 @@ class TrainingDataset:
 
     Args:
         sample_format: what the model takes.
-        shards: the shards of ``folder`` to use; None takes all.
+        shards: names of the shards of ``folder`` to use; None takes all.
     """
 
-    def __init__(self, folder: Path, sample_format: SampleFormat, shards: list[Path] | None = None) -> None:
+    def __init__(
+        self, folder: Path | ShardStore, sample_format: SampleFormat, shards: list[str] | None = None
+    ) -> None:
         self.samples = ShardDataset(folder, shards=shards, sample_filter=sample_format.filter)
         self.format = sample_format
         self.precomputed = LATENTS in self.samples.members(0)
@@ -145,6 +148,10 @@ class TrainingDataset:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def expect(self, indices: list[int]) -> None:
+        """Begin to read samples that will be asked for next."""
+        self.samples.expect(indices)
+
     def _divided_by(self, pixels_per_latent: int | None) -> Bucketing | None:
         bucketing = self.format.bucketing
         if bucketing is None or not self.format.divides:
@@ -168,7 +175,7 @@ class TrainingDataset:
 
         def note(number: int, error: Exception) -> None:
             assert bad is not None
-            shard, key = str(self.samples.shard(number)), self.samples.name(number)
+            shard, key = self.samples.shard(number), self.samples.name(number)
             bad.append(BadSample(shard, key, str(error), draw))
 
         return self.samples.read(

@@ -1,8 +1,8 @@
 """Random access to the samples of WebDataset tar shards, over the index of their folder."""
 
 import logging
-import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from rmoe_megatron.data.archive import parse
 from rmoe_megatron.data.bucketing import BucketCounts, Bucketing
 from rmoe_megatron.data.decoding import DECODERS, decode_image
 from rmoe_megatron.data.index import IMAGES, INDEX, LATENTS, LEFT_OUT, MEMBERS, Selection
-from rmoe_megatron.data.indexing import index_paths, index_shards, open_index
+from rmoe_megatron.data.indexing import index_name, index_shards, open_index
+from rmoe_megatron.data.store import LocalStore, ShardStore
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-MAX_OPEN_SHARDS = 256
 
 
 class ShardDataset(Dataset[Any]):
@@ -29,9 +28,9 @@ class ShardDataset(Dataset[Any]):
     goes on and every layout sees the same replacement.
 
     Args:
-        folder: folder of .tar shards.
+        folder: folder of .tar shards, or the store of them.
         extensions: the members to decode; samples that lack one are left out. None decodes all.
-        shards: the shards of ``folder`` to use, which are scanned; None takes all, by the folder's index.
+        shards: names of the shards of ``folder`` to use, which are scanned; None takes all, by the folder's index.
         sample_filter: which samples to take; None takes all.
 
     Raises:
@@ -40,21 +39,23 @@ class ShardDataset(Dataset[Any]):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | ShardStore,
         extensions: list[str] | None = None,
-        shards: list[Path] | None = None,
+        shards: list[str] | None = None,
         sample_filter: SampleFilter | None = None,
     ) -> None:
-        self.folder = folder
+        self.store = LocalStore(folder) if isinstance(folder, Path) else folder
+        self.folder = str(folder)
+        self._index_paths: list[Path] = []  # an index of chosen shards is in no file
         if shards is None:
-            self.index = open_index(folder, sample_filter)
+            self.index = open_index(self.store, sample_filter)
+            self._index_paths = self.store.index_paths(index_name(sample_filter))
         else:
-            self.index = index_shards(folder, shards, sample_filter)
-        # An index of chosen shards is in no file.
-        self._index_paths = index_paths(folder, sample_filter) if shards is None else []
+            chosen = [shard for shard in self.store.shards() if shard.name in shards]
+            self.index = index_shards(self.store, chosen, sample_filter)
         self.bucketing: Bucketing | None = None  # of the images; None leaves them as they are
         self.skipped = 0
-        self._descriptors: dict[int, int] = {}
+        self._expected: dict[int, Future[bytes]] = {}
         self.restrict(extensions)
 
     def restrict(self, extensions: list[str] | None, bucketing: Bucketing | None = None) -> None:
@@ -230,16 +231,30 @@ class ShardDataset(Dataset[Any]):
         except (OSError, ValueError):
             return str(index)
 
-    def shard(self, index: int) -> Path:
+    def shard(self, index: int) -> str:
         """Return the shard of a sample."""
-        return self.folder / self.index.shards[int(self._record(index)["shard"])].name
+        return self.store.path(self._place(index)[0])
+
+    def expect(self, indices: list[int]) -> None:
+        """Begin to read samples that will be asked for next, where the store does that in the background."""
+        for index in indices:
+            if (
+                index not in self._expected
+                and (coming := self.store.read_later(*self._place(index))) is not None
+            ):
+                self._expected[index] = coming
+
+    def _place(self, index: int) -> tuple[str, int, int]:
+        """Return the shard of a sample, its offset there and its size."""
+        record = self._record(index)
+        shard = self.index.shards[int(record["shard"])]
+        return shard.name, int(record["offset"]), int(record["size"])
 
     def _read(self, index: int) -> tuple[str, dict[str, memoryview]]:
         """Read a sample's members in one go; returns its key and their contents by extension."""
-        record = self._record(index)
-        shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
-        # pread has no file position, which forked workers would share.
-        content = memoryview(os.pread(self._descriptor(shard), size, offset))
+        shard, offset, size = self._place(index)
+        coming = self._expected.pop(index, None)
+        content = memoryview(coming.result() if coming is not None else self.store.read(shard, offset, size))
         if len(content) != size:
             raise ValueError("cut off")
         sample = parse(content, offset)
@@ -258,14 +273,6 @@ class ShardDataset(Dataset[Any]):
                 f"The index of {self.folder} is damaged at sample {index}; remove its {INDEX} and start again."
             )
         return record
-
-    def _descriptor(self, shard: int) -> int:
-        """Return an open shard's descriptor; the shards that were opened longest ago are closed."""
-        if shard not in self._descriptors:
-            if len(self._descriptors) == MAX_OPEN_SHARDS:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            self._descriptors[shard] = os.open(self.folder / self.index.shards[shard].name, os.O_RDONLY)
-        return self._descriptors[shard]
 
     def size(self, index: int) -> tuple[int, int]:
         """Return width and height of a sample's upright picture or latents, as the index has them; 0 if it cannot tell."""

@@ -69,12 +69,12 @@ class LabelConditions:
 
 
 def build_condition_encoder(
-    config: ModelDescription, device: torch.device, precomputed: Path | None
+    config: ModelDescription, device: torch.device, null_text: Path | None = None
 ) -> ConditionEncoder:
     """Return what makes the conditions of a run's model.
 
     Args:
-        precomputed: folder of precomputed shards, beside which the empty caption's embedding lies.
+        null_text: file with the empty caption's embedding, which lies beside precomputed shards; None encodes it.
 
     Raises:
         UserError: a text encoder is missing, or its embedding doesn't fit the stored one.
@@ -83,12 +83,12 @@ def build_condition_encoder(
         return LabelConditions(config.model.num_classes, device)
     encoder = load_text_encoder(config.encoders, config.model.text_length, device)
     null = None
-    if precomputed is not None and (precomputed.parent / NULL_TEXT).exists():
-        null = read_null_text(precomputed.parent, config.model, device)
+    if null_text is not None:
+        null = read_null_text(null_text, config.model, device)
     return CaptionConditions(encoder, null)
 
 
-def read_null_text(folder: Path, model: ModelConfig, device: torch.device) -> Conditions:
+def read_null_text(path: Path, model: ModelConfig, device: torch.device) -> Conditions:
     """Return the embedding of the empty caption that lies beside precomputed shards.
 
     Raises:
@@ -98,10 +98,10 @@ def read_null_text(folder: Path, model: ModelConfig, device: torch.device) -> Co
         "text_hidden_states": (1, model.text_length, model.text_hidden_size),
         "text_pooled": (1, model.pooled_size),
     }
-    source = SafetensorsFolder(folder, NULL_TEXT)
+    source = SafetensorsFolder(path.parent, path.name)
     if source.shapes != expected:
         raise UserError(
-            f"{folder / NULL_TEXT} holds {shown(source.shapes)} but the model of this configuration needs "
+            f"{path} holds {shown(source.shapes)} but the model of this configuration needs "
             f"{shown(expected)}; precompute the data again with this configuration."
         )
     return TextConditions(*(source.read(name).to(device) for name in expected))

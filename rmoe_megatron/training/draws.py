@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.run import RunConfig
@@ -12,7 +11,7 @@ from rmoe_megatron.data.mixture import Mixture, shares
 from rmoe_megatron.data.order import Order
 from rmoe_megatron.data.samples import TrainingDataset
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.training.preflight import buckets_of, latent_sizes, sample_format
+from rmoe_megatron.training.preflight import buckets_of, latent_sizes, sample_format, store_of
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
 FIRST_VALIDATION_DRAW = 1 << 40
@@ -81,11 +80,11 @@ def open_draws(config: RunConfig, with_validation: bool = True) -> list[StageDra
 
 def _open(config: RunConfig, stage: Stage, with_validation: bool) -> StageDraws:
     taken = sample_format(config, stage.sample_size)
-    datasets = [TrainingDataset(Path(each.path), taken) for each in stage.datasets]
+    datasets = [TrainingDataset(store_of(config, each.path), taken) for each in stage.datasets]
     samples = Mixture(datasets, shares(stage.datasets, datasets))
     validation = None
     if with_validation and stage.validation is not None:
-        held_out = TrainingDataset(Path(stage.validation), replace(taken, filter=None))
+        held_out = TrainingDataset(store_of(config, stage.validation), replace(taken, filter=None))
         validation = Mixture([held_out], [Fraction(1)])
     order = samples.order(config.data.shuffle, config.seed, stage.number, stage.bucket_batch)
     sizes = latent_sizes(config, stage.sample_size)

@@ -21,9 +21,10 @@ from rmoe_megatron.config.run import Device, Precision, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.config.stages import Stage, stages_of
 from rmoe_megatron.config.validation import validate
+from rmoe_megatron.data.block_cache import BlockCache
 from rmoe_megatron.data.bucketing import Bucketing
-from rmoe_megatron.data.indexing import list_shards
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
+from rmoe_megatron.data.store import ShardStore, shard_store
 from rmoe_megatron.encoders.source import present_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.checks import check_model
@@ -71,7 +72,7 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     if not config.model.is_class_conditional and config.encoders.text_encoder != "minilm":
         present_folder(config.encoders.text_encoder, "encoders.text_encoder")
     for stage in stages_of(config):
-        for folder in folders_of(stage):
+        for folder in folders_of(config, stage):
             check_first_sample(config, folder, stage.sample_size)
 
 
@@ -97,8 +98,8 @@ def check_files(config: RunConfig) -> None:
             "`rmoe convert from-hf`."
         )
     for stage in stages_of(config):
-        for folder in folders_of(stage):
-            list_shards(folder)
+        for folder in folders_of(config, stage):
+            folder.shards()
     durable.check_writable(Path(config.run_dir), "run_dir")
     check_space(config)
 
@@ -151,13 +152,21 @@ def pixels_per_latent(autoencoder: str) -> int:
     return 2 ** (len(described["block_out_channels"]) - 1)
 
 
-def folders_of(stage: Stage) -> list[Path]:
+def folders_of(config: RunConfig, stage: Stage) -> list[ShardStore]:
     """Return the shard folders of a stage."""
-    validation = [Path(stage.validation)] if stage.validation is not None else []
-    return [*(Path(dataset.path) for dataset in stage.datasets), *validation]
+    names = [*(dataset.path for dataset in stage.datasets), *filter(None, [stage.validation])]
+    return [store_of(config, name) for name in names]
 
 
-def check_first_sample(config: RunConfig, folder: Path, sample_size: int) -> None:
+def store_of(config: RunConfig, location: str) -> ShardStore:
+    """Return the store of a folder or URL; what is remote goes through the run's cache."""
+    data, cache = config.data, None
+    if data.cache is not None:
+        cache = BlockCache(Path(data.cache), int(data.cache_gigabytes * 1e9))
+    return shard_store(location, cache)
+
+
+def check_first_sample(config: RunConfig, folder: ShardStore, sample_size: int) -> None:
     """Check that the first sample of a shard folder fits the model; no other shard is opened.
 
     Raises:
@@ -165,7 +174,7 @@ def check_first_sample(config: RunConfig, folder: Path, sample_size: int) -> Non
     """
     # One shard may well have no sample that the filter takes.
     taken = replace(sample_format(config, sample_size), filter=None, divides=False)
-    samples = TrainingDataset(folder, taken, shards=list_shards(folder)[:1])
+    samples = TrainingDataset(folder, taken, shards=[folder.shards()[0].name])
     if samples.precomputed:
         sample = samples.draw(0, 0)
         shapes = {
@@ -173,7 +182,7 @@ def check_first_sample(config: RunConfig, folder: Path, sample_size: int) -> Non
         }
         sizes = latent_sizes(config, sample_size)
         expected = next((size for size in sizes if size == shapes["latents"][1:]), sizes[0])
-        check_shapes(shapes, config.model, expected, folder, precomputed=True)
+        check_shapes(shapes, config.model, expected, str(folder), precomputed=True)
     elif config.data.buckets is None:
         samples.draw(0, 0)
 
@@ -255,7 +264,7 @@ def check_shapes(
     shapes: dict[str, tuple[int, ...]],
     model: ModelConfig,
     size: tuple[int, int],
-    folder: Path,
+    folder: str,
     precomputed: bool,
 ) -> None:
     """Check the shapes of a sample, encoded, against what a model takes.

@@ -19,7 +19,7 @@ from rmoe_megatron.data.loader import BatchLayout, Samples, batches
 from rmoe_megatron.data.mixture import Mixture
 from rmoe_megatron.data.order import Order
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
-from rmoe_megatron.encoders.conditions import build_condition_encoder
+from rmoe_megatron.encoders.conditions import NULL_TEXT, build_condition_encoder
 from rmoe_megatron.training.bad_samples import BadSamples, warn
 from rmoe_megatron.training.draws import (
     FIRST_VALIDATION_DRAW,
@@ -56,9 +56,9 @@ class TrainingSource:
         self.draws = _open_in_turn(config)
         self.autoencoder = load_autoencoder(config.encoders.autoencoder, device)
         first = self.draws[0].samples
-        folder = first.datasets[0].samples.folder
+        store = first.datasets[0].samples.store
         self.encoder = build_condition_encoder(
-            config, device, precomputed=folder if first.precomputed else None
+            config, device, store.sibling(NULL_TEXT) if first.precomputed else None
         )
         self.null_conditions = self.encoder.null
         for draws in self.draws:
@@ -105,7 +105,7 @@ class TrainingSource:
     def locate(self, draw: int) -> dict[str, str]:
         """Return the ``shard`` and ``key`` of a training draw's sample."""
         dataset, index = locate(self.draws, draw)
-        return {"shard": str(dataset.samples.shard(index)), "key": dataset.samples.name(index)}
+        return {"shard": dataset.samples.shard(index), "key": dataset.samples.name(index)}
 
     def encode_prompts(self, captions: list[str]) -> Prompts:
         """Encode captions or class labels for the sample grid."""

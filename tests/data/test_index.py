@@ -30,6 +30,7 @@ from rmoe_megatron.data.index import (
 )
 from rmoe_megatron.data.indexing import build_index, index_shards, open_index
 from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.store import LocalStore
 from rmoe_megatron.errors import UserError
 from tests.support.runs import array, write_shard
 
@@ -52,7 +53,7 @@ def test_it_says_where_samples_are_and_how_large(tmp_path: Path) -> None:
     write_pictures(tmp_path / "a.tar", [(3, 5), (7, 2)])
     latents = {"latents.npy": array(np.zeros((4, 6, 9))), "json": b"{}"}
     write_shard(tmp_path / "b.tar", [{"png": picture(4, 4, "png")}, latents, {"jpg": b"none", "txt": b""}])
-    index = open_index(tmp_path)
+    index = open_index(LocalStore(tmp_path))
     assert sizes(index) == [(3, 5), (7, 2), (4, 4), (9, 6), (0, 0)]
     assert index.records["shard"].tolist() == [0, 0, 1, 1, 1]
     assert index.records["caption"].tolist() == [3, 7, 0, 0, 0]
@@ -75,13 +76,13 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path: Path, file_format: str
     exif[0x0112] = 8
     Image.new("RGB", (30, 10)).save(buffer, format=file_format, exif=exif)
     write_shard(tmp_path / "a.tar", [{"jpg": buffer.getvalue()}])
-    assert sizes(open_index(tmp_path)) == [(10, 30)]
+    assert sizes(open_index(LocalStore(tmp_path))) == [(10, 30)]
     assert ShardDataset(tmp_path)[0]["jpg"].shape == (3, 30, 10)
 
 
 def test_upper_case_extensions_are_those_in_lower_case(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [{"JPG": picture(3, 5), "Txt": b"x"}])
-    assert sizes(open_index(tmp_path)) == [(3, 5)]
+    assert sizes(open_index(LocalStore(tmp_path))) == [(3, 5)]
     assert ShardDataset(tmp_path, ["jpg", "txt"])[0]["txt"] == "x"
 
 
@@ -93,21 +94,21 @@ def test_only_shards_that_changed_are_scanned_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         indexing,
         "_scan",
-        lambda shard, sample_filter: scanned.append(shard.name) or scan(shard, sample_filter),
+        lambda store, sample_filter, shard: scanned.append(shard.name) or scan(store, sample_filter, shard),
     )
-    open_index(tmp_path)
+    open_index(LocalStore(tmp_path))
     assert scanned == ["a.tar", "b.tar", "c.tar"]
     scanned.clear()
     before = (tmp_path / INDEX).stat().st_ino
-    open_index(tmp_path)
+    open_index(LocalStore(tmp_path))
     assert not scanned
     assert (tmp_path / INDEX).stat().st_ino == before
     (tmp_path / "a.tar").unlink()
     write_pictures(tmp_path / "b.tar", [(1, 1)])
     write_shard(tmp_path / "aa.tar", [{"png": picture(2, 2, "png")}])
-    index = open_index(tmp_path)
+    index = open_index(LocalStore(tmp_path))
     assert scanned == ["aa.tar", "b.tar"]
-    anew = index_shards(tmp_path, sorted(tmp_path.glob("*.tar")))
+    anew = index_shards(LocalStore(tmp_path), LocalStore(tmp_path).shards())
     assert sizes(index) == sizes(anew) == [(2, 2), (1, 1), (99, 1), (99, 2)]
     assert [index.kinds[kind].members for kind in index.records["kind"]] == [
         anew.kinds[kind].members for kind in anew.records["kind"]
@@ -120,11 +121,11 @@ def test_processes_make_the_same_index(tmp_path: Path) -> None:
     for number in range(5):
         kind = {"txt": b"x"} if number % 2 else {}
         write_shard(tmp_path / f"{number}.tar", [{"png": picture(number + 1, 2, "png"), **kind}] * 3)
-    build_index(tmp_path)
+    build_index(LocalStore(tmp_path))
     alone = (tmp_path / INDEX).read_bytes()
     (tmp_path / INDEX).unlink()
     told: list[tuple[int, int]] = []
-    build_index(tmp_path, processes=2, progress=lambda *done: told.append(done))
+    build_index(LocalStore(tmp_path), processes=2, progress=lambda *done: told.append(done))
     assert (tmp_path / INDEX).read_bytes() == alone
     assert told == [(done, 5) for done in range(1, 6)]
 
@@ -132,7 +133,7 @@ def test_processes_make_the_same_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["empty", "other", "cut", "longer", "json"])
 def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     write_pictures(tmp_path / "a.tar", [(3, 5)] * 3)
-    open_index(tmp_path)
+    open_index(LocalStore(tmp_path))
     path = tmp_path / INDEX
     sound = path.read_bytes()
     path.write_bytes({
@@ -140,7 +141,7 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: str, caplog: pytes
         "json": sound.replace(b'"samples": 3', b'"samples": -'),
     }[damage])  # fmt: skip
     with caplog.at_level(logging.WARNING):
-        assert sizes(open_index(tmp_path)) == [(3, 5)] * 3
+        assert sizes(open_index(LocalStore(tmp_path))) == [(3, 5)] * 3
     assert "it is made anew" in caplog.text
     assert path.read_bytes() == sound
 
@@ -149,7 +150,7 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: str, caplog: pytes
 @pytest.mark.parametrize("extensions", [None, ["txt"]])
 def test_a_damaged_record_is_told(tmp_path: Path, field: str, extensions: list[str] | None) -> None:
     write_shard(tmp_path / "a.tar", [{"jpg": picture(3, 5), "txt": b"x"}] * 3 + [{"jpg": picture(3, 5)}])
-    open_index(tmp_path)
+    open_index(LocalStore(tmp_path))
     content = bytearray((tmp_path / INDEX).read_bytes())
     place = RECORD.itemsize * 2 + RECORD.fields[field][1]  # of the second sample, behind the magic word
     content[place : place + 2] = b"\xff\x7f"
@@ -185,15 +186,15 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(
         return writing(path)
 
     monkeypatch.setattr(indexing.durable, "writing", refuse)
-    open_index(data)
+    open_index(LocalStore(data))
     assert [path.name for path in data.iterdir()] == ["a.tar"]
     (path,) = (tmp_path / "cache" / "rmoe_megatron" / "index").iterdir()
     made = path.stat().st_ino
-    open_index(data)
+    open_index(LocalStore(data))
     assert path.stat().st_ino == made
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
     with caplog.at_level(logging.WARNING):
-        assert sizes(open_index(data)) == [(3, 5)]
+        assert sizes(open_index(LocalStore(data))) == [(3, 5)]
     assert "cannot be written" in caplog.text
 
 
@@ -224,7 +225,9 @@ def test_a_filter_leaves_samples_out(
     write_described(tmp_path)
     with caplog.at_level(logging.WARNING):
         dataset = ShardDataset(tmp_path, ["jpg", "txt"], sample_filter=SampleFilter(text))
-    places = [6 * int(dataset.shard(index).stem) + int(dataset.name(index)) for index in range(len(dataset))]
+    places = [
+        6 * int(Path(dataset.shard(index)).stem) + int(dataset.name(index)) for index in range(len(dataset))
+    ]
     assert places == expected
     assert not caplog.records
     assert len(ShardDataset(tmp_path)) == 18  # another index
@@ -235,10 +238,12 @@ def test_every_filter_has_an_index_that_is_kept(tmp_path: Path) -> None:
     found = {}
     for text in ("aesthetic > 5", "aesthetic > 7", None):
         made = SampleFilter(text) if text else None
-        build_index(tmp_path, made, processes=2)
-        (path,) = [path for path in indexing.index_paths(tmp_path, made) if path.is_file()]
+        build_index(LocalStore(tmp_path), made, processes=2)
+        (path,) = [
+            path for path in LocalStore(tmp_path).index_paths(indexing.index_name(made)) if path.is_file()
+        ]
         found[text] = path, path.stat().st_ino
-        open_index(tmp_path, made)
+        open_index(LocalStore(tmp_path), made)
         assert path.stat().st_ino == found[text][1]
     assert len({path for path, _ in found.values()}) == 3
     first, second = found["aesthetic > 5"][0], found["aesthetic > 7"][0]
@@ -273,7 +278,7 @@ def test_a_selection_is_the_list_of_what_is_wanted(kinds: list[int], wanted: set
 def test_too_many_kinds_are_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [{f"{number}.txt": b"x"} for number in range(MAX_KINDS + 1)])
     with pytest.raises(UserError, match="different sets of members"):
-        open_index(tmp_path)
+        open_index(LocalStore(tmp_path))
 
 
 # Opens an index of a billion samples, of which every third block lacks a caption, and draws from it.

@@ -77,7 +77,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
 
 def key(mixture: Mixture, index: int) -> tuple[str, str, str]:
     dataset, inside = mixture.place(index)
-    return dataset.samples.folder.name, dataset.samples.shard(inside).name, dataset.samples.name(inside)
+    return (
+        Path(dataset.samples.folder).name,
+        Path(dataset.samples.shard(inside)).name,
+        dataset.samples.name(inside),
+    )
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -215,7 +215,7 @@ def test_pipeline_equals_the_training_model_along_a_trajectory(
         randomise(model, std=0.1)
         transformer = transformer_class(config)(**transformer_arguments(config)).eval()
         transformer.load_state_dict(to_diffusers(model.state_dict(), config.model))
-        encoder = build_condition_encoder(config, device, precomputed=None)
+        encoder = build_condition_encoder(config, device)
         first: list[torch.Tensor] = []
 
         def recorded(latents: torch.Tensor, timestep: Any, keys: Any, conditions: Conditions) -> torch.Tensor:

@@ -115,7 +115,7 @@ def test_an_installation_that_fails_is_tried_again(bare_machine: dict[str, str],
 
 
 def test_every_package_that_is_asked_for_is_pinned_within_its_bounds() -> None:
-    """All but Transformer Engine, which the tests do not run with."""
+    """All but Transformer Engine and gcsfs, which the tests do not run with."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = dict(
         line.split("==")
@@ -127,5 +127,5 @@ def test_every_package_that_is_asked_for_is_pinned_within_its_bounds() -> None:
         *(text for extra in project["optional-dependencies"].values() for text in extra),
     ]
     for requirement in map(Requirement, asked):
-        if requirement.name not in ("rmoe-megatron", "transformer-engine"):
+        if requirement.name not in ("rmoe-megatron", "transformer-engine", "gcsfs"):
             assert pins[requirement.name] in requirement.specifier, requirement
