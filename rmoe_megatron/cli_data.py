@@ -110,7 +110,7 @@ def precompute_command(
 ) -> None:
     """Encode raw shards once into latents and text embeddings; with torchrun or srun each rank encodes its part."""
     from rmoe_megatron.config.loading import load_config
-    from rmoe_megatron.precompute import check_precompute, precompute
+    from rmoe_megatron.precompute.job import check_precompute, precompute
 
     loaded = load_config(config, overrides or [])
     if check:

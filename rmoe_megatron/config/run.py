@@ -87,6 +87,23 @@ class MixedDatasetConfig:
     epochs: float | None = number(None, above=0, most=1.0e9)
 
 
+class Storage(Enum):
+    """Data type of precomputed latents and embeddings."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class PrecomputeConfig:
+    """What ``rmoe data precompute`` makes of a sample."""
+
+    latents: bool = True  # false keeps the pictures, and embeds the texts alone
+    storage: Storage = Storage.float16
+    crops: int = number(1, least=1, most=16)  # parts of a picture along its longer side, each a sample
+    flips: bool = False  # each also mirrored, as a sample of its own
+
+
 @dataclass
 class DataConfig:
     """WebDataset shards of images with captions, raw or precomputed (``rmoe data precompute``)."""
@@ -102,6 +119,7 @@ class DataConfig:
     bad_samples: BadSamplesPolicy = BadSamplesPolicy.skip
     max_bad_fraction: float = number(0.05, least=0, most=1)  # of the samples drawn; more end the run
     shuffle: bool = True
+    precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
     cache: str | None = None  # folder of this machine for what is read of URLs; null keeps nothing
     cache_gigabytes: float = number(100, above=0, most=1.0e7)
     num_workers: int = number(

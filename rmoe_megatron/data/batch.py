@@ -84,20 +84,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Samples that the frozen encoders have yet to see; one of captions and labels is there."""
+    """Samples that the autoencoder has yet to see; one of captions, labels and conditions is there."""
 
     images: Tensor  # uint8 [B, 3, H, W]
     captions: list[str] | None
     class_labels: Tensor | None  # int64 [B]
+    conditions: TextConditions | None
     sample_index: Tensor  # int64 [B]
 
 
 def typed_batch(collated: dict[str, Any]) -> Batch | RawBatch:
     """Return a batch of what the loader yields for samples of a :class:`rmoe_megatron.data.samples.TrainingDataset`."""
     draws, labels = collated["sample_index"], collated.get("class_labels")
+    text = None
+    if "text_pooled" in collated:
+        text = TextConditions(collated["text_hidden_states"].float(), collated["text_pooled"].float())
     if "latents" not in collated:
-        return RawBatch(collated["image"], collated.get("caption"), labels, draws)
+        return RawBatch(collated["image"], collated.get("caption"), labels, text, draws)
     if labels is not None:
         return Batch(collated["latents"].float(), ClassConditions(labels), draws)
-    text = TextConditions(collated["text_hidden_states"].float(), collated["text_pooled"].float())
+    assert text is not None
     return Batch(collated["latents"].float(), text, draws)

@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.index import FORMATS
 
+BFLOAT16 = np.dtype("V2")  # as ml_dtypes and JAX write it into .npy files
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -26,17 +28,34 @@ class Crop:
     height: int
 
 
-def crop_of(width: int, height: int, bucket: Bucket) -> Crop:
-    """Return the largest part from the middle of a picture that has the bucket's aspect ratio, to the next whole pixel."""
-    if width * bucket.height > height * bucket.width:
-        kept = max(round(height * bucket.aspect_ratio), 1)
-        return Crop((width - kept) // 2, 0, kept, height)
-    kept = max(round(width / bucket.aspect_ratio), 1)
-    return Crop(0, (height - kept) // 2, width, kept)
+@dataclass(frozen=True)
+class View:
+    """Which part of a picture is seen.
+
+    Attributes:
+        place: from 0, the left or the top, to 1; the middle is 0.5.
+        flipped: left and right are exchanged.
+    """
+
+    place: float = 0.5
+    flipped: bool = False
+
+    def crop(self, width: int, height: int, bucket: Bucket) -> Crop:
+        """Return the largest part here of a picture that has the bucket's aspect ratio, to the next whole pixel."""
+        if width * bucket.height > height * bucket.width:
+            kept = max(round(height * bucket.aspect_ratio), 1)
+            return Crop(int((width - kept) * self.place), 0, kept, height)
+        kept = max(round(width / bucket.aspect_ratio), 1)
+        return Crop(0, int((height - kept) * self.place), width, kept)
 
 
-def decode_image(content: bytes, bucket: Bucket | None = None, upscale: bool = False) -> np.ndarray:
-    """Return a picture as uint8 RGB, [3, H, W], or as the middle of it in the size of ``bucket``.
+MIDDLE = View()
+
+
+def decode_image(
+    content: bytes, bucket: Bucket | None = None, upscale: bool = False, view: View = MIDDLE
+) -> np.ndarray:
+    """Return a picture as uint8 RGB, [3, H, W], or a view of it in the size of ``bucket``.
 
     It is turned upright as its EXIF data say, and what is transparent becomes white. Other formats are not tried.
 
@@ -58,7 +77,9 @@ def decode_image(content: bytes, bucket: Bucket | None = None, upscale: bool = F
                 image.draft(image.mode, (ceil(image.width * scale), ceil(image.height * scale)))
             upright = _on_white(ImageOps.exif_transpose(image))
     if bucket is not None:
-        upright = _fitted(upright, bucket, upscale)
+        upright = _fitted(upright, bucket, upscale, view)
+    if view.flipped:
+        upright = ImageOps.mirror(upright)
     return np.asarray(upright).transpose(2, 0, 1).copy()
 
 
@@ -70,14 +91,14 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(ground, layer).convert("RGB")
 
 
-def _fitted(image: Image.Image, bucket: Bucket, upscale: bool) -> Image.Image:
+def _fitted(image: Image.Image, bucket: Bucket, upscale: bool, view: View) -> Image.Image:
     width, height = image.size
     if (width < bucket.width or height < bucket.height) and not upscale:
         raise ValueError(
             f"{width} x {height} pixels, smaller than the model's {bucket.width} x {bucket.height} (data.upscale=true "
             "enlarges pictures)"
         )
-    crop = crop_of(width, height, bucket)
+    crop = view.crop(width, height, bucket)
     box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
     # One step: the resized whole of a picture of 1 x 10000 would be huge.
     return image.resize((bucket.width, bucket.height), Image.Resampling.BICUBIC, box)
@@ -87,6 +108,13 @@ def _decode_array(content: bytes) -> np.ndarray:
     """Return the array of a .npy file; it shares the bytes and is read-only."""
     start = 10 + int.from_bytes(content[8:10], "little")
     shape, is_fortran, dtype = _array_header(content[:start])
+    if dtype == BFLOAT16:
+        dtype = np.dtype("<u2")
+        return (
+            np.frombuffer(content, dtype, offset=start)
+            .reshape(shape, order="F" if is_fortran else "C")
+            .view(BFLOAT16)
+        )
     if dtype.kind not in "biuf":
         raise ValueError(f"an array of {dtype}, which is no type of real numbers")
     if min(shape, default=0) < 0 or len(content) - start != prod(shape) * dtype.itemsize:

@@ -24,6 +24,8 @@ MEMBERS = ("png", "jpg", "jpeg", "webp", "avif", "txt", "caption", "json", "cls"
 IMAGES = ("png", "jpg", "jpeg", "webp", "avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")  # as Pillow names them; some of the others start programs
 LATENTS = "latents.npy"
+SHARED = "shared.json"  # where in the same shard the other sample is whose text this one has, too
+TEXT_HIDDEN_STATES, TEXT_POOLED = "text_hidden_states.npy", "text_pooled.npy"
 LEFT_OUT = "left out by the filter"  # stands among the members of such samples
 BLOCK = 4096  # records
 MAX_KINDS = 256
@@ -101,6 +103,11 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def provided(members: set[str]) -> set[str]:
+    """Return a sample's members with those that it shares with another one."""
+    return members | {TEXT_HIDDEN_STATES, TEXT_POOLED} if SHARED in members else members
 
 
 class Selection:

@@ -11,12 +11,12 @@ from rmoe_megatron.config.captions import CaptionSource
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.counter_rng import Purpose, derive, sample_keys, uniform
 from rmoe_megatron.data.bucketing import Bucketing
-from rmoe_megatron.data.index import IMAGES, LATENTS
+from rmoe_megatron.data.decoding import BFLOAT16
+from rmoe_megatron.data.index import IMAGES, LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED, provided
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.data.store import ShardStore
 from rmoe_megatron.errors import UserError
 
-TEXT_HIDDEN_STATES, TEXT_POOLED = "text_hidden_states.npy", "text_pooled.npy"
 PRECOMPUTED_TEXT = {"text_hidden_states": TEXT_HIDDEN_STATES, "text_pooled": TEXT_POOLED}
 CLASS_LABEL = "cls"
 
@@ -99,7 +99,9 @@ def _caption(sample: dict[str, Any], source: CaptionSource) -> str | None:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """Return a stored array as a tensor: float16 as it is, which is half as much to hand from process to process."""
+    """Return a stored array as a tensor: 16 bits as they are, which is half as much to hand from process to process."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.astype(np.float16 if array.dtype == np.float16 else np.float32))
 
 
@@ -111,9 +113,13 @@ def image_of(sample: dict[str, Any]) -> np.ndarray:
 class TrainingDataset:
     """Training samples of a shard folder, raw or precomputed; which one is read off the first sample.
 
-    Raw samples are ``{"image": uint8 [3, H, W], "caption": str}``; precomputed ones float16 tensors (float32 if stored
-    otherwise) ``latents`` [C, H, W], ``text_hidden_states`` [L, D] and ``text_pooled`` [P]. For a class-conditional
-    model ``class_labels``, an int, takes the place of caption and text.
+    Raw samples are ``{"image": uint8 [3, H, W], "caption": str}``; precomputed ones float16 or bfloat16 tensors (float32 if
+    stored otherwise) ``latents`` [C, H, W], ``text_hidden_states`` [L, D] and ``text_pooled`` [P]. Raw samples whose text is
+    precomputed have these two in the caption's place; for a class-conditional model ``class_labels``, an int, is there.
+
+    Attributes:
+        precomputed: samples have latents.
+        has_text: captions are embedded, too.
 
     Args:
         sample_format: what the model takes.
@@ -125,7 +131,9 @@ class TrainingDataset:
     ) -> None:
         self.samples = ShardDataset(folder, shards=shards, sample_filter=sample_format.filter)
         self.format = sample_format
-        self.precomputed = LATENTS in self.samples.members(0)
+        members = provided(set(self.samples.members(0)))
+        self.precomputed = LATENTS in members
+        self.has_text = not sample_format.num_classes and {TEXT_HIDDEN_STATES, TEXT_POOLED} <= members
         if self.precomputed and sample_format.filter is not None:
             raise UserError(
                 f"{folder} holds precomputed samples, which data.filter does not know the pictures of; set it for "
@@ -137,13 +145,24 @@ class TrainingDataset:
             self.samples.restrict(needed, self._divided_by(sample_format.pixels_per_latent))
         else:
             self.samples.bucketing = sample_format.bucketing
-            self.samples.keep(sample_format.takes, sample_format.needed, self._divided_by(None))
+            self.samples.keep(self._takes, self._needed, self._divided_by(None))
             self.samples.wanted = {
                 *IMAGES,
                 CLASS_LABEL,
                 *(source.member for source in sample_format.captions),
+                *(PRECOMPUTED_TEXT.values() if self.has_text else ()),
             }
         self.samples.require_shapes_of_first()  # samples of a batch are stacked; those of a bucket have its size
+
+    def _takes(self, members: set[str]) -> bool:
+        if not self.has_text:
+            return self.format.takes(members)
+        return not members.isdisjoint(IMAGES) and set(PRECOMPUTED_TEXT.values()) <= provided(members)
+
+    @property
+    def _needed(self) -> str:
+        text = ", ".join(PRECOMPUTED_TEXT.values())
+        return f"{text}, {' or '.join(IMAGES)}" if self.has_text else self.format.needed
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -192,7 +211,7 @@ class TrainingDataset:
     def _conditions(self, sample: dict[str, Any], draw: int) -> dict[str, Any]:
         if self.format.num_classes:
             return self._label(sample)
-        if not self.precomputed:
+        if not self.has_text:
             return {"caption": self.format.caption(sample, draw)}
         return {name: _tensor(sample[member]) for name, member in PRECOMPUTED_TEXT.items()}
 

@@ -13,7 +13,18 @@ from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import parse
 from rmoe_megatron.data.bucketing import BucketCounts, Bucketing
 from rmoe_megatron.data.decoding import DECODERS, decode_image
-from rmoe_megatron.data.index import IMAGES, INDEX, LATENTS, LEFT_OUT, MEMBERS, Selection
+from rmoe_megatron.data.index import (
+    IMAGES,
+    INDEX,
+    LATENTS,
+    LEFT_OUT,
+    MEMBERS,
+    SHARED,
+    TEXT_HIDDEN_STATES,
+    TEXT_POOLED,
+    Selection,
+    provided,
+)
 from rmoe_megatron.data.indexing import index_name, index_shards, open_index
 from rmoe_megatron.data.store import LocalStore, ShardStore
 from rmoe_megatron.errors import UserError
@@ -68,7 +79,7 @@ class ShardDataset(Dataset[Any]):
         self.wanted: set[str] | None = None  # of the members that a sample happens to have; None decodes all
         self.shapes: dict[str, tuple[int, ...]] = {}
         wanted = set(extensions or ())
-        self.keep(lambda members: wanted <= members, ", ".join(extensions or ["any"]), bucketing)
+        self.keep(lambda members: wanted <= provided(members), ", ".join(extensions or ["any"]), bucketing)
 
     def keep(
         self,
@@ -216,7 +227,7 @@ class ShardDataset(Dataset[Any]):
             OSError: it cannot be read.
             ValueError: it cannot be decoded.
         """
-        key, contents = self._read(index)
+        key, contents = self.contents(index)
         if extensions is None:
             present = [name for name in contents if self.wanted is None or name in self.wanted]
             extensions = self.extensions or present
@@ -227,7 +238,7 @@ class ShardDataset(Dataset[Any]):
     def name(self, index: int) -> str:
         """Return a sample's key, or its number if its headers cannot be read."""
         try:
-            return self._read(index)[0]
+            return self.contents(index)[0]
         except (OSError, ValueError):
             return str(index)
 
@@ -250,19 +261,26 @@ class ShardDataset(Dataset[Any]):
         shard = self.index.shards[int(record["shard"])]
         return shard.name, int(record["offset"]), int(record["size"])
 
-    def _read(self, index: int) -> tuple[str, dict[str, memoryview]]:
-        """Read a sample's members in one go; returns its key and their contents by extension."""
+    def contents(self, index: int) -> tuple[str, dict[str, memoryview]]:
+        """Read a sample's members in one go; returns its key and their contents by extension.
+
+        Members that it shares with another sample of its shard are read there.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is damaged.
+        """
         shard, offset, size = self._place(index)
         coming = self._expected.pop(index, None)
         content = memoryview(coming.result() if coming is not None else self.store.read(shard, offset, size))
-        if len(content) != size:
-            raise ValueError("cut off")
-        sample = parse(content, offset)
-        return sample.key, {
-            name: content[start - offset :][:length]
-            for name, (start, length) in sample.members.items()
-            if name.rsplit(".", 1)[-1] in MEMBERS
-        }
+        key, members = _parsed(content, offset, size)
+        if (shared := members.pop(SHARED, None)) is not None:
+            other = _other_place(bytes(shared))
+            _, others = _parsed(memoryview(self.store.read(shard, *other)), *other)
+            members = {
+                name: others[name] for name in (TEXT_HIDDEN_STATES, TEXT_POOLED) if name in others
+            } | members
+        return key, members
 
     def _record(self, index: int) -> np.void:
         """Return a sample's record of the index, whose file may be damaged."""
@@ -297,3 +315,28 @@ class ShardDataset(Dataset[Any]):
         if shape is not None and value.shape != shape:
             raise ValueError(f"{extension} has shape {value.shape}, the first sample's {shape}")
         return value
+
+
+def _parsed(content: memoryview, offset: int, size: int) -> tuple[str, dict[str, memoryview]]:
+    """Return the key of a sample read at ``offset`` and its members' contents by extension."""
+    if len(content) != size:
+        raise ValueError("cut off")
+    sample = parse(content, offset)
+    return sample.key, {
+        name: content[start - offset :][:length]
+        for name, (start, length) in sample.members.items()
+        if name.rsplit(".", 1)[-1] in MEMBERS
+    }
+
+
+def _other_place(content: bytes) -> tuple[int, int]:
+    """Return offset and size of the sample that another one shares members with."""
+    place = DECODERS["json"](content)
+    offset, size = (place.get("offset"), place.get("size")) if isinstance(place, dict) else (None, None)
+    if (
+        not isinstance(offset, int)
+        or not isinstance(size, int)
+        or not (0 <= offset < 1 << 48 and 0 < size < 1 << 32)
+    ):
+        raise ValueError(f"{SHARED}: no place of a sample")
+    return offset, size

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.run import RunConfig
@@ -10,11 +13,14 @@ from rmoe_megatron.config.stages import Stage, stage_of_draw, stages_of
 from rmoe_megatron.data.mixture import Mixture, shares
 from rmoe_megatron.data.order import Order
 from rmoe_megatron.data.samples import TrainingDataset
+from rmoe_megatron.encoders.fingerprint import DATASET, check_encoders
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.training.preflight import buckets_of, latent_sizes, sample_format, store_of
+from rmoe_megatron.typed_files import read_json
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
 FIRST_VALIDATION_DRAW = 1 << 40
+DESCRIPTION = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,20 @@ def locate(draws: list[StageDraws], draw: int) -> tuple[TrainingDataset, int]:
     """Return the data set of a training draw's sample and its number there."""
     stage = stage_of_draw([each.stage for each in draws], draw)
     return draws[stage.number].samples.place(draws[stage.number][draw])
+
+
+def check_fingerprints(config: RunConfig, draws: StageDraws) -> None:
+    """Check that what a stage draws from was precomputed with the encoders of the configuration, where it says with which.
+
+    Raises:
+        UserError: it was not.
+    """
+    for mixture in (draws.samples, draws.validation):
+        for dataset in mixture.datasets if mixture is not None else ():
+            path = dataset.samples.store.sibling(DATASET) if dataset.precomputed or dataset.has_text else None
+            if path is not None:
+                described = read_json(path, DESCRIPTION)
+                check_encoders(described, config, dataset.samples.folder, dataset.precomputed)
 
 
 def check_continues(stage: Stage, step: int, draw: int, stages: int, has_buckets: bool) -> None:

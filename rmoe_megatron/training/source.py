@@ -25,6 +25,7 @@ from rmoe_megatron.training.draws import (
     FIRST_VALIDATION_DRAW,
     StageDraws,
     check_continues,
+    check_fingerprints,
     locate,
     open_draws,
 )
@@ -32,9 +33,11 @@ from rmoe_megatron.training.preflight import check_shapes
 
 
 def _open_in_turn(config: RunConfig) -> list[StageDraws]:
-    """Open the data sets; rank 0 goes first and brings indices and counts of buckets up to date."""
+    """Open the data sets; rank 0 goes first, brings indices and counts of buckets up to date and asks who encoded them."""
     if dist.get_rank() == 0:
         draws = open_draws(config)
+        for each in draws:
+            check_fingerprints(config, each)
         dist.barrier()
         return draws
     dist.barrier()
@@ -58,7 +61,7 @@ class TrainingSource:
         first = self.draws[0].samples
         store = first.datasets[0].samples.store
         self.encoder = build_condition_encoder(
-            config, device, store.sibling(NULL_TEXT) if first.precomputed else None
+            config, device, store.sibling(NULL_TEXT) if first.datasets[0].has_text else None
         )
         self.null_conditions = self.encoder.null
         for draws in self.draws:
@@ -153,7 +156,8 @@ class TrainingSource:
         batch = typed_batch(collated)
         if isinstance(batch, RawBatch):
             latents = encode_images(self.autoencoder, batch.images)
-            return Batch(latents, self.encoder.encode_batch(batch), batch.sample_index)
+            conditions = batch.conditions or self.encoder.encode_batch(batch)
+            return Batch(latents, conditions, batch.sample_index)
         return batch
 
     @staticmethod

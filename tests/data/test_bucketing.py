@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.bucketing import NO_BUCKET, TOO_SMALL, BucketCounts, Bucketing
-from rmoe_megatron.data.decoding import crop_of
+from rmoe_megatron.data.decoding import View
 from rmoe_megatron.data.index import BLOCK, RECORD, Index, IndexedShard, Kind
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
@@ -43,7 +43,7 @@ def test_a_picture_comes_into_the_bucket_of_the_nearest_shape(width: int, height
 
 @given(width=st.integers(1, 20_000), height=st.integers(1, 20_000), bucket=st.sampled_from(BUCKETS))
 def test_the_largest_part_of_the_middle_is_kept(width: int, height: int, bucket: Bucket) -> None:
-    crop = crop_of(width, height, bucket)
+    crop = View().crop(width, height, bucket)
     assert crop.width == width or crop.height == height
     assert 0 <= crop.left <= crop.left + crop.width <= width
     assert 0 <= crop.top <= crop.top + crop.height <= height

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from rmoe_megatron.checkpoint.folders import list_checkpoints
-from rmoe_megatron.precompute import DATASET
+from rmoe_megatron.encoders.fingerprint import DATASET
 from rmoe_megatron.training.history import read_history
 from tests.support.commands import rmoe
 from tests.support.local_slurm import ROOT, LocalSlurm

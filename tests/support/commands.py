@@ -23,7 +23,7 @@ from torch import multiprocessing
 
 PRELOADED = [
     "rmoe_megatron.cli", "rmoe_megatron.training.run", "rmoe_megatron.conversion.importing", "rmoe_megatron.conversion.export",
-    "rmoe_megatron.sampling", "rmoe_megatron.precompute", "rmoe_megatron.training.preflight",
+    "rmoe_megatron.sampling", "rmoe_megatron.precompute.job", "rmoe_megatron.training.preflight",
 ]  # fmt: skip
 # Of every fork server of this process, here and in tests/support/ranks.py.
 multiprocessing.set_forkserver_preload(PRELOADED)

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from rmoe_megatron.cli_options import parse_part
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.model import DiffusionConfig, Objective
-from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.run import PrecomputeConfig, RunConfig
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.index import LATENTS
 from rmoe_megatron.data.samples import SampleFormat
@@ -23,7 +23,9 @@ from rmoe_megatron.encoders.autoencoder import encode_images
 from rmoe_megatron.encoders.text import TextEmbeddings
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
-from rmoe_megatron.precompute import CaptionCache, encode_shard, precompute
+from rmoe_megatron.precompute.captions import CaptionCache
+from rmoe_megatron.precompute.job import precompute
+from rmoe_megatron.precompute.shard import ShardEncoder
 from tests.data.test_shards import picture, png
 from tests.support.configurations import tiny_config
 from tests.support.ranks import DIT
@@ -46,7 +48,7 @@ def test_samples_that_cannot_be_encoded_are_named(tmp_path: Path, caplog: pytest
     write_shard(source, [*samples, {"cls": b"1"}, {"png": picture("png", "RGB", 3), "cls": b"1"}])
     with caplog.at_level(logging.WARNING):
         taken = SampleFormat(num_classes=2, bucketing=Bucketing((Bucket(4, 4),)))
-        encode_shard(source, target, None, PixelCodec(), taken)
+        ShardEncoder(None, PixelCodec(), taken, PrecomputeConfig()).encode(source, target)
     encoded = ShardDataset(tmp_path, shards=["encoded.tar"])
     assert [encoded.name(index) for index in range(len(encoded))] == ["000000", "000001", "000002"]
     with tarfile.open(target) as tar:
@@ -65,8 +67,8 @@ def test_long_names_are_kept(tmp_path: Path) -> None:
             header = tarfile.TarInfo(f"{'long' * 50}.{extension}")
             header.size = len(content)
             tar.addfile(header, io.BytesIO(content))
-    encode_shard(
-        tmp_path / "source.tar", tmp_path / "encoded.tar", None, PixelCodec(), SampleFormat(num_classes=2)
+    ShardEncoder(None, PixelCodec(), SampleFormat(num_classes=2), PrecomputeConfig()).encode(
+        tmp_path / "source.tar", tmp_path / "encoded.tar"
     )
     assert ShardDataset(tmp_path, shards=["encoded.tar"])[0]["__key__"] == "long" * 50
 
@@ -107,8 +109,8 @@ def test_ranks_share_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config, source = toy(tmp_path, shards=5)
     found: list[str] = []
     monkeypatch.setattr(
-        "rmoe_megatron.precompute.encode_shard",
-        lambda shard, target, *rest: found.append(shard.stem) or target.touch(),
+        "rmoe_megatron.precompute.shard.ShardEncoder.encode",
+        lambda self, shard, target: found.append(shard.stem) or target.touch(),
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -125,18 +127,18 @@ def test_what_a_killed_attempt_finished_is_kept(tmp_path: Path, monkeypatch: pyt
     config, source = toy(tmp_path)
     out, encoded = tmp_path / "out", []
 
-    def die_at_the_second(shard: Path, target: Path, *rest: object) -> None:
+    def die_at_the_second(self: ShardEncoder, shard: Path, target: Path) -> None:
         encoded.append(shard.stem)
         target.write_bytes(b"torn" if shard.stem == "1" else b"whole")
         if shard.stem == "1":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("rmoe_megatron.precompute.encode_shard", die_at_the_second)
+    monkeypatch.setattr("rmoe_megatron.precompute.shard.ShardEncoder.encode", die_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         precompute(config, source, out)
     monkeypatch.setattr(
-        "rmoe_megatron.precompute.encode_shard",
-        lambda shard, target, *rest: encoded.append(shard.stem) or target.touch(),
+        "rmoe_megatron.precompute.shard.ShardEncoder.encode",
+        lambda self, shard, target: encoded.append(shard.stem) or target.touch(),
     )
     other = replace(
         config, encoders=replace(config.encoders, autoencoder="pixel"), model=replace(config.model)

@@ -1,0 +1,90 @@
+"""Which frozen encoders made the embeddings of a set, so that no run trains on those of others."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from rmoe_megatron import durable
+from rmoe_megatron.config.model import ModelDescription
+from rmoe_megatron.encoders.source import model_folder
+from rmoe_megatron.encoders.text import TEXT_FILES, minilm_folder
+from rmoe_megatron.errors import UserError
+
+DATASET = "dataset.json"  # beside precomputed shards
+
+
+def describe_autoencoder(name: str) -> dict[str, Any]:
+    """Return the name of an autoencoder and the SHA-256 of its weights; pixels have none."""
+    if name == "pixel":
+        return {"autoencoder": name, "autoencoder_sha256": "pixel"}
+    folder = model_folder(name, ["vae/*", "config.json", "*.safetensors"])
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    return {"autoencoder": name, "autoencoder_sha256": _sha256(sorted(folder.glob("*.safetensors")))}
+
+
+def describe_text_encoder(config: ModelDescription) -> dict[str, Any]:
+    """Return what the embeddings of captions depend on."""
+    name = config.encoders.text_encoder
+    folder = minilm_folder() if name == "minilm" else model_folder(name, TEXT_FILES)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("text_encoder*/*.safetensors"))
+    return {
+        "text_encoder": name,
+        "text_encoder_sha256": _sha256(files),
+        "text_encoders_dropped": config.encoders.dropped,
+        "text_length": config.model.text_length,
+    }
+
+
+def check_encoders(
+    described: dict[str, Any], config: ModelDescription, place: str, has_latents: bool
+) -> None:
+    """Check that a set was precomputed with the encoders of a configuration; names may differ, weights may not.
+
+    Args:
+        described: of the set's ``dataset.json``.
+        place: of the set, for the error.
+        has_latents: they are precomputed too, not the text alone.
+
+    Raises:
+        UserError: an encoder is another one, or was used in another way.
+    """
+    known = described.get("encoders")
+    if not isinstance(known, dict):  # a set of others says nothing of its encoders
+        return
+    own = describe_autoencoder(config.encoders.autoencoder) if has_latents else {}
+    if not config.model.is_class_conditional and "text_encoder_sha256" in known:
+        own |= describe_text_encoder(config)
+    for key in own.keys() & known.keys() - {"autoencoder", "text_encoder"}:
+        if own[key] != known[key]:
+            name = key.removesuffix("_sha256")
+            what = f"{name} {known.get(name)!r} of other weights" if key != name else f"{key} {known[key]!r}"
+            raise UserError(
+                f"{place} was precomputed with {what}, but the configuration has {own.get(name)!r}; precompute it again with this "
+                "configuration, or name the encoders that it was made with."
+            )
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(bytes.fromhex(_sha256_of(file)))
+    return digest.hexdigest()
+
+
+def _sha256_of(file: Path) -> str:
+    """Return a file's SHA-256, which is kept in the user's cache: T5 takes a minute."""
+    found = file.stat()
+    identity = f"{file.resolve()} {found.st_size} {found.st_mtime_ns}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    kept = cache / "rmoe_megatron" / "sha256" / hashlib.sha256(identity.encode()).hexdigest()
+    if kept.is_file() and len(text := kept.read_text()) == 64:
+        return text
+    with file.open("rb") as stream:
+        text = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        durable.write(kept, text)
+    except OSError:
+        pass  # it is only slower the next time
+    return text
