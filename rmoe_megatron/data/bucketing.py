@@ -75,7 +75,7 @@ class BucketCounts:
         paths: of the file of the index, where it may be; none for an index that has no file.
 
     Attributes:
-        counts: uint16 [blocks, buckets + 2]; the last two are too small, and in no bucket.
+        counts: uint16 [blocks, buckets + 2]; the last two are in no bucket, and too small.
     """
 
     def __init__(

@@ -32,6 +32,10 @@ from rmoe_megatron.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+class NoSamplesError(UserError):
+    """Shards have samples, and none that is wanted."""
+
+
 class ShardDataset(Dataset[Any]):
     """The samples of all shards of a folder, decoded, as dictionaries from extension to value.
 
@@ -105,11 +109,11 @@ class ShardDataset(Dataset[Any]):
 
         self.selections = [Selection.of_kinds(self.index, is_wanted)]
         if not passing and len(self.index):
-            raise UserError(
+            raise NoSamplesError(
                 f"data.filter takes none of the {len(self.index)} samples in {self.folder}; change it."
             )
         if not len(self):
-            raise UserError(
+            raise NoSamplesError(
                 f"The shards in {self.folder} hold no samples with members {needed}; build the data again."
             )
         left_out = passing - len(self)
@@ -139,7 +143,7 @@ class ShardDataset(Dataset[Any]):
         told = " and ".join(f"{number} are {cause}" for number, cause in causes if number)
         sizes = ", ".join(map(str, bucketing.buckets))
         if not len(self):
-            raise UserError(
+            raise NoSamplesError(
                 f"None of the {usable} samples in {self.folder} is of one of the buckets {sizes}: {told}; change data.buckets, or "
                 "the data."
             )

@@ -1,5 +1,6 @@
 """One shard encoded: every sample's pictures and caption, once."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -16,9 +17,11 @@ from rmoe_megatron.data.decoding import View, decode_image
 from rmoe_megatron.data.index import IMAGES, LATENTS, SHARED
 from rmoe_megatron.data.samples import CLASS_LABEL, TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat
 from rmoe_megatron.data.shard_writer import ShardWriter, open_shard
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards import NoSamplesError, ShardDataset
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_images
 from rmoe_megatron.precompute.captions import CaptionCache
+
+logger = logging.getLogger(__name__)
 
 BATCH = 256  # views of pictures
 DTYPES = {Storage.float16: torch.float16, Storage.bfloat16: torch.bfloat16}
@@ -65,12 +68,13 @@ class ShardEncoder:
 
     def encode(self, shard: Path, target: Path) -> None:
         """Encode the samples of one shard; a caption's embedding is in the shard once, the other samples say where."""
-        samples = ShardDataset(shard.parent, shards=[shard.name], sample_filter=self.format.filter)
-        samples.bucketing = self.format.bucketing
-        divided_by = self.format.bucketing if self.format.divides and self.autoencoder is not None else None
-        samples.keep(self.format.takes, self.format.needed, divided_by)
         places: dict[str, dict[str, int]] = {}  # of captions in the shard
         with open_shard(target) as write:
+            try:
+                samples = self._open(shard)
+            except NoSamplesError as error:  # others may have some
+                logger.warning("Nothing of %s is encoded: %s", shard, error)
+                return
             step = max(BATCH // len(self.views), 1)
             for start in range(0, len(samples), step):
                 batch = range(start, min(start + step, len(samples)))
@@ -79,6 +83,13 @@ class ShardEncoder:
                     self.captions.add({view.caption for view in views if view.caption is not None})
                 for view, latents in zip(views, self._latents(views), strict=True):
                     self._write(write, view, latents, places)
+
+    def _open(self, shard: Path) -> ShardDataset:
+        samples = ShardDataset(shard.parent, shards=[shard.name], sample_filter=self.format.filter)
+        samples.bucketing = self.format.bucketing
+        divided_by = self.format.bucketing if self.format.divides and self.autoencoder is not None else None
+        samples.keep(self.format.takes, self.format.needed, divided_by)
+        return samples
 
     def _views(self, samples: ShardDataset, index: int) -> list[Encoded]:
         """Return the views of a sample, none if it cannot be used; of several captions one, by the place in the shard."""

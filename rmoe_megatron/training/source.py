@@ -20,6 +20,7 @@ from rmoe_megatron.data.mixture import Mixture
 from rmoe_megatron.data.order import Order
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT, build_condition_encoder
+from rmoe_megatron.launch import local_rank
 from rmoe_megatron.training.bad_samples import BadSamples, warn
 from rmoe_megatron.training.draws import (
     FIRST_VALIDATION_DRAW,
@@ -33,15 +34,19 @@ from rmoe_megatron.training.preflight import check_shapes
 
 
 def _open_in_turn(config: RunConfig) -> list[StageDraws]:
-    """Open the data sets; rank 0 goes first, brings indices and counts of buckets up to date and asks who encoded them."""
-    if dist.get_rank() == 0:
-        draws = open_draws(config)
-        for each in draws:
-            check_fingerprints(config, each)
+    """Open the data sets: rank 0 first, then one rank of every other machine, then all others.
+
+    So indices and counts of buckets are made once, and copied to a machine once; and one rank asks who encoded the data.
+    """
+    mine = 0 if dist.get_rank() == 0 else 1 if local_rank() == 0 else 2
+    opened = list[StageDraws]()
+    for turn in range(3):
+        if turn == mine:
+            opened = open_draws(config)
+            for draws in opened if mine == 0 else ():
+                check_fingerprints(config, draws)
         dist.barrier()
-        return draws
-    dist.barrier()
-    return open_draws(config)
+    return opened
 
 
 class TrainingSource:

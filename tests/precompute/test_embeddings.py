@@ -131,6 +131,21 @@ def test_a_picture_that_fits_has_one_crop(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_shard_without_a_usable_sample_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shard(tmp_path / "in" / "0.tar", [{"png": png(4, 4), "txt": b"small"}, {"json": b"{}"}])
+    write_shard(tmp_path / "in" / "1.tar", [{"png": png(8, 8), "txt": b"fits"}])
+    divided = SampleFormat(bucketing=Bucketing((Bucket(8, 8),)), divides=True)
+    encoder = ShardEncoder(CaptionCache(CountingEncoder()), PixelCodec(), divided, PrecomputeConfig())
+    (tmp_path / "out").mkdir()
+    for name in ("0.tar", "1.tar"):
+        encoder.encode(tmp_path / "in" / name, tmp_path / "out" / name)
+    assert "Nothing of" in caplog.text
+    assert "1 are smaller than their bucket" in caplog.text
+    assert len(TrainingDataset(tmp_path / "out", divided)) == 1
+
+
 def test_pictures_may_stay_as_they_are(tmp_path: Path) -> None:
     encode(tmp_path, PrecomputeConfig(latents=False), autoencoder=False)
     dataset = TrainingDataset(tmp_path / "out", SQUARE)
