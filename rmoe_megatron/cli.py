@@ -22,6 +22,7 @@ from rmoe_megatron.cli_options import (
     check_guidance,
     read_prompts,
 )
+from rmoe_megatron.config.buckets import parse_bucket
 from rmoe_megatron.errors import Interrupted, RunError, UserError
 from rmoe_megatron.extras import PACKAGE, extra_of
 
@@ -288,10 +289,15 @@ def sample(
     ] = None,
     seed: Seed = 0,
     images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 1,
+    size: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT in pixels; default is the model's square.", show_default=False),
+    ] = None,
     batch_size: BatchSize = 64,
 ) -> None:
     """Make images from prompts."""
     check_guidance(guidance, guidance_interval)
+    bucket = parse_bucket("--size", size) if size is not None else None
     prompts = read_prompts(prompt or [], prompts_file)
     durable.check_writable(out, "--out")
     from rmoe_megatron.pictures import labelled_grid, png, save_images
@@ -304,7 +310,7 @@ def sample(
     seeds = [seed + index for index in range(len(repeated))]
     progress = Bar("sample", "image")
     images = sample_images(
-        pipeline, repeated, seeds, steps, guidance, batch_size, progress, guidance_interval
+        pipeline, repeated, seeds, steps, guidance, batch_size, progress, guidance_interval, size=bucket
     )
     save_images(images, out, [f"{index:05d}" for index in range(len(repeated))])
     durable.write(out / "grid.png", png(labelled_grid(images, repeated)))

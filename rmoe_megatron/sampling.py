@@ -15,6 +15,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
+from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pretrained.pipeline_folder import load_pipeline
 from rmoe_megatron.refusal import refusal
@@ -87,6 +88,7 @@ def sample_images(
     progress: Callable[[int, int], None] | None = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     negative_prompt: str | None = None,
+    size: Bucket | None = None,
 ) -> np.ndarray:
     """Make one image per prompt; its noise depends on its own seed alone.
 
@@ -94,13 +96,15 @@ def sample_images(
         prompts: texts, or class labels for a class-conditional pipeline.
         negative_prompt: what guidance leads away from, instead of the empty text.
         guidance_interval: guide only where timestep / 1000 lies in it.
+        size: of the images; None is the model's square.
         progress: called with (images done, images in total).
 
     Returns:
         uint8 [N, H, W, 3].
 
     Raises:
-        UserError: a class label is none of the model's, or the pipeline's components do not fit together.
+        UserError: a class label is none of the model's, the pipeline makes no images of this size, or its components do not fit
+            together.
     """
     arguments: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
     arguments |= _guidance(pipeline, guidance, guidance_interval)
@@ -109,6 +113,9 @@ def sample_images(
         and "negative_prompt" not in inspect.signature(pipeline.__call__).parameters
     ):
         raise UserError(f"{type(pipeline).__name__} takes no negative prompt; leave --negative-prompt out.")
+    if size is not None:
+        _check_size(pipeline, size)
+        arguments |= {"height": size.height, "width": size.width}
     conditions = _conditions(pipeline, prompts)
     images = []
     if progress is not None:
@@ -124,6 +131,17 @@ def sample_images(
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))
     return np.concatenate(images)
+
+
+def _check_size(pipeline: DiffusionPipeline, size: Bucket) -> None:
+    if "height" not in inspect.signature(pipeline.__call__).parameters:
+        raise UserError(f"{type(pipeline).__name__} makes images of one size; leave --size out.")
+    config = pipeline.transformer.config
+    unit, most = pipeline.vae_scale_factor * config.patch_size, config.pos_embed_max_size
+    if size.width % unit or size.height % unit or max(size.width, size.height) > unit * most:
+        raise UserError(
+            f"--size {size} is none of this model's: sides are multiples of {unit} pixels, {unit * most} at most."
+        )
 
 
 def _conditions(pipeline: DiffusionPipeline, prompts: list[str]) -> list[Any]:

@@ -38,7 +38,7 @@ def build_buckets(config: BucketsConfig, side: int) -> tuple[Bucket, ...]:
     Raises:
         UserError: a size is none, or is there twice; there are too many.
     """
-    buckets = [_parsed(size) for size in config.sizes] or _generated(config, side)
+    buckets = [parse_bucket("data.buckets.sizes", size) for size in config.sizes] or _generated(config, side)
     ordered = sorted(buckets, key=lambda bucket: (-bucket.aspect_ratio, bucket.width))
     twice = next((str(first) for first, second in pairwise(ordered) if first == second), None)
     if twice is not None:
@@ -51,12 +51,15 @@ def build_buckets(config: BucketsConfig, side: int) -> tuple[Bucket, ...]:
     return tuple(ordered)
 
 
-def _parsed(size: str) -> Bucket:
+def parse_bucket(name: str, size: str) -> Bucket:
+    """Return the size that ``WIDTHxHEIGHT`` is; ``name`` is where it is written.
+
+    Raises:
+        UserError: it is none.
+    """
     match = _SIZE.fullmatch(size)
     if match is None:
-        raise UserError(
-            f"data.buckets.sizes has the entry {size!r:.80}; write WIDTHxHEIGHT in pixels, as in 1216x832."
-        )
+        raise UserError(f"{name} has {size!r:.80}; write WIDTHxHEIGHT in pixels, as in 1216x832.")
     return Bucket(int(match["width"]), int(match["height"]))
 
 

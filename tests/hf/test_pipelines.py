@@ -20,6 +20,7 @@ from diffusers import (
 )
 
 from rmoe_megatron.checkpoint.weights import RunWeights
+from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.model import Architecture, DiffusionConfig, ModelConfig, Objective
 from rmoe_megatron.config.run import ParallelConfig, RunConfig
 from rmoe_megatron.conversion.export import build_pipeline, export_run, write_pipeline
@@ -98,7 +99,7 @@ SD3_CALL = {"prompt": "two red circles", "height": 16, "width": 16, "max_sequenc
 EXPORTS: dict[str, dict[str, Any]] = {
     "stock-sd3": SD3_CALL,
     "stock-dit": {"class_labels": [3, 999]},
-    "own-sd3": {"prompt": ["two red circles", "a cat"], "guidance_scale": 2.0},
+    "own-sd3": {"prompt": ["two red circles", "a cat"], "guidance_scale": 2.0, "height": 4, "width": 8},
     "own-dit": {"class_labels": [3, 5]},
 }
 
@@ -146,6 +147,22 @@ def test_diffusers_loads_an_export_and_what_is_saved_of_it(name: str, exports: P
         folder = tmp_path / again
         pipeline.save_pretrained(folder, max_shard_size="40KB")
         assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+
+
+def test_images_of_another_size(exports: Path) -> None:
+    for name in ("own-sd3", "stock-sd3"):
+        pipeline = DiffusionPipeline.from_pretrained(exports / name / "package")
+        unit = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
+        size = Bucket(2 * unit, unit)
+        images = sample_images(pipeline, ["a cat"] * 2, [0, 1], 2, 2.0, 2, size=size)
+        assert images.shape == (2, unit, 2 * unit, 3)
+        for wrong in (Bucket(2 * unit + 1, unit), Bucket(1000 * unit, unit)):
+            with pytest.raises(
+                UserError, match=f"--size {wrong} is none of this model's: sides are multiples of {unit}"
+            ):
+                sample_images(pipeline, ["a cat"], [0], 2, 2.0, 1, size=wrong)
+    with pytest.raises(UserError, match="images of one size"):
+        sample_images(dit_pipeline(), ["1"], [0], 2, 2.0, 1, size=Bucket(8, 8))
 
 
 def test_code_is_carried_from_folder_to_folder_without_this_package(exports: Path, tmp_path: Path) -> None:
