@@ -1,26 +1,31 @@
 """Times data loading against plain webdataset; prints samples per second and ratios.
 
-    python tools/benchmark_data.py FOLDER [--workers 2] [--repeats 5]
+    python tools/benchmark_data.py FOLDER [--workers 2] [--repeats 5] [--mosaicml PYTHON] [--energon PYTHON]
 
 FOLDER gets two sets, made once: latents with text embeddings (16 x 32 x 32 and 77 x 768, float16), and JPEGs of 640 x 480 that become
 256 x 256. Both loaders read the same shards with the same decoding and resizing in as many processes, shuffled, and hand on collated
 batches; runs are interleaved, medians over repeats. Then: the first batch of an epoch, and the first after a restart in its middle,
-where webdataset has to read what it passes over.
+where webdataset has to read what it passes over. MosaicML streaming and Megatron-Energon need environments of their own, whose
+Pythons are named: see benchmark_other_loaders.py.
 """
 
 import argparse
 import io
 import itertools
+import json
+import os
 import platform
 import statistics
-import time
+import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset
+from benchmark_other_loaders import as_float32, measure
 from PIL import Image
 from torch.utils.data import default_collate
 from tqdm import tqdm
@@ -102,38 +107,21 @@ def plain_webdataset(folder: Path, workers: int, first_draw: int) -> Iterator[An
         .batched(BATCH, collation_fn=default_collate, partial=False)
     )
     loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=workers).repeat()
-    return map(_as_float32, itertools.islice(iter(loader), first_draw // BATCH, None))
-
-
-def _as_float32(batch: dict[str, Any]) -> dict[str, Any]:
-    """Convert what is float16, in the training process as ours does."""
-    return {
-        name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in batch.items()
-    }
+    return map(as_float32, itertools.islice(iter(loader), first_draw // BATCH, None))
 
 
 LOADERS = {"ours": ours, "webdataset": plain_webdataset}
+OTHERS = ("mosaicml", "energon")
 
 
-def measure(make: Callable[[Path, int, int], Iterator[Any]], folder: Path, workers: int) -> dict[str, float]:
-    """Time one start, one epoch after it, and one restart in the middle of an epoch, in seconds and samples per second."""
-    started = time.perf_counter()
-    loaded = make(folder, workers, 0)
-    next(loaded)
-    first = time.perf_counter()
-    count = SHARDS * SAMPLES // BATCH
-    for _ in range(count):
-        next(loaded)
-    end = time.perf_counter()
-    del loaded
-    resumed = time.perf_counter()
-    next(make(folder, workers, SHARDS * SAMPLES // 2))
-    return {
-        "samples_per_second": count * BATCH / (end - first),
-        "first_batch": first - started,
-        "resume": time.perf_counter() - resumed,
-    }
+def other(python: str, loader: str, folder: Path, workers: int) -> dict[str, float]:
+    """Measure another loader in its own environment."""
+    script = Path(__file__).with_name("benchmark_other_loaders.py")
+    done = subprocess.run(
+        [python, str(script), loader, str(folder.parent), folder.name, "--workers", str(workers)],
+        env={**os.environ, "PYTHONPATH": str(script.parents[1])}, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -144,12 +132,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    for name in OTHERS:
+        parser.add_argument(f"--{name}", metavar="PYTHON", help=f"an environment's that has {name}")
     arguments = parser.parse_args()
     sets = write_sets(arguments.folder)
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in tqdm(range(arguments.repeats), desc="measure", unit="repeat"):
         for (set_name, folder), (name, make) in itertools.product(sets.items(), LOADERS.items()):
-            found.setdefault((set_name, name), []).append(measure(make, folder, arguments.workers))
+            mine = partial(make, folder)
+            found.setdefault((set_name, name), []).append(measure(mine, arguments.workers))
+        for (set_name, folder), name in itertools.product(sets.items(), OTHERS):
+            if (python := getattr(arguments, name)) is not None:
+                found.setdefault((set_name, name), []).append(other(python, name, folder, arguments.workers))
     print(f"{platform.machine()}, torch {torch.__version__}, webdataset {webdataset.__version__}")
     print("| set | loader | samples/s | first batch (s) | resume in mid-epoch (s) |\n|---|---|---|---|---|")
     medians = {
@@ -162,8 +156,9 @@ def main() -> None:
         )
     for set_name in sets:
         ours_rate = medians[set_name, "ours"]["samples_per_second"]
-        theirs = medians[set_name, "webdataset"]["samples_per_second"]
-        print(f"{set_name}: ours / webdataset = {ours_rate / theirs:.2f}")
+        for (other_set, name), values in medians.items():
+            if other_set == set_name and name != "ours":
+                print(f"{set_name}: ours / {name} = {ours_rate / values['samples_per_second']:.2f}")
 
 
 if __name__ == "__main__":
