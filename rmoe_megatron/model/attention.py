@@ -57,7 +57,7 @@ class QueryKeyNorm(nn.Module):
 
 @dataclass
 class AttentionSubmodules:
-    """What computes ``softmax(q k^T) v``: Megatron-Core's DotProductAttention or Transformer Engine's."""
+    """What computes ``softmax(q k^T) v``, with the interface of Megatron-Core's core attentions."""
 
     core_attention: ModuleSpec | type
 
@@ -123,10 +123,9 @@ class Attention(MegatronModule):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return ``softmax(q k^T) v`` [S, B, H / TP] from [S, B, heads / TP, head_dim]."""
-        inputs = (query.contiguous(), key.contiguous(), value.contiguous())
         if self.recompute and self.training:
-            return checkpoint(self.core_attention, False, *inputs, None)
-        return self.core_attention(*inputs, attention_mask=None)
+            return checkpoint(self.core_attention, False, query, key, value, None)
+        return self.core_attention(query, key, value, attention_mask=None)
 
     def attend_vision(self, vision: QueryKeyValue, text: QueryKeyValue | None) -> Tensor:
         """Attend from the vision tokens alone, to themselves and to text where there is any.

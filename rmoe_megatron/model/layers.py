@@ -1,16 +1,16 @@
-"""Which of Megatron-Core's layers do the work inside the blocks."""
+"""Which layers do the work inside the blocks: Megatron-Core's, and attention that keeps no scores."""
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from rmoe_megatron.model.attention import AttentionSubmodules
+from rmoe_megatron.model.core_attention import ScaledDotProductAttention
 
 
 def core_attention() -> AttentionSubmodules:
     """Return what computes ``softmax(q k^T) v``."""
-    return AttentionSubmodules(core_attention=DotProductAttention)
+    return AttentionSubmodules(core_attention=ScaledDotProductAttention)
 
 
 def mlp() -> ModuleSpec:
