@@ -451,7 +451,7 @@ def test_the_empty_caption_of_precomputed_shards_has_the_model_s_shape(tmp_path:
     right = {name: torch.ones(shape) for name, shape in shapes.items()}
     path = tmp_path / NULL_TEXT
     save_file(right, path)
-    read = read_null_text(tmp_path, config.model, torch.device("cpu"))
+    read = read_null_text(path, config.model, torch.device("cpu"))
     assert {name: tuple(tensor.shape) for name, tensor in read.tensors().items()} == shapes
     for wrong in (
         {"text_pooled": right["text_pooled"]},
@@ -460,7 +460,7 @@ def test_the_empty_caption_of_precomputed_shards_has_the_model_s_shape(tmp_path:
     ):
         save_file(wrong, path)
         with pytest.raises(UserError, match="precompute the data again"):
-            read_null_text(tmp_path, config.model, torch.device("cpu"))
+            read_null_text(path, config.model, torch.device("cpu"))
     path.write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be read"):
-        read_null_text(tmp_path, config.model, torch.device("cpu"))
+        read_null_text(path, config.model, torch.device("cpu"))
