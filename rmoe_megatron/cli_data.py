@@ -84,7 +84,7 @@ def index_command(
     """Find the samples of all shards, once; shards that haven't changed since the last time are not read again."""
     from rmoe_megatron.config.sample_filter import SampleFilter
     from rmoe_megatron.data.indexing import build_index, index_name
-    from rmoe_megatron.data.store import shard_store
+    from rmoe_megatron.data.remote_store import shard_store
 
     parsed = SampleFilter(sample_filter) if sample_filter is not None else None
     store = shard_store(folder)

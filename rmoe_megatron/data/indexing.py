@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -33,6 +32,7 @@ from rmoe_megatron.data.index import (
     parse_index,
     read_index,
 )
+from rmoe_megatron.data.range_file import RangeFile
 from rmoe_megatron.data.store import ShardStore, StoredShard
 from rmoe_megatron.errors import UserError
 
@@ -175,7 +175,7 @@ def _image_size(file: BinaryIO, sample: ArchiveSample) -> tuple[int, int]:
         return 0, 0
     offset, size = sample.members[name]
     try:
-        content = io.BufferedReader(_Window(file, offset, size), 1 << 13)
+        content = io.BufferedReader(RangeFile(partial(_read_at, file, offset), size), 1 << 13)
         if name == LATENTS:
             if np.lib.format.read_magic(content) != (1, 0):
                 return 0, 0
@@ -192,6 +192,11 @@ def _image_size(file: BinaryIO, sample: ArchiveSample) -> tuple[int, int]:
         return 0, 0
 
 
+def _read_at(file: BinaryIO, start: int, offset: int, size: int) -> bytes:
+    file.seek(start + offset)
+    return file.read(size)
+
+
 def _values(
     file: BinaryIO, sample: ArchiveSample, width: int, height: int, wanted: set[str]
 ) -> dict[str, object]:
@@ -203,37 +208,10 @@ def _values(
         return sizes
     offset, size = sample.members["json"]
     try:
-        file.seek(offset)
-        described = json.loads(file.read(size))
+        described = json.loads(_read_at(file, offset, 0, size))
     except (ValueError, RecursionError):  # reading the sample will say it, if it is taken
         return sizes
     return described | sizes if isinstance(described, dict) else sizes
-
-
-class _Window(io.RawIOBase):
-    """A part of a file, read as if it were a file of its own."""
-
-    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self.position = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
-        self.position = max(base + offset, 0)
-        return self.position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = max(min(len(buffer), self.size - self.position), 0)
-        self.file.seek(self.offset + self.position)
-        content = self.file.read(count)
-        buffer[: len(content)] = content
-        self.position += len(content)
-        return len(content)
 
 
 def _is_current(index: Index, shards: list[StoredShard]) -> bool:

@@ -23,8 +23,9 @@ from rmoe_megatron.config.stages import Stage, stages_of
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.data.block_cache import BlockCache
 from rmoe_megatron.data.bucketing import Bucketing
+from rmoe_megatron.data.remote_store import shard_store
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.store import ShardStore, shard_store
+from rmoe_megatron.data.store import ShardStore
 from rmoe_megatron.encoders.source import present_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.checks import check_model

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from rmoe_megatron.data import block_cache, indexing, store
+from rmoe_megatron.data import block_cache, indexing, remote_store
 from rmoe_megatron.data.block_cache import BlockCache
 from rmoe_megatron.data.indexing import INDEX, open_index
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
+from rmoe_megatron.data.remote_store import ATTEMPTS, RemoteStore, shard_store
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.shards import ShardDataset
-from rmoe_megatron.data.store import ATTEMPTS, LocalStore, RemoteStore, shard_store
+from rmoe_megatron.data.store import LocalStore
 from rmoe_megatron.errors import UserError
 from tests.data.test_index import picture
 from tests.support.commands import rmoe
@@ -40,7 +41,7 @@ def write_set(folder: Path, shards: int = 2, samples: int = 8) -> Path:
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(store, "FIRST_PAUSE", 1e-4)
+    monkeypatch.setattr(remote_store, "FIRST_PAUSE", 1e-4)
     write_set(tmp_path / "served" / "set")
     with serving(tmp_path / "served") as server:
         yield server
