@@ -29,6 +29,7 @@ TEXT_HIDDEN_STATES, TEXT_POOLED = "text_hidden_states.npy", "text_pooled.npy"
 LEFT_OUT = "left out by the filter"  # stands among the members of such samples
 BLOCK = 4096  # records
 MAX_KINDS = 256
+MAX_REMEMBERED = 1 << 21  # samples whose places a selection remembers, at 2 bytes: eight windows of the order
 RECORD = np.dtype(
     [
         ("offset", "<u8"),  # of the sample's first header, in its shard
@@ -120,6 +121,8 @@ class Selection:
 
     def __init__(self, index: Index, counts: np.ndarray, matches: Callable[[np.ndarray], np.ndarray]) -> None:
         self.index, self.matches = index, matches
+        self._places: dict[int, np.ndarray] = {}  # of the samples in the blocks that were asked for last
+        self._remembered = 0
         self._ends = np.cumsum(counts, dtype=np.int64)
 
     @classmethod
@@ -138,13 +141,22 @@ class Selection:
         # The records are a file's, which may be damaged; looking at all of them would take as long as there are samples.
         block = int(np.searchsorted(self._ends, number, side="right"))
         before = int(self._ends[block - 1]) if block else 0
-        records = self.index.records[block * BLOCK : (block + 1) * BLOCK]
         try:
-            return block * BLOCK + int(np.flatnonzero(self.matches(records))[number - before])
+            return block * BLOCK + int(self._places_in(block)[number - before])
         except IndexError as error:
             raise UserError(
                 f"The index of {self.index.folder} is damaged in block {block}; remove its {INDEX} and start again."
             ) from error
+
+    def _places_in(self, block: int) -> np.ndarray:
+        """Return the places of the samples in a block, uint16; draws near in time ask for few blocks."""
+        if block not in self._places:
+            while self._remembered > MAX_REMEMBERED:
+                self._remembered -= len(self._places.pop(next(iter(self._places))))
+            records = self.index.records[block * BLOCK : (block + 1) * BLOCK]
+            self._places[block] = np.flatnonzero(self.matches(records)).astype(np.uint16)
+            self._remembered += len(self._places[block])
+        return self._places[block]
 
 
 def wanted_kinds(index: Index, is_wanted: Callable[[set[str]], bool]) -> np.ndarray:

@@ -122,10 +122,11 @@ class Turns:
     def __getitem__(self, turn: int) -> tuple[int, int]:
         """Return the stream whose turn it is, and how many turns it has had before."""
         cycle = turn // self.CYCLE
-        while (end := sum(self._before(cycle + 1))) <= turn:  # a cycle may be shorter by a turn a stream
+        while True:  # a cycle may be shorter by a turn a stream
+            first, streams = _shuffled(self, cycle)
+            if turn < first + len(streams):
+                return streams[turn - first]
             cycle += 1
-        first = end - len(_shuffled(self, cycle))
-        return _shuffled(self, cycle)[turn - first]
 
     def _before(self, cycle: int) -> list[int]:
         """Return the turns of every stream before a cycle."""
@@ -134,8 +135,8 @@ class Turns:
 
 
 @lru_cache(maxsize=64)
-def _shuffled(turns: Turns, cycle: int) -> list[tuple[int, int]]:
-    """Return the streams of a cycle in their order, each with its turns so far."""
+def _shuffled(turns: Turns, cycle: int) -> tuple[int, list[tuple[int, int]]]:
+    """Return the first turn of a cycle, and its streams in their order, each with its turns so far."""
     before, after = turns._before(cycle), turns._before(cycle + 1)
     streams = [
         stream for stream, (old, new) in enumerate(zip(before, after, strict=True)) for _ in range(new - old)
@@ -145,7 +146,7 @@ def _shuffled(turns: Turns, cycle: int) -> list[tuple[int, int]]:
         stream = streams[permuted(place, len(streams), *turns.key, cycle)]
         shuffled.append((stream, had[stream]))
         had[stream] += 1
-    return shuffled
+    return sum(before), shuffled
 
 
 class MixedOrder:
