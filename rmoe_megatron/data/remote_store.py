@@ -24,6 +24,18 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 6
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 READERS = 16  # ranges of a remote store that a process reads at the same time
+# What stores tell of a file that is another one when its content is.
+MARKS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "Content-MD5",
+    "LastModified",
+    "Last-Modified",
+    "last_modified",
+    "mtime",
+    "updated",
+)
 READ_BLOCK = 1 << 22  # bytes that a scan of a remote shard reads at once
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://.+")
 _CREDENTIALS = re.compile(r"[^/]*//[^/]*@|.*\?")
@@ -200,20 +212,7 @@ def shard_store(location: str, cache: BlockCache | None = None) -> ShardStore:
 
 def _described(entry: dict[str, Any]) -> StoredShard:
     """Return a shard from what fsspec says of it."""
-    marks = [
-        entry.get(key)
-        for key in (
-            "ETag",
-            "etag",
-            "md5",
-            "md5Hash",
-            "LastModified",
-            "mtime",
-            "updated",
-            "last_modified",
-            "created",
-        )
-    ]
+    marks = [entry.get(key) for key in MARKS]
     digest = hashlib.sha256(repr([str(mark) for mark in marks]).encode()).digest()
     size = entry.get("size")
     return StoredShard(

@@ -102,6 +102,8 @@ def check_files(config: RunConfig) -> None:
         for folder in folders_of(config, stage):
             folder.shards()
     durable.check_writable(Path(config.run_dir), "run_dir")
+    if config.data.cache is not None:
+        durable.check_writable(Path(config.data.cache), "data.cache")
     check_space(config)
 
 

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rmoe_megatron.config.buckets import Bucket
+from rmoe_megatron.config.run import MixedDatasetConfig
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.loader import BatchLayout, batches
-from rmoe_megatron.data.mixture import Mixture
+from rmoe_megatron.data.mixture import Mixture, shares
 from rmoe_megatron.data.order import GlobalOrder, MixedOrder, Turns
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
@@ -126,6 +127,17 @@ def test_shares_buckets_and_epochs_are_exact(mixture: Mixture) -> None:
         expected = folders[name] / len(sizes)
         assert max(mine) - min(mine) <= 0.1 * expected
     assert [mixture.size(bucket) for bucket in mixture.buckets] == [14, 20, 2]
+
+
+def test_shares_by_weight_and_by_epochs(mixture: Mixture) -> None:
+    """A set of 24 samples and one of 12."""
+    by_weight = tuple(MixedDatasetConfig(name, weight=weight) for name, weight in (("a", 0.25), ("b", 3.0)))
+    assert shares(by_weight, mixture.datasets) == [Fraction(1, 4), 3]
+    by_epochs = tuple(MixedDatasetConfig(name, epochs=epochs) for name, epochs in (("a", 1.0), ("b", 4.0)))
+    assert shares(by_epochs, mixture.datasets) == [24, 48]
+    order = Mixture(mixture.datasets, shares(by_epochs, mixture.datasets)).order(True, 0)
+    seen = Counter(key(mixture, order[draw])[0] for draw in range(7200))
+    assert seen["b"] / 12 == pytest.approx(4 * seen["a"] / 24, rel=0.1)  # four times as often each
 
 
 def test_another_stage_has_another_order(mixture: Mixture) -> None:

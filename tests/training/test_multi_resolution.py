@@ -188,6 +188,7 @@ def shown(run_dir: Path, draw: int) -> str:
     [
         (["data.buckets.multiple=3"], "sides must be multiples of 2 pixels"),
         (["data.buckets.batch=6"], "data.buckets.batch"),
+        (["data.cache=/dev/null/cache"], "data.cache /dev/null/cache cannot be written"),
         (["data.buckets.sizes=[64x64]", "model.pos_embed_max_size=64"], "None of the 30 samples"),
     ],
 )
