@@ -35,12 +35,20 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
 
 @torch.no_grad()
 def encode_images(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Encode uint8 images [B, 3, H, W] to latents float32, shifted and scaled as the autoencoder's config says."""
-    at_once = max(PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]), 1)
+    """Encode uint8 images [B, 3, H, W] to latents float32, shifted and scaled as the autoencoder's config says.
+
+    An image of more pixels than are encoded at once is encoded in diffusers' overlapping tiles.
+    """
+    size = images.shape[2] * images.shape[3]
+    tiled = size > PIXELS_AT_ONCE and isinstance(autoencoder, AutoencoderKL)
+    if tiled:
+        autoencoder.enable_tiling()
     encoded = []
-    for part in images.split(at_once):
+    for part in images.split(max(PIXELS_AT_ONCE // size, 1)):
         pixels = part.to(autoencoder.device, autoencoder.dtype) / 127.5 - 1
         encoded.append(autoencoder.encode(pixels).latent_dist.mode())
+    if tiled:
+        autoencoder.disable_tiling()
     latents = torch.cat(encoded)
     return ((latents - shift_factor(autoencoder)) * autoencoder.config.scaling_factor).float()
 

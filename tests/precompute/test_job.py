@@ -209,3 +209,23 @@ def test_an_autoencoder_sees_few_large_images_at_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr("rmoe_megatron.encoders.autoencoder.PIXELS_AT_ONCE", 1)
     assert torch.allclose(encode_images(autoencoder, images), whole, atol=1e-5)
     assert seen == [3, 3, 1, *[1] * 7]
+
+
+def test_an_image_beyond_the_bound_is_encoded_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, sample_size=16,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ).eval()  # fmt: skip
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    whole = encode_images(autoencoder, images)
+    largest: list[int] = []
+    autoencoder.encoder.register_forward_pre_hook(lambda _, inputs: largest.append(inputs[0][0, 0].numel()))
+    monkeypatch.setattr("rmoe_megatron.encoders.autoencoder.PIXELS_AT_ONCE", 16 * 16)
+    tiled = encode_images(autoencoder, images)
+    assert max(largest) <= 16 * 16
+    assert tiled.shape == whole.shape == (2, 4, 16, 24)
+    assert not autoencoder.use_tiling
+    with torch.no_grad():
+        expected = autoencoder.tiled_encode(images[:1] / 127.5 - 1).latent_dist.mode()
+    assert torch.allclose(tiled[:1], expected * autoencoder.config.scaling_factor, atol=1e-5)
