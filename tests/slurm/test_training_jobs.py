@@ -187,6 +187,7 @@ def test_ranks_left_on_a_lost_node_end_when_the_job_starts_again(site: Site) -> 
     site.slurm.start_daemon(node)
 
 
+@pytest.mark.slurm_full
 def test_precomputation_in_an_array(site: Site) -> None:
     shapes, config = site.folder / "shapes", ROOT / "configs" / "shapes_dit.yaml"
     assert rmoe("data", "build-shapes", str(shapes), "--train", "40", "--val", "10")[0] == 0
