@@ -119,10 +119,11 @@ def check_batch(config: RunConfig, world_size: int) -> None:
             require_divides(
                 stage.bucket_batch, "data.buckets.batch", global_batch, f"{where}.global_batch_size"
             )
+            alone = world_size == data and parallel.expert_model_parallel_size == 1
             require(
-                parallel.pipeline_model_parallel_size == 1 or stage.bucket_batch == global_batch,
-                f"data.buckets.batch is {stage.bucket_batch}, but a pipeline's micro-batches of one step are of one size; "
-                "set data.buckets.batch=null.",
+                alone or stage.bucket_batch == global_batch,
+                f"data.buckets.batch is {stage.bucket_batch}: micro-batches of several sizes in one step are for data parallelism "
+                "alone; set data.buckets.batch=null.",
             )
         if parallel.virtual_pipeline_model_parallel_size > 1:
             require_divides(

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.index import FORMATS
 
-BFLOAT16 = np.dtype("V2")  # as ml_dtypes and JAX write it into .npy files
+BFLOAT16 = np.dtype("V2")  # numpy has no bfloat16: two bytes without a type
 
 
 @dataclass(frozen=True)

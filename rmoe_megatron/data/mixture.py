@@ -18,18 +18,17 @@ class Mixture:
         shares: how much of the draws each has beside the others.
 
     Raises:
-        UserError: some are precomputed and some are not.
+        UserError: they are of several kinds.
     """
 
     def __init__(self, datasets: list[TrainingDataset], shares: list[Fraction]) -> None:
         self.datasets = datasets
-        self.precomputed = datasets[0].precomputed
-        other = next((each for each in datasets if each.precomputed != self.precomputed), None)
+        first = datasets[0]
+        other = next((each for each in datasets if each.kind != first.kind), None)
         if other is not None:
-            kinds = {True: "precomputed", False: "raw"}
             raise UserError(
-                f"{datasets[0].samples.folder} holds {kinds[self.precomputed]} samples and {other.samples.folder} "
-                f"{kinds[other.precomputed]} ones; mix data sets of one kind."
+                f"{first.samples.folder} holds {first.kind} samples and {other.samples.folder} {other.kind} ones; mix data sets "
+                "of one kind."
             )
         self.buckets = range(len(datasets[0].sizes))
         # Of a bucket in a data set: its share of all draws, whole numbers with one denominator.

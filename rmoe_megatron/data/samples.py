@@ -154,6 +154,13 @@ class TrainingDataset:
             }
         self.samples.require_shapes_of_first()  # samples of a batch are stacked; those of a bucket have its size
 
+    @property
+    def kind(self) -> str:
+        """Return what the samples are, in words; those of a batch are of one kind."""
+        if self.precomputed:
+            return "precomputed"
+        return "raw, with embedded text," if self.has_text else "raw"
+
     def _takes(self, members: set[str]) -> bool:
         if not self.has_text:
             return self.format.takes(members)

@@ -73,7 +73,7 @@ def _sha256(files: list[Path]) -> str:
 
 
 def _sha256_of(file: Path) -> str:
-    """Return a file's SHA-256, which is kept in the user's cache: T5 takes a minute."""
+    """Return a file's SHA-256, which is kept in the user's cache: some files have gigabytes."""
     found = file.stat()
     identity = f"{file.resolve()} {found.st_size} {found.st_mtime_ns}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

@@ -101,7 +101,9 @@ class ShardEncoder:
             caption = self.format.caption(members, index) if self.captions is not None else None
             kept = {name: members[name] for name in COPIED if name in members}
             kept |= {"txt": caption} if caption is not None else {}
-            picture = next(name for name in IMAGES if name in contents)
+            picture = next((name for name in IMAGES if name in contents), None)
+            if picture is None:
+                raise ValueError("its picture is not where the index has it")
             content = bytes(contents[picture])
             if self.autoencoder is None:
                 return [Encoded(key, caption, None, kept | {picture: content})]
@@ -110,7 +112,7 @@ class ShardEncoder:
                 encoded.append(Encoded(f"{key}{name}", caption, None, dict(kept)))
                 self._see(samples, index, content, view, encoded[-1])
             return encoded
-        except Exception as error:  # on damaged content the libraries raise nearly anything
+        except (OSError, ValueError) as error:
             samples.warn(index, error)
             return []
 
@@ -134,7 +136,10 @@ class ShardEncoder:
     def _see(self, samples: ShardDataset, index: int, content: bytes, view: View, encoded: Encoded) -> None:
         """Give a view its image, and where it is not the middle of a square, say which part of the picture it is."""
         bucket, bucketing = self._bucket(samples, index), samples.bucketing
-        encoded.image = decode_image(content, bucket, bucketing is not None and bucketing.upscale, view)
+        try:
+            encoded.image = decode_image(content, bucket, bucketing is not None and bucketing.upscale, view)
+        except Exception as error:  # on damaged content the libraries raise nearly anything
+            raise ValueError(str(error)) from error
         if bucket is not None and (self.format.divides or len(self.views) > 1):
             described = encoded.members.get("json")
             crop = asdict(view.crop(*samples.size(index), bucket)) | (

@@ -13,6 +13,7 @@ from rmoe_megatron.config.run import (
     ParallelConfig,
     RunConfig,
     StageConfig,
+    TrainingConfig,
 )
 from rmoe_megatron.config.stages import stage_at, stage_of_draw, stages_of
 from rmoe_megatron.config.validation import validate
@@ -108,7 +109,12 @@ MIXTURE = [MixedDatasetConfig("a", weight=1.0), MixedDatasetConfig("b", epochs=2
         (tiny_config(data=DataConfig("x", buckets=BucketsConfig(batch=6))), 1, "data.buckets.batch"),
         (tiny_config(data=DataConfig("x", buckets=BucketsConfig(batch=16))), 1, "data.buckets.batch"),
         (tiny_config(None, data=DataConfig("x", buckets=BucketsConfig(batch=4)),
-                     parallel=ParallelConfig(pipeline_model_parallel_size=3)), 3, "a pipeline's micro-batches"),
+                     parallel=ParallelConfig(pipeline_model_parallel_size=3)), 3, "for data parallelism alone"),
+        (tiny_config(data=DataConfig("x", buckets=BucketsConfig(batch=4)),
+                     parallel=ParallelConfig(context_parallel_size=2)), 2, "for data parallelism alone"),
+        (tiny_config(data=DataConfig("x", buckets=BucketsConfig(batch=4)), training=TrainingConfig(
+            steps=5, micro_batch_size=1, global_batch_size=8), parallel=ParallelConfig(expert_model_parallel_size=2)), 2,
+         "for data parallelism alone"),
         (tiny_config(data=DataConfig()), 1, "one of data.train and data.mixture"),
         (tiny_config(data=DataConfig("x", mixture=MIXTURE)), 1, "one of data.train and data.mixture"),
         (tiny_config(data=DataConfig(mixture=MIXTURE)), 1, "needs a weight, or every entry epochs"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.run import PrecomputeConfig, Storage
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.index import LATENTS, SHARED
+from rmoe_megatron.data.mixture import Mixture
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.precompute.captions import CaptionCache
 from rmoe_megatron.precompute.shard import ShardEncoder
@@ -154,6 +157,9 @@ def test_pictures_may_stay_as_they_are(tmp_path: Path) -> None:
     drawn = dataset.draw(2, 0)
     assert drawn["image"].shape == (3, 8, 8)
     assert (drawn["text_pooled"] == len(CAPTIONS[2])).all()
+    raw = TrainingDataset(tmp_path / "source", SQUARE)
+    with pytest.raises(UserError, match="raw, with embedded text, samples and .* raw ones"):
+        Mixture([dataset, raw], [Fraction(1), Fraction(1)])
 
 
 @pytest.fixture(scope="module")
