@@ -7,8 +7,6 @@ FOLDER needs room for three copies of the weights in bf16 (SD3-medium: 13 GB). E
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import resource
 import subprocess
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention import JointTransformerBlock
+from tensor_memory import peak_tensor_bytes
 from tqdm import tqdm
 
 from rmoe_megatron.config.model import Architecture, ModelConfig, RecurrenceConfig
@@ -164,35 +163,38 @@ def block(config: RunConfig, folder: Path) -> dict[str, float]:
         fine_tuning=None,
         model=replace(config.model, num_layers=2, dual_attention_layers=[]),
     )
-    with process_groups(base):
+    with process_groups(base) as device:
         layer: Any = next(iter(build_chunks(base).modules())).get_submodule("0.transformer.layers.0")
-        hidden_states, conditioning = _block_inputs(config)
-        joint = torch.cat([part.transpose(0, 1) for part in hidden_states[::-1]])
-        before = settled_bytes()
-        output, _ = layer(
-            joint, context=conditioning.unsqueeze(0), context_mask=torch.zeros(1, dtype=torch.int64)
-        )
-        output.sum().backward()
-    return {"before_gb": before / 1e9}
+        keys = torch.zeros(1, dtype=torch.int64)
+
+        def run() -> None:
+            vision, text, conditioning = _block_inputs(config)
+            tokens = torch.cat((text, vision), dim=1).transpose(0, 1).detach().requires_grad_()
+            del vision, text
+            output, _ = layer(tokens, context=conditioning.unsqueeze(0), context_mask=keys)
+            output.sum().backward()
+
+        return {"tensors_gb": peak_tensor_bytes(run, device) / 1e9}
 
 
 def diffusers_block(config: RunConfig, folder: Path) -> dict[str, float]:
     """Do the same with diffusers' block."""
     heads, hidden = config.model.num_attention_heads, config.model.hidden_size
     layer = JointTransformerBlock(hidden, heads, hidden // heads)
-    (vision, text), conditioning = _block_inputs(config)
-    before = settled_bytes()
-    outputs = layer(hidden_states=vision, encoder_hidden_states=text, temb=conditioning)
-    sum(output.sum() for output in outputs).backward()
-    return {"before_gb": before / 1e9}
+
+    def run() -> None:
+        vision, text, conditioning = _block_inputs(config)
+        outputs = layer(hidden_states=vision, encoder_hidden_states=text, temb=conditioning)
+        sum(output.sum() for output in outputs).backward()
+
+    return {"tensors_gb": peak_tensor_bytes(run, torch.device("cpu")) / 1e9}
 
 
-def _block_inputs(config: RunConfig) -> tuple[list[torch.Tensor], torch.Tensor]:
+def _block_inputs(config: RunConfig) -> list[torch.Tensor]:
     """Return vision and text tokens [1, S, H] and the conditioning vector [1, H], all of which want gradients."""
     hidden = config.model.hidden_size
     shapes = [(1, 64 * 64, hidden), (1, config.model.text_length, hidden), (1, hidden)]
-    *tokens, conditioning = (torch.randn(shape, requires_grad=True) for shape in shapes)
-    return tokens, conditioning
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
 STAGES: dict[str, Callable[[RunConfig, Path], dict[str, float]]] = {
@@ -224,13 +226,6 @@ def anonymous_bytes() -> int:
     """Return this process's memory that is not a mapped file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
-
-
-def settled_bytes() -> int:
-    """Return the same after what is free has been given back, so that what comes is seen."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return anonymous_bytes()
 
 
 def main() -> None:
