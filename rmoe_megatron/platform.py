@@ -75,6 +75,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def compiled(function: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
+    """Return ``function`` through torch.compile, on the CPU too, where nothing else is compiled (see :func:`use_cpu`).
+
+    Args:
+        fullgraph: raise an error where it is not one graph.
+    """
+    # Kinds of blocks, times gradients on or off, times static and dynamic sizes; above the limit PyTorch falls back.
+    torch._dynamo.config.recompile_limit = 64
+    compiled_function = torch.compile(function, fullgraph=fullgraph)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.compiler.set_stance("default"):
+            return compiled_function(*args, **kwargs)
+
+    return call
+
+
 @functools.cache
 def _has_cuda() -> bool:
     return torch.cuda.is_available()

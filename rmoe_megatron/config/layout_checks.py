@@ -1,7 +1,7 @@
 """Checks of a parallel layout: how a model and its batches are spread over ranks."""
 
 from rmoe_megatron.config.requirements import require, require_divides
-from rmoe_megatron.config.run import ParallelConfig, RunConfig, Trainable
+from rmoe_megatron.config.run import ParallelConfig, Recompute, RunConfig, Trainable
 from rmoe_megatron.config.stages import stages_of
 
 
@@ -47,9 +47,26 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         virtual == 1 or pipeline > 1,
         f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size greater than 1.",
     )
+    _check_compile(config)
     _check_trained_stages(config)
     _check_expert_parallelism(config, world_size // pipeline)
     _check_overlap(config)
+
+
+def _check_compile(config: RunConfig) -> None:
+    """A compiled block holds no collective, is not computed twice, and has no hooks on its layers."""
+    parallel = config.parallel
+    inside = {
+        "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size > 1,
+        "parallel.context_parallel_size": parallel.context_parallel_size > 1,
+        "parallel.overlap_param_gather": parallel.overlap_param_gather,
+        "training.recompute": config.training.recompute is not Recompute.none,
+    }
+    for name, is_set in inside.items():
+        require(
+            not (config.training.compile and is_set),
+            f"training.compile=true is for blocks without {name}; set one of the two back to its default.",
+        )
 
 
 def _check_trained_stages(config: RunConfig) -> None:

@@ -167,6 +167,7 @@ class TrainingConfig:
     # resolutions one after the other; empty is the model's throughout
     stages: list[StageConfig] = field(default_factory=list)
     recompute: Recompute = Recompute.none
+    compile: bool = False  # blocks through torch.compile: the first steps take minutes, the others less time
     # in a row, whose loss or gradient is not finite; then the run ends
     max_skipped_steps: int = number(8, least=1, most=10**6)
     log_every: int = number(10, least=1, most=10**9)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -57,48 +57,60 @@ class QueryKeyNorm(nn.Module):
 
 @dataclass
 class AttentionSubmodules:
-    """What computes ``softmax(q k^T) v``, with the interface of Megatron-Core's core attentions."""
+    """Projections of hidden states to queries, keys and values, ``softmax(q k^T) v``, and the output projection.
 
+    Each has the interface of Megatron-Core's layers of that name.
+    """
+
+    linear_qkv: ModuleSpec | type
+    linear_proj: ModuleSpec | type
     core_attention: ModuleSpec | type
 
 
 class Attention(MegatronModule):
     """What both attentions do for the vision tokens; subclasses build the layers."""
 
-    linear_qkv: ColumnParallelLinear
-    linear_proj: RowParallelLinear
+    linear_qkv: MegatronModule
+    linear_proj: MegatronModule
     qk_norm: QueryKeyNorm | None
     core_attention: MegatronModule
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, submodules: AttentionSubmodules) -> None:
         super().__init__(config=config)
+        self.submodules = submodules
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.recompute = config.recompute_granularity == "selective"
 
-    def _linear_qkv(self) -> ColumnParallelLinear:
-        return ColumnParallelLinear(
+    def _linear_qkv(self) -> MegatronModule:
+        return build_module(
+            self.submodules.linear_qkv,
             self.config.hidden_size,
             3 * self.config.hidden_size,
             config=self.config,
             init_method=self.config.init_method,
+            gather_output=False,
+            bias=True,
+            skip_bias_add=False,
+            is_expert=False,
         )
 
     def _qk_norm(self, qk_norm: bool) -> QueryKeyNorm | None:
         return QueryKeyNorm(self.head_dim, self.config) if qk_norm else None
 
-    def _core_attention(self, submodules: AttentionSubmodules, layer_number: int) -> MegatronModule:
+    def _core_attention(self, layer_number: int) -> MegatronModule:
         whole_keys = copy.copy(self.config)
         whole_keys.context_parallel_size = 1  # keys and values are gathered before
         return build_module(
-            submodules.core_attention,
+            self.submodules.core_attention,
             config=whole_keys,
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.no_mask,
             attention_type="self",
         )
 
-    def _linear_proj(self) -> RowParallelLinear:
-        return RowParallelLinear(
+    def _linear_proj(self) -> MegatronModule:
+        return build_module(
+            self.submodules.linear_proj,
             self.config.hidden_size,
             self.config.hidden_size,
             config=self.config,
@@ -106,6 +118,7 @@ class Attention(MegatronModule):
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
+            is_expert=False,
         )
 
     def project_vision(self, hidden_states: Tensor) -> QueryKeyValue:
@@ -149,10 +162,10 @@ class SelfAttention(Attention):
     def __init__(
         self, config: TransformerConfig, submodules: AttentionSubmodules, layer_number: int, qk_norm: bool
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, submodules)
         self.linear_qkv = self._linear_qkv()
         self.qk_norm = self._qk_norm(qk_norm)
-        self.core_attention = self._core_attention(submodules, layer_number)
+        self.core_attention = self._core_attention(layer_number)
         self.linear_proj = self._linear_proj()
 
     def forward(self, vision: QueryKeyValue, text: QueryKeyValue | None = None) -> tuple[Tensor, None]:
@@ -178,13 +191,13 @@ class JointAttention(Attention):
         qk_norm: bool,
         text_length: int,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, submodules)
         self.text_length = text_length
         self.linear_qkv = self._linear_qkv()
         self.linear_qkv_context = self._linear_qkv()
         self.qk_norm = self._qk_norm(qk_norm)
         self.qk_norm_context = self._qk_norm(qk_norm)
-        self.core_attention = self._core_attention(submodules, layer_number)
+        self.core_attention = self._core_attention(layer_number)
         self.linear_proj = self._linear_proj()
         self.linear_proj_context = None if context_pre_only else self._linear_proj()
 

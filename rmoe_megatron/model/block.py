@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, ge
 from torch import Tensor
 
 from rmoe_megatron.model.modulation import modulate
+from rmoe_megatron.platform import compiled
 
 
 @dataclass
@@ -39,6 +40,7 @@ class BlockSettings:
         text_length: number L of text tokens at the start of the sequence.
         context_pre_only: the last block of SD3, whose text stream ends in the attention.
         recompute: keep the block's input alone for the backward pass and compute the rest again.
+        compile: train through torch.compile, a block without an addition as one graph; evaluation stays as it is.
         addition: name of the module that is added to the attention, after which its parameters are called.
     """
 
@@ -48,6 +50,7 @@ class BlockSettings:
     text_length: int = 0
     context_pre_only: bool = False
     recompute: bool = False
+    compile: bool = False
     addition: str | None = None
 
 
@@ -84,6 +87,9 @@ class Block(MegatronModule, BaseTransformerLayer):
                     submodules.addition, config=fresh, layer_number=self.layer_number, pg_collection=groups
                 )
                 self.add_module(settings.addition, addition)
+        self.compiled_transform = (
+            compiled(self.transform, fullgraph=self.addition is None) if settings.compile else self.transform
+        )
 
     @property
     def addition(self) -> MegatronModule | None:
@@ -105,7 +111,8 @@ class Block(MegatronModule, BaseTransformerLayer):
         inputs = (hidden_states, context, context_mask)
         if self.settings.recompute and self.training:
             return checkpoint(self.transform, False, *inputs), context
-        return self.transform(*inputs), context
+        transform = self.compiled_transform if self.training else self.transform
+        return transform(*inputs), context
 
     def build_mlp(self, submodules: BlockSubmodules) -> MegatronModule:
         """Build the MLP of one stream."""

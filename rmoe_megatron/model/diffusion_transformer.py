@@ -18,6 +18,7 @@ from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.rectified_flow import to_velocity
 from rmoe_megatron.model.block import BlockSettings
 from rmoe_megatron.model.layer_specs import stage_spec
+from rmoe_megatron.model.layers import Layers
 from rmoe_megatron.model.modulation import Modulation, modulate
 from rmoe_megatron.model.sequence import gather, mark_partial
 from rmoe_megatron.model.transformer_config import transformer_config
@@ -40,8 +41,8 @@ class DiffusionTransformer(MegatronModule):
     conditioning_module: str  # name of the module that every pipeline stage has a copy of
 
     @staticmethod
-    def block(model: ModelConfig, layer: int, settings: BlockSettings) -> ModuleSpec:
-        """Return class, parts and settings of block ``layer``, without what is added to it."""
+    def block(model: ModelConfig, layer: int, settings: BlockSettings, layers: Layers) -> ModuleSpec:
+        """Return class, parts and settings of block ``layer`` built of ``layers``, without what is added to it."""
         raise NotImplementedError
 
     def __init__(

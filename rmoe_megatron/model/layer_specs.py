@@ -11,13 +11,14 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import Recompute, RunConfig
 from rmoe_megatron.model.block import BlockSettings
+from rmoe_megatron.model.layers import LOCAL, Layers
 from rmoe_megatron.model.lora.lora import lora_spec
 from rmoe_megatron.model.recurrence.recurrence import recurrence_spec
 from rmoe_megatron.model.registry import addition_in
 
-# Makes class, parts and settings of a family's block without what is added to it, of the model, the block's number (from 0)
-# and what is the same in all families.
-BlockSpec = Callable[[ModelConfig, int, BlockSettings], ModuleSpec]
+# Makes class, parts and settings of a family's block without what is added to it, of the model, the block's number (from 0),
+# what is the same in all families, and the layers to build it of.
+BlockSpec = Callable[[ModelConfig, int, BlockSettings, Layers], ModuleSpec]
 
 ADDITION_SPECS: dict[str, Callable[[Any], ModuleSpec]] = {"recurrence": recurrence_spec, "lora": lora_spec}
 
@@ -49,9 +50,10 @@ def block_spec(config: RunConfig, block: BlockSpec, layer: int) -> ModuleSpec:
         seed=config.seed,
         text_length=model.text_length,
         recompute=config.training.recompute is Recompute.full,
+        compile=config.training.compile,
         addition=added[0].name if added else None,
     )
-    spec = block(model, layer, settings)
+    spec = block(model, layer, settings, LOCAL)
     if added is not None:
         addition, section = added
         spec.submodules.addition = ADDITION_SPECS[addition.name](section)

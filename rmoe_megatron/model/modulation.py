@@ -4,10 +4,7 @@ import copy
 
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    all_gather_last_dim_from_tensor_parallel_region,
-    gather_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -36,14 +33,13 @@ class Modulation(MegatronModule):
             gather_output=False,
         )
         self.gather = (
-            all_gather_last_dim_from_tensor_parallel_region
-            if config.sequence_parallel
-            else gather_from_tensor_model_parallel_region
+            all_gather_last_dim_from_tensor_parallel_region if config.tensor_model_parallel_size > 1 else None
         )
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
         """Map conditioning [1, B, H] (after SiLU) to ``num_vectors`` tensors [1, B, H]."""
-        return self.gather(self.linear(conditioning)[0]).chunk(self.num_vectors, dim=-1)
+        vectors = self.linear(conditioning)[0]
+        return (self.gather(vectors) if self.gather else vectors).chunk(self.num_vectors, dim=-1)
 
 
 def layer_norm(hidden_states: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:

@@ -121,6 +121,17 @@ def test_every_model_trains_in_a_layout_as_in_one_process(
         assert_same_run(result, one_process[model])
 
 
+@pytest.mark.distributed_full
+@pytest.mark.parametrize(("name", "model"), [("one", "dit"), ("PP2", "mmdit"), ("EP2", "mmdit-recurrent")])
+def test_compiled_blocks_train_as_one_process(
+    name: str, model: str, one_process: dict[str, Result], tmp_path: Path
+) -> None:
+    ranks, parallel = LAYOUTS.get(name, (1, layout()))
+    training = replace(MODELS[model].training, compile=True)
+    compiled = replace(MODELS[model], parallel=parallel, training=training)
+    assert_same_run(run_on_ranks(ranks, {model: compiled}, tmp_path)[model], one_process[model])
+
+
 RECURRENT_RUN = MODELS["mmdit-recurrent"]
 SWITCHES: dict[str, dict] = {
     "recompute-selective": {"training": replace(RECURRENT_RUN.training, recompute=Recompute.selective)},

@@ -6,14 +6,14 @@ from torch import Tensor
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.model.attention import SelfAttention
 from rmoe_megatron.model.block import Block, BlockSettings, BlockSubmodules
-from rmoe_megatron.model.layers import core_attention, mlp
+from rmoe_megatron.model.layers import Layers
 from rmoe_megatron.model.modulation import Modulation, modulate
 
 
-def dit_block(model: ModelConfig, layer: int, settings: BlockSettings) -> ModuleSpec:
+def dit_block(model: ModelConfig, layer: int, settings: BlockSettings, layers: Layers) -> ModuleSpec:
     """Return the spec of block ``layer``; all are alike."""
-    attention = ModuleSpec(module=SelfAttention, submodules=core_attention())
-    submodules = BlockSubmodules(attention=attention, mlp=mlp())
+    attention = ModuleSpec(module=SelfAttention, submodules=layers.attention())
+    submodules = BlockSubmodules(attention=attention, mlp=layers.mlp())
     return ModuleSpec(module=DiTBlock, params={"settings": settings}, submodules=submodules)
 
 

@@ -10,17 +10,17 @@ from torch import Tensor
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.model.attention import JointAttention, SelfAttention
 from rmoe_megatron.model.block import Block, BlockSettings, BlockSubmodules
-from rmoe_megatron.model.layers import core_attention, mlp
+from rmoe_megatron.model.layers import Layers
 from rmoe_megatron.model.modulation import Modulation, modulate
 from rmoe_megatron.model.sequence import num_shards, padded_length
 
 
-def joint_block(model: ModelConfig, layer: int, settings: BlockSettings) -> ModuleSpec:
+def joint_block(model: ModelConfig, layer: int, settings: BlockSettings, layers: Layers) -> ModuleSpec:
     """Return the spec of block ``layer``; in the last one text gives keys and values but receives no output."""
-    dual = ModuleSpec(module=SelfAttention, submodules=core_attention())
+    dual = ModuleSpec(module=SelfAttention, submodules=layers.attention())
     submodules = BlockSubmodules(
-        attention=ModuleSpec(module=JointAttention, submodules=core_attention()),
-        mlp=mlp(),
+        attention=ModuleSpec(module=JointAttention, submodules=layers.attention()),
+        mlp=layers.mlp(),
         dual_attention=dual if layer in model.dual_attention_layers else None,
     )
     settings = replace(settings, context_pre_only=layer == model.num_layers - 1)

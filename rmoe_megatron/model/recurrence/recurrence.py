@@ -16,6 +16,7 @@ Queries, keys and values of the text don't depend on t. :mod:`rmoe_megatron.mode
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
@@ -99,6 +100,7 @@ class Recurrence(MegatronModule):
         module_qkv = self.apply_modules(attention, state, conditioning, keys, self.steps - 1)
         return attention(module_qkv + attention.project_vision(vision), text_qkv)
 
+    @torch.compiler.disable  # how many tokens a module gets is known on the host only
     def apply_modules(
         self, attention: Attention, state: Tensor, conditioning: Tensor, keys: Tensor, step: int
     ) -> QueryKeyValue:
