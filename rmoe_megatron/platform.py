@@ -18,7 +18,9 @@ import torch
 from rmoe_megatron.config.run import Device, Precision
 from rmoe_megatron.errors import UserError
 
-PARAMS_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+PARAMS_DTYPE = {
+    precision: torch.float32 if precision is Precision.fp32 else torch.bfloat16 for precision in Precision
+}
 
 # Dense bf16 throughput in FLOP/s of the devices whose data sheets state it; anything else has no known peak.
 PEAK_BF16_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
@@ -47,6 +49,11 @@ def select_device(device: Device, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def runs_on_cuda(device: Device) -> bool:
+    """Return whether the device that a configuration asks for is a GPU."""
+    return device is not Device.cpu and _has_cuda()
 
 
 def communication_backend(device: torch.device) -> str:

@@ -14,10 +14,52 @@ from rmoe_megatron.config.model import ModelDescription
 
 
 class Precision(Enum):
-    """Data type of parameters and activations; the optimizer's main parameters are always float32."""
+    """Data type of parameters and activations; the optimizer's main parameters are always float32.
+
+    ``fp8``: bf16, but matrix products of the blocks' linear layers take operands of eight bits (Transformer Engine).
+    ``fp8_emulated``, ``nvfp4_emulated``: the same in ordinary arithmetic on any device, to see what it does to a model before
+    there is hardware for it; slower than bf16.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8 = "fp8"
+    fp8_emulated = "fp8_emulated"
+    nvfp4_emulated = "nvfp4_emulated"
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether operands of matrix products are rounded in ordinary arithmetic."""
+        return self in (Precision.fp8_emulated, Precision.nvfp4_emulated)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of a parameter."""
+        return 4 if self is Precision.fp32 else 2
+
+
+class Backend(Enum):
+    """Whose linear layers the blocks are built of; checkpoints are the same.
+
+    ``local``: Megatron-Core's own; ``transformer_engine``: NVIDIA's; ``auto``: the latter on a GPU where it is installed.
+    """
+
+    auto = "auto"
+    local = "local"
+    transformer_engine = "transformer_engine"
+
+
+class Fp8Recipe(Enum):
+    """How the scales of eight-bit operands come about; names are Megatron-Core's.
+
+    ``delayed``: of a tensor, from its past; ``tensorwise``: of a tensor, from itself; ``blockwise``: of 1 x 128 values, and of
+    128 x 128 weights; ``mxfp8``: a power of two for 32 values (Blackwell).
+    """
+
+    delayed = "delayed"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
 
 
 class Device(Enum):
@@ -198,6 +240,16 @@ class ParallelConfig:
 
 
 @dataclass
+class Fp8Config:
+    """What the FP8 precisions (and NVFP4's) do. Gate, modules, modulations and the final layer stay in bf16 and float32."""
+
+    recipe: Fp8Recipe = Fp8Recipe.tensorwise
+    # blocks at the start and the end of the model whose products stay in bf16
+    num_layers_at_start_in_bf16: int = number(1, least=0, most=1024)
+    num_layers_at_end_in_bf16: int = number(1, least=0, most=1024)
+
+
+@dataclass
 class CheckpointConfig:
     """Megatron-Core distributed checkpoints in ``RUN/checkpoints``."""
 
@@ -222,6 +274,8 @@ class RunConfig(ModelDescription):
     run_dir: str = MISSING
     seed: int = number(0, least=0, most=(1 << 32) - 1, why="seeds have 32 bits")
     precision: Precision = Precision.fp32
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    backend: Backend = Backend.auto
     device: Device = Device.auto
     fine_tuning: FineTuningConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)

@@ -7,6 +7,7 @@ from typing import Any
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.layout_checks import check_batch, check_layout
+from rmoe_megatron.config.precision_checks import check_precision
 from rmoe_megatron.config.requirements import require, require_blocks, require_divides
 from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
@@ -29,6 +30,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_stages(config)
     check_layout(config, world_size)
     check_batch(config, world_size)
+    check_precision(config)
     check_wandb(config.logging.wandb)
     _check_prompts(config)
     parse_captions(config.data.captions)

@@ -6,6 +6,7 @@ and values are gathered over the context-parallel ranks.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -57,14 +57,17 @@ class QueryKeyNorm(nn.Module):
 
 @dataclass
 class AttentionSubmodules:
-    """Projections of hidden states to queries, keys and values, ``softmax(q k^T) v``, and the output projection.
+    """What makes an attention's layers, each with the interface of Megatron-Core's layers of that name.
 
-    Each has the interface of Megatron-Core's layers of that name.
+    Attributes:
+        linear_qkv: projection of hidden states to queries, keys and values.
+        linear_proj: output projection.
+        core_attention: ``softmax(q k^T) v``.
     """
 
-    linear_qkv: ModuleSpec | type
-    linear_proj: ModuleSpec | type
-    core_attention: ModuleSpec | type
+    linear_qkv: Callable[..., MegatronModule]
+    linear_proj: Callable[..., MegatronModule]
+    core_attention: Callable[..., MegatronModule]
 
 
 class Attention(MegatronModule):
@@ -82,8 +85,7 @@ class Attention(MegatronModule):
         self.recompute = config.recompute_granularity == "selective"
 
     def _linear_qkv(self) -> MegatronModule:
-        return build_module(
-            self.submodules.linear_qkv,
+        return self.submodules.linear_qkv(
             self.config.hidden_size,
             3 * self.config.hidden_size,
             config=self.config,
@@ -100,8 +102,7 @@ class Attention(MegatronModule):
     def _core_attention(self, layer_number: int) -> MegatronModule:
         whole_keys = copy.copy(self.config)
         whole_keys.context_parallel_size = 1  # keys and values are gathered before
-        return build_module(
-            self.submodules.core_attention,
+        return self.submodules.core_attention(
             config=whole_keys,
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.no_mask,
@@ -109,8 +110,7 @@ class Attention(MegatronModule):
         )
 
     def _linear_proj(self) -> MegatronModule:
-        return build_module(
-            self.submodules.linear_proj,
+        return self.submodules.linear_proj(
             self.config.hidden_size,
             self.config.hidden_size,
             config=self.config,

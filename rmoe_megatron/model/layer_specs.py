@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import Recompute, RunConfig
 from rmoe_megatron.model.block import BlockSettings
-from rmoe_megatron.model.layers import LOCAL, Layers
+from rmoe_megatron.model.layers import Layers, layers_of
 from rmoe_megatron.model.lora.lora import lora_spec
 from rmoe_megatron.model.recurrence.recurrence import recurrence_spec
 from rmoe_megatron.model.registry import addition_in
@@ -53,7 +53,7 @@ def block_spec(config: RunConfig, block: BlockSpec, layer: int) -> ModuleSpec:
         compile=config.training.compile,
         addition=added[0].name if added else None,
     )
-    spec = block(model, layer, settings, LOCAL)
+    spec = block(model, layer, settings, layers_of(config, layer))
     if added is not None:
         addition, section = added
         spec.submodules.addition = ADDITION_SPECS[addition.name](section)

@@ -1,18 +1,25 @@
-"""Which layers do the work inside the blocks: Megatron-Core's, and attention that keeps no scores."""
+"""Which layers do the work inside the blocks: Megatron-Core's, Transformer Engine's, or emulations of low precision."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.model.attention import AttentionSubmodules
+from rmoe_megatron.model.backend import uses_transformer_engine
 from rmoe_megatron.model.core_attention import ScaledDotProductAttention
+from rmoe_megatron.model.emulated_linear import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
 from rmoe_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
+from rmoe_megatron.model.quantization import recipe_of
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Classes with the interfaces of Megatron-Core's layers; blocks are built of them.
+    """What makes layers with the interfaces of Megatron-Core's; blocks are built of them.
 
     Attributes:
         column_parallel_linear: a rank has rows of the weight: projections to queries, keys and values, first layer of the MLP.
@@ -20,9 +27,9 @@ class Layers:
         core_attention: ``softmax(q k^T) v``.
     """
 
-    column_parallel_linear: type
-    row_parallel_linear: type
-    core_attention: type
+    column_parallel_linear: Callable[..., MegatronModule]
+    row_parallel_linear: Callable[..., MegatronModule]
+    core_attention: Callable[..., MegatronModule] = ScaledDotProductAttention
 
     def attention(self) -> AttentionSubmodules:
         """Return the layers of an attention."""
@@ -40,4 +47,25 @@ class Layers:
         return ModuleSpec(module=MLP, submodules=submodules)
 
 
-LOCAL = Layers(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention)
+LOCAL = Layers(ColumnParallelLinear, RowParallelLinear)
+
+
+def layers_of(config: RunConfig, layer: int) -> Layers:
+    """Return what block ``layer`` (from 0) is built of.
+
+    Transformer Engine's layers are in FP8 where Megatron-Core's TransformerBlock says so; emulated ones know it themselves.
+    """
+    if uses_transformer_engine(config):
+        # Imports the whole of Transformer Engine.
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+        return Layers(TEColumnParallelLinear, TERowParallelLinear)
+    first = config.fp8.num_layers_at_start_in_bf16
+    last = config.model.num_layers - config.fp8.num_layers_at_end_in_bf16
+    if not config.precision.is_emulated or not first <= layer < last:
+        return LOCAL
+    recipe = recipe_of(config)
+    return Layers(
+        partial(EmulatedColumnParallelLinear, recipe=recipe),
+        partial(EmulatedRowParallelLinear, recipe=recipe),
+    )

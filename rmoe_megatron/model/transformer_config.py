@@ -7,11 +7,31 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from rmoe_megatron.config.run import Precision, Recompute, RunConfig
+from rmoe_megatron.config.run import Fp8Recipe, Precision, Recompute, RunConfig
 from rmoe_megatron.model.registry import additions_of
 from rmoe_megatron.platform import PARAMS_DTYPE
 
 LAYER_NORM_EPS = 1.0e-6
+
+
+def fp8_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what Megatron-Core's FP8 context does, for Transformer Engine's layers; nothing in other precisions."""
+    if config.precision is not Precision.fp8:
+        return {}
+    recipe, first, last = (
+        config.fp8.recipe,
+        config.fp8.num_layers_at_start_in_bf16,
+        config.fp8.num_layers_at_end_in_bf16,
+    )
+    return {
+        "fp8": "hybrid" if recipe in (Fp8Recipe.delayed, Fp8Recipe.tensorwise) else "e4m3",
+        "fp8_recipe": recipe.value,
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
 
 
 def transformer_config(config: RunConfig, initialise: bool = True) -> TransformerConfig:
@@ -42,7 +62,8 @@ def transformer_config(config: RunConfig, initialise: bool = True) -> Transforme
         output_layer_init_method=torch.nn.init.xavier_uniform_,
         params_dtype=PARAMS_DTYPE[config.precision],
         pipeline_dtype=PARAMS_DTYPE[config.precision],
-        bf16=config.precision is Precision.bf16,
+        bf16=config.precision is not Precision.fp32,
+        **fp8_settings(config),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,

@@ -65,6 +65,11 @@ class RunLogger:
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
 
+    def announce(self, line: str) -> None:
+        """Show a line that is not about a step."""
+        if self.is_active:
+            self._write(line)
+
     def log_metrics(self, step: int, metrics: dict[str, float], remaining: float | None = None) -> None:
         """Record ``metrics`` for ``step``, the number of optimizer steps done.
 

@@ -17,7 +17,7 @@ from rmoe_megatron.config.buckets import Bucket, build_buckets
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.requirements import require
-from rmoe_megatron.config.run import Device, Precision, RunConfig, Trainable
+from rmoe_megatron.config.run import Device, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.config.stages import Stage, stages_of
 from rmoe_megatron.config.validation import validate
@@ -28,6 +28,7 @@ from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.store import ShardStore
 from rmoe_megatron.encoders.source import present_folder
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.model.backend import check_backend
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
 from rmoe_megatron.typed_files import OPEN, read_json
@@ -85,6 +86,7 @@ def check_device(config: RunConfig) -> None:
     """
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("device is cuda but PyTorch finds no GPU here; set device=cpu or device=auto.")
+    check_backend(config)
 
 
 def check_files(config: RunConfig) -> None:
@@ -117,7 +119,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
         dense = (
             0  # the gate, the modulation and LoRA are small beside the modules, or there is nothing larger
         )
-    return (dense + modules) * (STATE_BYTES + (2 if config.precision is Precision.bf16 else 4))
+    return (dense + modules) * (STATE_BYTES + config.precision.parameter_bytes)
 
 
 def check_space(config: RunConfig) -> None:

@@ -28,7 +28,7 @@ def build_optimizer(
         adam_beta2=optimizer.beta2,
         adam_eps=optimizer.eps,
         clip_grad=optimizer.clip_grad,
-        bf16=config.precision is Precision.bf16,
+        bf16=config.precision is not Precision.fp32,
         params_dtype=PARAMS_DTYPE[config.precision],
         use_distributed_optimizer=optimizer.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,

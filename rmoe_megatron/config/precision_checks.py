@@ -1,0 +1,58 @@
+"""Checks of eight- and four-bit precisions: what their layers and recipes can do."""
+
+from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.run import Backend, Fp8Config, Fp8Recipe, Precision, RunConfig
+
+
+def check_precision(config: RunConfig) -> None:
+    """Check that the precision goes with recipe, blocks, backend and parallel layout.
+
+    Raises:
+        UserError: says which two exclude each other.
+    """
+    precision, parallel, fp8 = config.precision, config.parallel, config.fp8
+    if precision in (Precision.fp32, Precision.bf16):
+        require(
+            fp8 == Fp8Config(),
+            f"The section fp8 is for the precisions of eight and four bits, but precision is {precision.value}; leave it out.",
+        )
+        return
+    name = precision.value
+    kept = fp8.num_layers_at_start_in_bf16 + fp8.num_layers_at_end_in_bf16
+    require(
+        kept < config.model.num_layers,
+        f"fp8 keeps {kept} blocks at start and end in bf16, which are all of the model's {config.model.num_layers}; lower "
+        "fp8.num_layers_at_start_in_bf16 or fp8.num_layers_at_end_in_bf16.",
+    )
+    require(
+        precision is not Precision.fp8 or config.backend is not Backend.local,
+        "precision=fp8 is Transformer Engine's, but backend is local; set backend=auto, or precision=fp8_emulated.",
+    )
+    require(
+        precision is not Precision.fp8 or fp8.recipe is not Fp8Recipe.delayed or kept == 0,
+        "fp8.recipe=delayed has one history for all blocks: set fp8.num_layers_at_start_in_bf16=0 and "
+        "fp8.num_layers_at_end_in_bf16=0.",
+    )
+    if not precision.is_emulated:
+        return
+    require(
+        config.backend is not Backend.transformer_engine,
+        f"precision={name} has layers of its own; set backend=auto or backend=local.",
+    )
+    require(
+        parallel.tensor_model_parallel_size == 1,
+        f"precision={name} rounds whole tensors and is not for tensor_model_parallel_size={parallel.tensor_model_parallel_size}; "
+        "set it to 1.",
+    )
+    require(
+        precision is not Precision.fp8_emulated or fp8.recipe is not Fp8Recipe.delayed,
+        "fp8.recipe=delayed is not emulated; set fp8.recipe=tensorwise, blockwise or mxfp8.",
+    )
+    require(
+        precision is not Precision.nvfp4_emulated or fp8.recipe is Fp8Config.recipe,
+        f"precision=nvfp4_emulated has a recipe of its own, but fp8.recipe is {fp8.recipe.value}; leave it out.",
+    )
+    require(
+        not config.training.compile,
+        f"training.compile=true is not for precision={name}; set training.compile=false.",
+    )

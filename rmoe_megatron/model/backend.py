@@ -1,0 +1,82 @@
+"""Whose kernels do the work: what a run asks for, what is installed here, and one line that says so.
+
+Nothing heavy is imported: these checks also take place where a job is submitted.
+"""
+
+from importlib.util import find_spec
+
+from rmoe_megatron.config.run import Backend, Precision, RunConfig
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.platform import runs_on_cuda
+
+INSTALL = "pip install 'rmoe-megatron[gpu]'"
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
+    return find_spec(package) is not None
+
+
+def uses_transformer_engine(config: RunConfig) -> bool:
+    """Return whether blocks are built of Transformer Engine's linear layers."""
+    if config.precision.is_emulated or config.backend is Backend.local or not runs_on_cuda(config.device):
+        return False
+    return config.backend is Backend.transformer_engine or is_installed("transformer_engine")
+
+
+def check_backend(config: RunConfig) -> None:
+    """Check that what backend and precision ask for is here.
+
+    Raises:
+        UserError: there is no GPU, or Transformer Engine is not installed.
+    """
+    if config.precision is Precision.fp8:
+        wanted, remedy = "precision=fp8", "set precision=fp8_emulated to try it in ordinary arithmetic"
+    elif config.backend is Backend.transformer_engine:
+        wanted, remedy = "backend=transformer_engine", "set backend=auto"
+    else:
+        return
+    if not runs_on_cuda(config.device):
+        raise UserError(f"{wanted} needs a GPU, and this run has none; {remedy}.")
+    if not is_installed("transformer_engine"):
+        raise UserError(f"{wanted} needs Transformer Engine, which is not installed: {INSTALL}, or {remedy}.")
+
+
+def describe_backend(config: RunConfig) -> str:
+    """Return one line: which layers are whose, what is fused, and why the rest is not."""
+    cuda = runs_on_cuda(config.device)
+    if config.precision.is_emulated:
+        linear = f"Megatron-Core's, rounded as {_recipe(config)} (emulated)"
+    elif uses_transformer_engine(config):
+        linear = "Transformer Engine's" + (
+            f" in {_recipe(config)}" if config.precision is Precision.fp8 else ""
+        )
+    else:
+        linear = f"Megatron-Core's ({_why_local(config, cuda)})"
+    fused_adam = next((each for each in ("transformer_engine", "apex") if is_installed(each)), None)
+    adam = (
+        f"fused ({fused_adam})"
+        if fused_adam
+        else "PyTorch's (neither Transformer Engine nor Apex is installed)"
+    )
+    modules = ""
+    if config.recurrence is not None:
+        grouped = "grouped_mm" if cuda else "batched"
+        modules = f", modules {grouped} in all-to-all dispatch (DeepEP is not used: modules return 3 H)"
+    compiled = "compiled" if config.training.compile else "not compiled (training.compile)"
+    return (
+        f"layers: linear {linear}, attention fused (PyTorch's scaled_dot_product_attention), norms PyTorch's without weights, "
+        f"Adam {adam}{modules}, blocks {compiled}."
+    )
+
+
+def _recipe(config: RunConfig) -> str:
+    return "NVFP4" if config.precision is Precision.nvfp4_emulated else f"FP8 {config.fp8.recipe.value}"
+
+
+def _why_local(config: RunConfig, cuda: bool) -> str:
+    if config.backend is Backend.local:
+        return "backend=local"
+    if not cuda:
+        return "Transformer Engine needs a GPU"
+    return f"Transformer Engine is not installed: {INSTALL}"

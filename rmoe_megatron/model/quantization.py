@@ -1,0 +1,148 @@
+"""Rounding of matrix-product operands to eight and four bits as Transformer Engine's recipes do it, in ordinary arithmetic.
+
+A block of values shares a scale. Values are multiplied by it, rounded to the format, and divided by it again: what comes
+back is what a tensor core would multiply. Facts of the recipes are those of Transformer Engine 2 (transformer_engine.common.recipe
+and the scale computations of its quantisation kernels); nothing of it is needed to run this.
+
+=========== ================================= =================== ==========================================
+recipe      block of inputs and gradients     block of weights    scale
+=========== ================================= =================== ==========================================
+tensorwise  the tensor                        the tensor          largest of the format / amax
+blockwise   1 x 128 along the product         128 x 128           the same, rounded down to a power of two
+mxfp8       1 x 32 along the product          1 x 32              a power of two (E8M0), so that nothing saturates
+nvfp4       1 x 16 along the product          16 x 16             E4M3 a block, on top of one a tensor
+=========== ================================= =================== ==========================================
+
+NVFP4's random Hadamard transforms and stochastic rounding of gradients are not here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rmoe_megatron.config.run import Fp8Recipe, Precision, RunConfig
+
+
+@dataclass(frozen=True)
+class Format:
+    """A floating-point format: how a float32 tensor is rounded to it, and its largest number."""
+
+    round: Callable[[Tensor], Tensor]
+    largest: float
+
+
+def _eight_bits(dtype: torch.dtype) -> Format:
+    largest = torch.finfo(dtype).max
+    # PyTorch's cast makes NaN (E4M3) or infinity (E5M2) of what is too large; the hardware's saturates.
+    return Format(lambda values: values.clamp(-largest, largest).to(dtype).float(), largest)
+
+
+def _round_e2m1(values: Tensor) -> Tensor:
+    """Round to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 with the sign of each value, ties to the even mantissa."""
+    magnitude = values.abs().clamp(max=6.0)
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return torch.copysign((magnitude / step).round() * step, values)
+
+
+E4M3 = _eight_bits(torch.float8_e4m3fn)
+E5M2 = _eight_bits(torch.float8_e5m2)
+E2M1 = Format(_round_e2m1, 6.0)
+
+
+def tensor_scale(amax: Tensor, largest: float) -> Tensor:
+    """Return ``largest / amax``; 1 where there is nothing to scale, the largest float32 where the quotient is infinite."""
+    # Of two tensors: PyTorch divides a number by a tensor, or on a GPU a tensor by a number, through the reciprocal.
+    scale = (torch.full_like(amax, largest) / amax).clamp(max=torch.finfo(torch.float32).max)
+    return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
+
+
+def power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
+    """Return :func:`tensor_scale` rounded down to a power of two."""
+    mantissa, exponent = torch.frexp(tensor_scale(amax, largest))
+    return torch.ldexp(torch.full_like(mantissa, 0.5), exponent)
+
+
+def mx_scale(amax: Tensor, largest: float) -> Tensor:
+    """Return the inverse of the least power of two that is not below ``amax / largest`` (E8M0: exponents of 8 bits)."""
+    wanted = amax * torch.tensor(1 / largest)
+    mantissa, exponent = torch.frexp(wanted)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-127, 127)
+    return torch.where(amax > 0, torch.ldexp(torch.ones_like(wanted), -exponent), 1.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How operands of a matrix product are rounded.
+
+    Attributes:
+        forward: format of inputs and weights.
+        backward: format of the output's gradients.
+        scale: of a block, from its amax and the largest number of the format.
+        length: values along the product that share a scale; None is the whole tensor.
+        square_weights: a weight's block has this length both ways, so that its transpose has the same scales.
+        per_tensor: a scale of the whole tensor comes first, and a block's is rounded to E4M3 (NVFP4).
+    """
+
+    forward: Format
+    backward: Format
+    scale: Callable[[Tensor, float], Tensor]
+    length: int | None = None
+    square_weights: bool = False
+    per_tensor: bool = False
+
+    def inputs(self, values: Tensor, along: int) -> Tensor:
+        """Round a linear layer's inputs [..., N, K] for a product over dimension ``along`` (-1 or -2)."""
+        return self._round(values, self.forward, self._block(along))
+
+    def gradients(self, values: Tensor, along: int) -> Tensor:
+        """Round the gradients of its outputs [..., N, O] likewise."""
+        return self._round(values, self.backward, self._block(along))
+
+    def weights(self, values: Tensor, along: int) -> Tensor:
+        """Round its weight [..., O, K] likewise."""
+        length = self.length or 0
+        return self._round(
+            values, self.forward, (length, length) if self.square_weights else self._block(along)
+        )
+
+    def _block(self, along: int) -> tuple[int, int]:
+        length = self.length or 0
+        return (1, length) if along == -1 else (length, 1)
+
+    def _round(self, values: Tensor, format: Format, block: tuple[int, int]) -> Tensor:
+        """Return float32 of the same shape, rounded by blocks of the last two dimensions; (_, 0) is all of these."""
+        values = values.float()
+        rows, columns = values.shape[-2:]
+        height, width = block if self.length else (rows, columns)
+        padded = F.pad(values, (0, -columns % width, 0, -rows % height))
+        blocks = padded.unflatten(-1, (-1, width)).unflatten(
+            -3, (-1, height)
+        )  # [..., rows, height, columns, width]
+        amax = blocks.abs().amax(dim=(-3, -1), keepdim=True)
+        if self.per_tensor:
+            whole = tensor_scale(values.abs().amax(dim=(-2, -1)), E4M3.largest * format.largest)
+            whole = whole[..., None, None, None, None]
+            decoded = amax * whole / torch.full_like(amax, format.largest)
+            decoded = E4M3.round(decoded)  # what a block is divided by, in eight bits
+            scale = torch.where(decoded > 0, whole / decoded, 0.0)
+            rounded = format.round(blocks * scale) * decoded / whole
+        else:
+            scale = self.scale(amax, format.largest)
+            rounded = format.round(blocks * scale) * scale.reciprocal()
+        return rounded.flatten(-4, -3).flatten(-2)[..., :rows, :columns]
+
+
+RECIPES = {
+    Fp8Recipe.tensorwise: Recipe(E4M3, E5M2, tensor_scale),
+    Fp8Recipe.blockwise: Recipe(E4M3, E4M3, power_of_two_scale, length=128, square_weights=True),
+    Fp8Recipe.mxfp8: Recipe(E4M3, E4M3, mx_scale, length=32),
+}
+NVFP4 = Recipe(E2M1, E2M1, tensor_scale, length=16, square_weights=True, per_tensor=True)
+
+
+def recipe_of(config: RunConfig) -> Recipe:
+    """Return the recipe of a run whose precision is emulated."""
+    return NVFP4 if config.precision is Precision.nvfp4_emulated else RECIPES[config.fp8.recipe]

@@ -1,0 +1,103 @@
+"""What backend and precision ask for, what is here, and what a run says of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from rmoe_megatron.config.run import Backend, Device, Fp8Config, Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.model import backend
+from rmoe_megatron.model.backend import check_backend, describe_backend, uses_transformer_engine
+from rmoe_megatron.model.transformer_config import transformer_config
+from rmoe_megatron.training.preflight import check_device
+from tests.support.configurations import one_rank, tiny_config
+
+CONFIG = replace(tiny_config(), device=Device.auto, precision=Precision.bf16)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """A machine with or without a GPU and packages; the entries can be changed."""
+    has = {"gpu": True, "transformer_engine": True, "apex": False}
+    monkeypatch.setattr(backend, "runs_on_cuda", lambda device: has["gpu"] and device is not Device.cpu)
+    monkeypatch.setattr(backend, "is_installed", lambda package: has[package])
+    return has
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "installed", "expected"),
+    [
+        ({}, True, True, True),
+        ({}, True, False, False),
+        ({}, False, True, False),
+        ({"device": Device.cpu}, True, True, False),
+        ({"backend": Backend.local}, True, True, False),
+        ({"backend": Backend.transformer_engine}, True, True, True),
+        ({"precision": Precision.fp8}, True, True, True),
+        ({"precision": Precision.fp8_emulated}, True, True, False),
+    ],
+)
+def test_transformer_engine_is_used_where_it_is(
+    machine: dict[str, bool], changes: dict, gpu: bool, installed: bool, expected: bool
+) -> None:
+    machine |= {"gpu": gpu, "transformer_engine": installed}
+    config = replace(CONFIG, **changes)
+    check_backend(config)
+    assert uses_transformer_engine(config) is expected
+
+
+@pytest.mark.parametrize("changes", [{"precision": Precision.fp8}, {"backend": Backend.transformer_engine}])
+def test_what_is_missing_is_named(machine: dict[str, bool], changes: dict) -> None:
+    config = replace(CONFIG, **changes)
+    machine["transformer_engine"] = False
+    with pytest.raises(
+        UserError,
+        match=r"needs Transformer Engine, which is not installed: pip install 'rmoe-megatron\[gpu\]'",
+    ):
+        check_backend(config)
+    machine["gpu"] = False
+    with pytest.raises(UserError, match="needs a GPU, and this run has none"):
+        check_backend(config)
+
+
+def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bool]) -> None:
+    def line(config: RunConfig = CONFIG, **has: bool) -> str:
+        machine.update(has)
+        return describe_backend(config)
+
+    assert "\n" not in line()
+    assert "linear Transformer Engine's, attention fused" in line()
+    assert "Adam fused (transformer_engine), modules grouped_mm" in line()
+    assert "in FP8 mxfp8" in line(replace(CONFIG, precision=Precision.fp8, fp8=Fp8Config(Fp8Recipe.mxfp8)))
+    assert "Megatron-Core's (backend=local)" in line(replace(CONFIG, backend=Backend.local))
+    assert "rounded as NVFP4 (emulated)" in line(replace(CONFIG, precision=Precision.nvfp4_emulated))
+    assert "Transformer Engine is not installed: pip install" in line(transformer_engine=False)
+    assert "Adam PyTorch's (neither Transformer Engine nor Apex" in line()
+    assert "Adam fused (apex)" in line(apex=True)
+    assert "modules" not in line(replace(CONFIG, recurrence=None)).partition("Adam")[2]
+    assert "Megatron-Core's (Transformer Engine needs a GPU)" in line(gpu=False)
+    compiled = replace(CONFIG, training=replace(CONFIG.training, compile=True))
+    assert line().endswith("blocks not compiled (training.compile).")
+    assert line(compiled).endswith("blocks compiled.")
+
+
+@pytest.mark.parametrize("recipe", Fp8Recipe)
+def test_megatron_core_gets_the_recipe(recipe: Fp8Recipe) -> None:
+    kept = 0 if recipe is Fp8Recipe.delayed else 1
+    config = replace(tiny_config(None), precision=Precision.fp8, fp8=Fp8Config(recipe, kept, kept))
+    with one_rank(config):
+        found = transformer_config(config)
+    assert found.bf16
+    assert (found.fp8, found.fp8_recipe) == (
+        "hybrid" if recipe.value in ("delayed", "tensorwise") else "e4m3",
+        recipe.value,
+    )
+    assert found.first_last_layers_bf16 is (kept > 0)
+    assert (found.num_layers_at_start_in_bf16, found.num_layers_at_end_in_bf16) == (kept, kept)
+
+
+def test_a_run_is_refused_before_it_starts(machine: dict[str, bool]) -> None:
+    machine["gpu"] = False
+    with pytest.raises(UserError, match="precision=fp8 needs a GPU"):
+        check_device(replace(CONFIG, precision=Precision.fp8))
+    check_device(CONFIG)
