@@ -38,6 +38,8 @@ convert_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Con
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
+diagnose_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look inside a trained model.")
+app.add_typer(diagnose_app, name="diagnose")
 
 INTERRUPTED = 75
 
@@ -176,6 +178,29 @@ def inspect(
 
     for line in show_run(run_dir, quick):
         print(line, flush=True)
+
+
+@diagnose_app.command("precision")
+def diagnose_precision(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for precision.json and precision.png; RUN/precision if not given."),
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, max=10_000, help="Micro-batches to average over.")] = 4,
+) -> None:
+    """Measure what each linear layer would lose in FP8 and NVFP4, recipe by recipe, and draw it."""
+    from rmoe_megatron.diagnostics.precision import ALL_RECIPES, PRODUCTS, worst
+    from rmoe_megatron.diagnostics.precision import diagnose_precision as diagnose
+
+    out = out or run_dir / "precision"
+    losses = diagnose(run_dir, out, batches, Bar("precision", "batch"))
+    for recipe in ALL_RECIPES:
+        print(f"{recipe}: the layers that lose most (relative errors)")
+        for each in worst(losses, recipe, count=5):
+            errors = "  ".join(f"{name.replace('_', ' ')} {getattr(each, name):.2%}" for name in PRODUCTS)
+            print(f"  block {each.block:>3}  {each.layer:<34}{errors}")
+    print(f"all of them: {out / 'precision.png'}")
 
 
 @convert_app.command("to-hf")

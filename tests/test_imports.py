@@ -12,7 +12,7 @@ ROOT = Path(rmoe_megatron.__file__).parent
 ORDER = [
     "errors", "durable", "launch", "stop_signals", "work_queue", "typed_files", "refusal", "counter_rng", "pictures", "extras", "rank_watch",
     "config", "data", "hf", "platform", "parallel", "diffusion", "model", "pretrained", "encoders", "checkpoint",
-    "engine", "training", "conversion", "precompute", "show_draw", "show_run", "sampling", "evaluation", "cli_options", "cli_data", "cli_evaluation", "cli", "__main__",
+    "engine", "training", "diagnostics", "conversion", "precompute", "show_draw", "show_run", "sampling", "evaluation", "cli_options", "cli_data", "cli_evaluation", "cli", "__main__",
 ]  # fmt: skip
 
 

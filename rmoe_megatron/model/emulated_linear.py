@@ -20,6 +20,21 @@ from rmoe_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from rmoe_megatron.model.quantization import Recipe
 
 
+def rounded_output(recipe: Recipe, tokens: Tensor, weight: Tensor) -> Tensor:
+    """Return y, float32 [N, O], of tokens [N, K] and a weight [O, K]."""
+    return recipe.inputs(tokens, -1) @ recipe.weights(weight, -1).t()
+
+
+def rounded_input_gradient(recipe: Recipe, gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return dx, float32 [N, K], of the output's gradient [N, O]."""
+    return recipe.gradients(gradient, -1) @ recipe.weights(weight, -2)
+
+
+def rounded_weight_gradient(recipe: Recipe, gradient: Tensor, tokens: Tensor) -> Tensor:
+    """Return dw, float32 [O, K]."""
+    return recipe.gradients(gradient, -2).t() @ recipe.inputs(tokens, -2)
+
+
 class RoundedProduct(torch.autograd.Function):
     """``x w^T`` of tokens [N, K] and a weight [O, K], both rounded."""
 
@@ -28,7 +43,7 @@ class RoundedProduct(torch.autograd.Function):
         """Return [N, O] in the type of the tokens."""
         ctx.save_for_backward(tokens, weight)
         ctx.recipe = recipe
-        return (recipe.inputs(tokens, -1) @ recipe.weights(weight, -1).t()).to(tokens.dtype)
+        return rounded_output(recipe, tokens, weight).to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -36,11 +51,9 @@ class RoundedProduct(torch.autograd.Function):
         (tokens, weight), recipe, gradient = ctx.saved_tensors, ctx.recipe, gradients[0]
         grad_tokens = grad_weight = None
         if ctx.needs_input_grad[0]:
-            product = recipe.gradients(gradient, -1) @ recipe.weights(weight, -2)
-            grad_tokens = product.to(tokens.dtype)
+            grad_tokens = rounded_input_gradient(recipe, gradient, weight).to(tokens.dtype)
         if ctx.needs_input_grad[1]:
-            product = recipe.gradients(gradient, -2).t() @ recipe.inputs(tokens, -2)
-            grad_weight = product.to(weight.dtype)
+            grad_weight = rounded_weight_gradient(recipe, gradient, tokens).to(weight.dtype)
         return grad_tokens, grad_weight, None
 
 
