@@ -23,7 +23,7 @@ from rmoe_megatron.pretrained.architecture import check_described_model
 from rmoe_megatron.refusal import refusal
 
 # Prefixes of what is not a weight of the model.
-NOT_WEIGHTS = ("optimizer.", "ema.", "rng.", "chained_")
+NOT_WEIGHTS = ("optimizer.", "ema.", "rng.", "fp8.", "chained_")
 
 
 @dataclass(frozen=True)

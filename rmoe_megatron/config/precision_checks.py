@@ -1,7 +1,7 @@
 """Checks of eight- and four-bit precisions: what their layers and recipes can do."""
 
 from rmoe_megatron.config.requirements import require
-from rmoe_megatron.config.run import Backend, Fp8Config, Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.config.run import Backend, Fp8Config, Fp8Recipe, Precision, Recompute, RunConfig
 
 
 def check_precision(config: RunConfig) -> None:
@@ -39,14 +39,15 @@ def check_precision(config: RunConfig) -> None:
         config.backend is not Backend.transformer_engine,
         f"precision={name} has layers of its own; set backend=auto or backend=local.",
     )
+    for key in ("tensor_model_parallel_size", "context_parallel_size"):
+        require(
+            getattr(parallel, key) == 1,
+            f"precision={name} rounds whole tensors and is not for {key}={getattr(parallel, key)}; set it to 1.",
+        )
     require(
-        parallel.tensor_model_parallel_size == 1,
-        f"precision={name} rounds whole tensors and is not for tensor_model_parallel_size={parallel.tensor_model_parallel_size}; "
-        "set it to 1.",
-    )
-    require(
-        precision is not Precision.fp8_emulated or fp8.recipe is not Fp8Recipe.delayed,
-        "fp8.recipe=delayed is not emulated; set fp8.recipe=tensorwise, blockwise or mxfp8.",
+        fp8.recipe is not Fp8Recipe.delayed or config.training.recompute is Recompute.none,
+        f"fp8.recipe=delayed would see what training.recompute={config.training.recompute.value} computes twice as two calls; set "
+        "training.recompute=none.",
     )
     require(
         precision is not Precision.nvfp4_emulated or fp8.recipe is Fp8Config.recipe,

@@ -11,75 +11,80 @@ Products are accumulated in float32, as on the tensor cores; y, dx and dw have t
 gradient of its own. Layers have the names and layouts of Megatron-Core's: checkpoints are the same.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmoe_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
-from rmoe_megatron.model.quantization import Recipe
+from rmoe_megatron.model.quantization import DelayedScaling, Recipe, Rounding
 
 
-def rounded_output(recipe: Recipe, tokens: Tensor, weight: Tensor) -> Tensor:
+def rounded_output(rounding: Rounding, tokens: Tensor, weight: Tensor) -> Tensor:
     """Return y, float32 [N, O], of tokens [N, K] and a weight [O, K]."""
-    return recipe.inputs(tokens, -1) @ recipe.weights(weight, -1).t()
+    return rounding.inputs(tokens, -1) @ rounding.weights(weight, -1).t()
 
 
-def rounded_input_gradient(recipe: Recipe, gradient: Tensor, weight: Tensor) -> Tensor:
+def rounded_input_gradient(rounding: Rounding, gradient: Tensor, weight: Tensor) -> Tensor:
     """Return dx, float32 [N, K], of the output's gradient [N, O]."""
-    return recipe.gradients(gradient, -1) @ recipe.weights(weight, -2)
+    return rounding.gradients(gradient, -1) @ rounding.weights(weight, -2)
 
 
-def rounded_weight_gradient(recipe: Recipe, gradient: Tensor, tokens: Tensor) -> Tensor:
+def rounded_weight_gradient(rounding: Rounding, gradient: Tensor, tokens: Tensor) -> Tensor:
     """Return dw, float32 [O, K]."""
-    return recipe.gradients(gradient, -2).t() @ recipe.inputs(tokens, -2)
+    return rounding.gradients(gradient, -2).t() @ rounding.inputs(tokens, -2)
 
 
 class RoundedProduct(torch.autograd.Function):
     """``x w^T`` of tokens [N, K] and a weight [O, K], both rounded."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, rounding: Rounding) -> Tensor:
         """Return [N, O] in the type of the tokens."""
         ctx.save_for_backward(tokens, weight)
-        ctx.recipe = recipe
-        return rounded_output(recipe, tokens, weight).to(tokens.dtype)
+        ctx.rounding = rounding
+        return rounded_output(rounding, tokens, weight).to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Return the gradients of the tokens and of the weight where they are wanted."""
-        (tokens, weight), recipe, gradient = ctx.saved_tensors, ctx.recipe, gradients[0]
+        (tokens, weight), gradient = ctx.saved_tensors, gradients[0]
         grad_tokens = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_tokens = rounded_input_gradient(recipe, gradient, weight).to(tokens.dtype)
+            grad_tokens = rounded_input_gradient(ctx.rounding, gradient, weight).to(tokens.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = rounded_weight_gradient(recipe, gradient, tokens).to(weight.dtype)
+            grad_weight = rounded_weight_gradient(ctx.rounding, gradient, tokens).to(weight.dtype)
         return grad_tokens, grad_weight, None
 
 
-def _rounded_linear(recipe: Recipe, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what a linear layer makes of [S, B, K]."""
-    output = RoundedProduct.apply(input.flatten(0, -2), weight, recipe).unflatten(0, input.shape[:-1])
-    return output if bias is None else output + bias
+class _Rounded(nn.Module):
+    """What both layers do instead of Megatron-Core's products, without tensor parallelism."""
 
-
-class EmulatedColumnParallelLinear(ColumnParallelLinear):
-    """Megatron-Core's ColumnParallelLinear with rounded operands, without tensor parallelism."""
-
-    def __init__(self, *arguments: Any, recipe: Recipe, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.recipe = recipe
+    recipe: Recipe | DelayedScaling
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
-        return _rounded_linear(self.recipe, input, weight, bias)
+        tokens = input.flatten(0, -2)
+        rounding = self.recipe.of_call(tokens, weight, trains=self.training and torch.is_grad_enabled())
+        output = RoundedProduct.apply(tokens, weight, rounding).unflatten(0, input.shape[:-1])
+        return output if bias is None else output + bias
 
 
-class EmulatedRowParallelLinear(RowParallelLinear):
-    """Megatron-Core's RowParallelLinear with rounded operands, without tensor parallelism."""
+class EmulatedColumnParallelLinear(_Rounded, ColumnParallelLinear):
+    """Megatron-Core's ColumnParallelLinear with rounded operands; every layer has a recipe of its own."""
 
-    def __init__(self, *arguments: Any, recipe: Recipe, **settings: Any) -> None:
+    def __init__(
+        self, *arguments: Any, recipe: Callable[[], Recipe | DelayedScaling], **settings: Any
+    ) -> None:
         super().__init__(*arguments, **settings)
-        self.recipe = recipe
+        self.recipe = recipe()
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
-        return _rounded_linear(self.recipe, input, weight, bias)
+
+class EmulatedRowParallelLinear(_Rounded, RowParallelLinear):
+    """Megatron-Core's RowParallelLinear with rounded operands; every layer has a recipe of its own."""
+
+    def __init__(
+        self, *arguments: Any, recipe: Callable[[], Recipe | DelayedScaling], **settings: Any
+    ) -> None:
+        super().__init__(*arguments, **settings)
+        self.recipe = recipe()

@@ -14,7 +14,7 @@ from rmoe_megatron.model.backend import uses_transformer_engine
 from rmoe_megatron.model.core_attention import ScaledDotProductAttention
 from rmoe_megatron.model.emulated_linear import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
 from rmoe_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
-from rmoe_megatron.model.quantization import recipe_of
+from rmoe_megatron.model.quantization import make_recipe
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def layers_of(config: RunConfig, layer: int) -> Layers:
     last = config.model.num_layers - config.fp8.num_layers_at_end_in_bf16
     if not config.precision.is_emulated or not first <= layer < last:
         return LOCAL
-    recipe = recipe_of(config)
+    recipe = partial(make_recipe, config)
     return Layers(
         partial(EmulatedColumnParallelLinear, recipe=recipe),
         partial(EmulatedRowParallelLinear, recipe=recipe),

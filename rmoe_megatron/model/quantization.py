@@ -8,6 +8,7 @@ and the scale computations of its quantisation kernels); nothing of it is needed
 recipe      block of inputs and gradients     block of weights    scale
 =========== ================================= =================== ==========================================
 tensorwise  the tensor                        the tensor          largest of the format / amax
+delayed     the tensor                        the tensor          the same of the largest of its last 1024 amaxes
 blockwise   1 x 128 along the product         128 x 128           the same, rounded down to a power of two
 mxfp8       1 x 32 along the product          1 x 32              a power of two (E8M0), so that nothing saturates
 nvfp4       1 x 16 along the product          16 x 16             E4M3 a block, on top of one a tensor
@@ -18,10 +19,13 @@ NVFP4's random Hadamard transforms and stochastic rounding of gradients are not 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from megatron.core import parallel_state
+from torch import Tensor, nn
 
 from rmoe_megatron.config.run import Fp8Recipe, Precision, RunConfig
 
@@ -73,9 +77,22 @@ def mx_scale(amax: Tensor, largest: float) -> Tensor:
     return torch.where(amax > 0, torch.ldexp(torch.ones_like(wanted), -exponent), 1.0)
 
 
+class Rounding(Protocol):
+    """How operands of a linear layer's matrix products are rounded, for products over dimension ``along`` (-1 or -2)."""
+
+    def inputs(self, values: Tensor, along: int) -> Tensor:
+        """Round the layer's inputs [..., N, K]; returns float32 of this shape."""
+
+    def weights(self, values: Tensor, along: int) -> Tensor:
+        """Round its weight [..., O, K] likewise."""
+
+    def gradients(self, values: Tensor, along: int) -> Tensor:
+        """Round the gradients of its outputs [..., N, O] likewise."""
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How operands of a matrix product are rounded.
+    """A :class:`Rounding` whose scales follow from the operand.
 
     Attributes:
         forward: format of inputs and weights.
@@ -94,19 +111,23 @@ class Recipe:
     per_tensor: bool = False
 
     def inputs(self, values: Tensor, along: int) -> Tensor:
-        """Round a linear layer's inputs [..., N, K] for a product over dimension ``along`` (-1 or -2)."""
+        """Round inputs; see :class:`Rounding`."""
         return self._round(values, self.forward, self._block(along))
 
     def gradients(self, values: Tensor, along: int) -> Tensor:
-        """Round the gradients of its outputs [..., N, O] likewise."""
+        """Round gradients."""
         return self._round(values, self.backward, self._block(along))
 
     def weights(self, values: Tensor, along: int) -> Tensor:
-        """Round its weight [..., O, K] likewise."""
+        """Round weights."""
         length = self.length or 0
         return self._round(
             values, self.forward, (length, length) if self.square_weights else self._block(along)
         )
+
+    def of_call(self, tokens: Tensor, weight: Tensor, trains: bool) -> Rounding:
+        """Return how one call of a layer rounds: there is nothing to remember."""
+        return self
 
     def _block(self, along: int) -> tuple[int, int]:
         length = self.length or 0
@@ -135,6 +156,74 @@ class Recipe:
         return rounded.flatten(-4, -3).flatten(-2)[..., :rows, :columns]
 
 
+@dataclass(frozen=True)
+class TensorScales:
+    """A :class:`Rounding` of whole tensors with scales that are given; a gradient's is asked for when it is there."""
+
+    input_scale: Tensor
+    weight_scale: Tensor
+    gradient_scale: Callable[[Tensor], Tensor]
+
+    def inputs(self, values: Tensor, along: int) -> Tensor:
+        """Round inputs."""
+        return E4M3.round(values.float() * self.input_scale) * self.input_scale.reciprocal()
+
+    def weights(self, values: Tensor, along: int) -> Tensor:
+        """Round weights."""
+        return E4M3.round(values.float() * self.weight_scale) * self.weight_scale.reciprocal()
+
+    def gradients(self, values: Tensor, along: int) -> Tensor:
+        """Round gradients."""
+        scale = self.gradient_scale(values)
+        return E5M2.round(values.float() * scale) * scale.reciprocal()
+
+
+class DelayedScaling(nn.Module):
+    """Scales of a layer's operands from their past (Transformer Engine's recipe of this name), 1 as long as there is none.
+
+    Every rank of a pipeline stage has the same history: amaxes are the largest of all its data- and context-parallel ranks.
+
+    Attributes:
+        amax_history: float32 [3, LENGTH], of inputs, weights and gradients, newest first; part of a run's training state.
+    """
+
+    LENGTH = 1024
+    INPUT, WEIGHT, GRADIENT = range(3)
+    amax_history: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("amax_history", torch.zeros(3, self.LENGTH), persistent=False)
+
+    def of_call(self, tokens: Tensor, weight: Tensor, trains: bool) -> TensorScales:
+        """Return how one call of the layer rounds; what trains is remembered, and scales the calls after it."""
+        scales = (self._scale(self.INPUT, E4M3), self._scale(self.WEIGHT, E4M3))
+        if trains:
+            self._remember(self.INPUT, tokens)
+            self._remember(self.WEIGHT, weight)
+        gradient_scale = list[Tensor]()
+
+        def scale_gradient(gradient: Tensor) -> Tensor:
+            if not gradient_scale:  # both of its products take the same
+                gradient_scale.append(self._scale(self.GRADIENT, E5M2))
+                self._remember(self.GRADIENT, gradient)
+            return gradient_scale[0]
+
+        return TensorScales(*scales, scale_gradient)
+
+    def _scale(self, operand: int, format: Format) -> Tensor:
+        return tensor_scale(self.amax_history[operand].max(), format.largest)
+
+    def _remember(self, operand: int, values: Tensor) -> None:
+        amax = values.detach().abs().amax().float()
+        group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
+        if group.size() > 1:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+        history = self.amax_history[operand].roll(1)
+        history[0] = amax
+        self.amax_history[operand] = history
+
+
 RECIPES = {
     Fp8Recipe.tensorwise: Recipe(E4M3, E5M2, tensor_scale),
     Fp8Recipe.blockwise: Recipe(E4M3, E4M3, power_of_two_scale, length=128, square_weights=True),
@@ -143,6 +232,8 @@ RECIPES = {
 NVFP4 = Recipe(E2M1, E2M1, tensor_scale, length=16, square_weights=True, per_tensor=True)
 
 
-def recipe_of(config: RunConfig) -> Recipe:
-    """Return the recipe of a run whose precision is emulated."""
-    return NVFP4 if config.precision is Precision.nvfp4_emulated else RECIPES[config.fp8.recipe]
+def make_recipe(config: RunConfig) -> Recipe | DelayedScaling:
+    """Return the recipe of a layer of a run whose precision is emulated."""
+    if config.precision is Precision.nvfp4_emulated:
+        return NVFP4
+    return DelayedScaling() if config.fp8.recipe is Fp8Recipe.delayed else RECIPES[config.fp8.recipe]

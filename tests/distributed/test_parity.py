@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rmoe_megatron.config.model import LoraConfig
-from rmoe_megatron.config.run import ParallelConfig, Precision, Recompute, RunConfig
+from rmoe_megatron.config.run import Fp8Config, Fp8Recipe, ParallelConfig, Precision, Recompute, RunConfig
 from tests.support.ranks import DIT, MMDIT, RECURRENT, STEPS, Result, configuration, layout, run_on_ranks
 
 MODELS = {
@@ -119,6 +119,44 @@ def test_every_model_trains_in_a_layout_as_in_one_process(
     ranks, parallel = LAYOUTS[name]
     for model, result in run_on_ranks(ranks, fitting(MODELS, parallel), tmp_path).items():
         assert_same_run(result, one_process[model])
+
+
+def rounded(model: str, parallel: ParallelConfig, recipe: Fp8Recipe = Fp8Recipe.mxfp8) -> RunConfig:
+    return replace(
+        MODELS[model], parallel=parallel, precision=Precision.fp8_emulated, fp8=Fp8Config(recipe, 0, 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        pytest.param("DP2", "mmdit", marks=pytest.mark.distributed_full),
+        pytest.param("PP2", "dit", marks=pytest.mark.distributed_full),
+        ("EP2-PP2", "mmdit-recurrent"),
+    ],
+)
+def test_emulated_precision_trains_as_one_process(name: str, model: str, tmp_path: Path) -> None:
+    """Micro-batches are those of one process, and so are the tensors that are rounded."""
+    ranks, parallel = LAYOUTS[name]
+    recipes = [Fp8Recipe.tensorwise, Fp8Recipe.mxfp8]
+    expected, found = (
+        run_on_ranks(number, {each.value: rounded(model, spread, each) for each in recipes}, tmp_path)
+        for number, spread in ((1, layout()), (ranks, parallel))
+    )
+    for recipe, result in found.items():
+        # In bf16 a sum in another order can round to another number, and a scale with it.
+        assert result.losses == pytest.approx(expected[recipe].losses, rel=5e-3)
+        assert result.grad_norms == pytest.approx(expected[recipe].grad_norms, rel=5e-2)
+
+
+def test_delayed_scales_are_the_same_on_all_ranks(tmp_path: Path) -> None:
+    """Or their replicas of the weights would differ, which run_on_ranks refuses."""
+    expected = run_on_ranks(1, {"delayed": rounded("mmdit", layout(), Fp8Recipe.delayed)}, tmp_path)[
+        "delayed"
+    ]
+    found = run_on_ranks(2, {"delayed": rounded("mmdit", layout(), Fp8Recipe.delayed)}, tmp_path)["delayed"]
+    assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-3)
+    assert found.losses == pytest.approx(expected.losses, rel=5e-2)
 
 
 @pytest.mark.distributed_full

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from rmoe_megatron.config.precision_checks import check_precision
-from rmoe_megatron.config.run import Backend, Fp8Config, Fp8Recipe, ParallelConfig, Precision, RunConfig
+from rmoe_megatron.config.run import (
+    Backend,
+    Fp8Config,
+    Fp8Recipe,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    RunConfig,
+)
 from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.registry import build_engine
@@ -16,7 +24,7 @@ from rmoe_megatron.model.emulated_linear import EmulatedColumnParallelLinear, Em
 from tests.model.test_compile import make_batch
 from tests.support.configurations import MODEL, RECURRENCE, one_rank, randomise, tiny_config
 
-RECIPES = [Fp8Recipe.tensorwise, Fp8Recipe.blockwise, Fp8Recipe.mxfp8]
+RECOMPUTED = replace(tiny_config().training, recompute=Recompute.full)
 
 
 def emulated(
@@ -83,7 +91,7 @@ def test_training_is_close_to_that_in_bf16() -> None:
     """Within 2 % of bf16's validation loss, and not the same."""
     expected = losses(replace(emulated(Precision.bf16), fp8=Fp8Config()))
     assert expected[-1] < 0.7 * expected[0]
-    for recipe in RECIPES:
+    for recipe in Fp8Recipe:
         found = losses(emulated(Precision.fp8_emulated, recipe, first=0, last=0))
         assert found[-1] == pytest.approx(expected[-1], rel=0.02), recipe
         assert found[1:] != expected[1:]
@@ -94,9 +102,10 @@ def test_training_is_close_to_that_in_bf16() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fp8": Fp8Config(Fp8Recipe.delayed)}, "delayed is not emulated"),
         ({"fp8": Fp8Config(num_layers_at_start_in_bf16=2, num_layers_at_end_in_bf16=2)}, "4 blocks"),
         ({"parallel": ParallelConfig(2, True)}, "tensor_model_parallel_size=2"),
+        ({"parallel": ParallelConfig(context_parallel_size=2)}, "context_parallel_size=2"),
+        ({"fp8": Fp8Config(Fp8Recipe.delayed), "training": RECOMPUTED}, "training.recompute=full"),
         ({"backend": Backend.transformer_engine}, "layers of its own"),
         ({"precision": Precision.bf16, "fp8": Fp8Config(Fp8Recipe.mxfp8)}, "precision is bf16"),
         ({"precision": Precision.fp8, "backend": Backend.local}, "backend is local"),

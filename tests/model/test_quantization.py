@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rmoe_megatron.config.run import Fp8Recipe
 from rmoe_megatron.model.emulated_linear import RoundedProduct
-from rmoe_megatron.model.quantization import E2M1, E4M3, E5M2, NVFP4, RECIPES, Recipe
+from rmoe_megatron.model.quantization import E2M1, E4M3, E5M2, NVFP4, RECIPES, DelayedScaling, Recipe
+from tests.support.configurations import one_rank, tiny_config
 
 # (exponent bits' bias, mantissa bits, largest number) of each format.
 FORMATS = {"e4m3": (E4M3, 7, 3, 448.0), "e5m2": (E5M2, 15, 2, 57344.0), "e2m1": (E2M1, 1, 1, 6.0)}
@@ -151,6 +152,33 @@ def test_tensorwise_is_the_cast_of_pytorch(dtype: torch.dtype) -> None:
     recipe = RECIPES[Fp8Recipe.tensorwise]
     found = recipe.inputs(values, -1) if dtype == torch.float8_e4m3fn else recipe.gradients(values, -1)
     assert torch.equal(found, (values * scale).to(dtype).float() * scale.reciprocal())
+
+
+def test_delayed_scales_are_those_of_the_calls_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of a growing, then shrinking operand, in a history of three; what evaluates leaves no trace."""
+    monkeypatch.setattr(DelayedScaling, "LENGTH", 3)
+    config = tiny_config()
+    with one_rank(config):
+        recipe = DelayedScaling()
+        seen: list[float] = []
+        for amax in (3.0, 5.0, 7.0, 2.0, 1.0, 0.5, 0.25):
+            tokens, weight, gradient = (torch.tensor([[amax, 0.1, -0.03]]) * size for size in (1, 2, 2**-10))
+            rounding = recipe.of_call(tokens, weight, trains=True)
+            recipe.of_call(100 * tokens, weight, trains=False)
+            largest = max(seen[-3:], default=0)
+            for operand, size, format, limit in (
+                ("inputs", 1, "e4m3", 448.0), ("weights", 2, "e4m3", 448.0), ("gradients", 2**-10, "e5m2", 57344.0),
+            ):  # fmt: skip
+                values = {"inputs": tokens, "weights": weight, "gradients": gradient}[operand]
+                scale = float32(limit / float32(largest * size)) if largest else 1.0
+                _, bias, mantissa_bits, _ = FORMATS[format]
+                wanted = [
+                    float32(nearest(float32(value * scale), bias, mantissa_bits, limit) * float32(1 / scale))
+                    for value in values.flatten().tolist()
+                ]
+                for along in (-1, -2):
+                    assert getattr(rounding, operand)(values, along).flatten().tolist() == wanted
+            seen.append(amax)
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), NVFP4])

@@ -54,6 +54,21 @@ def test_killed_run_resumes_bitwise_and_leaves_no_process(finished_run: Path) ->
     assert losses(run_dir, "validation_loss") == losses(finished_run / "whole", "validation_loss")
 
 
+def test_delayed_scales_are_resumed(tmp_path: Path) -> None:
+    """Histories of scales are saved with a run in emulated FP8; its weights are not asked for them elsewhere."""
+    config = str(make_run(tmp_path))
+    fp8 = ["precision=fp8_emulated", "fp8.recipe=delayed", "training.sample_prompts=[]", "training.steps=10"]
+    code, errors = rmoe("train", config, *fp8, "optimizer.learning_rate=0.01")
+    assert code == 0, errors
+    whole, run_dir = losses(tmp_path / "run"), tmp_path / "run"
+    shutil.rmtree(list_checkpoints(run_dir)[0].path)
+    code, errors = rmoe("train", "--resume", str(run_dir))
+    assert code == 0, errors
+    assert losses(run_dir) == whole
+    code, errors = rmoe("convert", "to-hf", str(run_dir), str(tmp_path / "model"))
+    assert code == 0, errors
+
+
 def test_half_written_checkpoint_is_passed_over(finished_run: Path) -> None:
     run_dir = finished_run / "damaged"
     shutil.copytree(finished_run / "whole", run_dir)

@@ -21,6 +21,7 @@ from rmoe_megatron.engine.megatron.optimizer import (
     load_optimizer,
 )
 from rmoe_megatron.engine.megatron.routing import forget_losses, load_balancing_loss
+from rmoe_megatron.engine.megatron.scales import load_scales, sharded_scales
 from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.engine.suspects import find_suspects
 from rmoe_megatron.model.sequence import num_shards, padded_length
@@ -115,15 +116,18 @@ class MegatronEngine:
         return load_balancing_loss(self.config, self.num_micro_batches, self.device)
 
     def sharded_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-        """Describe optimizer and schedule to dist_checkpointing, so that any parallel layout can load them."""
+        """Describe optimizer, schedule and histories of scales to dist_checkpointing, so that any parallel layout can load them."""
         create_adam_state(self.optimizer)  # before the first update, or after steps that were all left out
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
-        return {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+        state = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+        scales = sharded_scales(self.modules)
+        return state | ({"fp8": scales} if scales else {})
 
     def load_state(self, loaded: dict[str, Any]) -> None:
-        """Take over optimizer and schedule; learning rates, betas and eps stay those of the configuration."""
+        """Take over optimizer, schedule and scales; learning rates, betas and eps stay those of the configuration."""
         load_optimizer(self.optimizer, loaded["optimizer"], loaded["scheduler"])
         self.scheduler.load_state_dict(loaded["scheduler"])
+        load_scales(self.modules, loaded.get("fp8", {}))
 
     def _losses(self, batches: list[Batch], forward_only: bool) -> list[Tensor]:
         """Return the losses of micro-batches on the last pipeline stage, nothing before it."""
