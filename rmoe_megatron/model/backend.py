@@ -54,11 +54,7 @@ def describe_backend(config: RunConfig) -> str:
     else:
         linear = f"Megatron-Core's ({_why_local(config, cuda)})"
     fused_adam = next((each for each in ("transformer_engine", "apex") if is_installed(each)), None)
-    adam = (
-        f"fused ({fused_adam})"
-        if fused_adam
-        else "PyTorch's (neither Transformer Engine nor Apex is installed)"
-    )
+    adam = f"{fused_adam}'s" if fused_adam else "PyTorch's: no Transformer Engine, no Apex"
     modules = ""
     if config.recurrence is not None:
         grouped = "grouped_mm" if cuda else "batched"
@@ -66,7 +62,7 @@ def describe_backend(config: RunConfig) -> str:
     compiled = "compiled" if config.training.compile else "not compiled (training.compile)"
     return (
         f"layers: linear {linear}, attention fused (PyTorch's scaled_dot_product_attention), norms PyTorch's without weights, "
-        f"Adam {adam}{modules}, blocks {compiled}."
+        f"Adam fused ({adam}){modules}, blocks {compiled}."
     )
 
 

@@ -67,13 +67,13 @@ def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bo
 
     assert "\n" not in line()
     assert "linear Transformer Engine's, attention fused" in line()
-    assert "Adam fused (transformer_engine), modules grouped_mm" in line()
+    assert "Adam fused (transformer_engine's), modules grouped_mm" in line()
     assert "in FP8 mxfp8" in line(replace(CONFIG, precision=Precision.fp8, fp8=Fp8Config(Fp8Recipe.mxfp8)))
     assert "Megatron-Core's (backend=local)" in line(replace(CONFIG, backend=Backend.local))
     assert "rounded as NVFP4 (emulated)" in line(replace(CONFIG, precision=Precision.nvfp4_emulated))
     assert "Transformer Engine is not installed: pip install" in line(transformer_engine=False)
-    assert "Adam PyTorch's (neither Transformer Engine nor Apex" in line()
-    assert "Adam fused (apex)" in line(apex=True)
+    assert "Adam fused (PyTorch's: no" in line()
+    assert "Adam fused (apex's)" in line(apex=True)
     assert "modules" not in line(replace(CONFIG, recurrence=None)).partition("Adam")[2]
     assert "Megatron-Core's (Transformer Engine needs a GPU)" in line(gpu=False)
     compiled = replace(CONFIG, training=replace(CONFIG.training, compile=True))

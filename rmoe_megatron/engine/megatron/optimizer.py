@@ -14,6 +14,10 @@ from rmoe_megatron.platform import PARAMS_DTYPE
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
+# One kernel over a parameter and its moments instead of one an operation; PyTorch's Adam does not choose it by itself.
+FUSED = {"fused": True, "foreach": False}
+
+
 def build_optimizer(
     config: RunConfig, model: ModelChunks
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
@@ -34,6 +38,10 @@ def build_optimizer(
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
     megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
+    for adam in _adam_optimizers(megatron_optimizer):
+        if isinstance(adam, torch.optim.Adam):  # neither Transformer Engine's nor Apex's is here
+            for group in adam.param_groups:
+                group |= FUSED
     schedule = OptimizerParamScheduler(
         megatron_optimizer,
         init_lr=0.0,
@@ -56,7 +64,7 @@ def build_optimizer(
 def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], scheduler: dict[str, Any]) -> None:
     """Load moments and counters; learning rates, betas and eps stay those of the configuration."""
     configured = [
-        {name: group[name] for name in ("max_lr", "min_lr", "betas", "eps") if name in group}
+        {name: group[name] for name in ("max_lr", "min_lr", "betas", "eps", *FUSED) if name in group}
         for group in optimizer.param_groups
     ]
     for group in optimizer.param_groups:
@@ -78,7 +86,7 @@ def create_adam_state(optimizer: MegatronOptimizer) -> None:
             for parameter in group["params"]:
                 if parameter not in adam.state:
                     adam.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
+                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
