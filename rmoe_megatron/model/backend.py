@@ -24,6 +24,12 @@ def uses_transformer_engine(config: RunConfig) -> bool:
     return config.backend is Backend.transformer_engine or is_installed("transformer_engine")
 
 
+def fits_grouped_mm(hidden_size: int, rank: int | None, bytes_each: int) -> bool:
+    """Return whether rows of the modules' factors start at multiples of 16 bytes, as ``torch.nn.functional.grouped_mm`` needs."""
+    widths = [hidden_size] if rank is None else [hidden_size, rank]
+    return all(width * bytes_each % 16 == 0 for width in widths)
+
+
 def check_backend(config: RunConfig) -> None:
     """Check that what backend and precision ask for is here.
 
@@ -57,8 +63,15 @@ def describe_backend(config: RunConfig) -> str:
     adam = f"{fused_adam}'s" if fused_adam else "PyTorch's: no Transformer Engine, no Apex"
     modules = ""
     if config.recurrence is not None:
-        grouped = "grouped_mm" if cuda else "batched"
-        modules = f", modules {grouped} in all-to-all dispatch (DeepEP is not used: modules return 3 H)"
+        hidden, rank = config.model.hidden_size, config.recurrence.rank
+        fits = fits_grouped_mm(hidden, rank, config.precision.parameter_bytes)
+        why = (
+            "grouped_mm needs a GPU"
+            if not cuda
+            else f"grouped_mm needs multiples of 16 bytes, not H={hidden}, rank={rank}"
+        )
+        products = "grouped_mm" if cuda and fits else f"batched ({why})"
+        modules = f", modules {products} in all-to-all dispatch (DeepEP is not used: modules return 3 H)"
     compiled = "compiled" if config.training.compile else "not compiled (training.compile)"
     return (
         f"layers: linear {linear}, attention fused (PyTorch's scaled_dot_product_attention), norms PyTorch's without weights, "

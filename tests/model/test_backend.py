@@ -3,16 +3,23 @@
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from rmoe_megatron.config.run import Backend, Device, Fp8Config, Fp8Recipe, Precision, RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model import backend
-from rmoe_megatron.model.backend import check_backend, describe_backend, uses_transformer_engine
+from rmoe_megatron.model.backend import (
+    check_backend,
+    describe_backend,
+    fits_grouped_mm,
+    uses_transformer_engine,
+)
 from rmoe_megatron.model.transformer_config import transformer_config
 from rmoe_megatron.training.preflight import check_device
-from tests.support.configurations import one_rank, tiny_config
+from tests.support.configurations import RECURRENCE, one_rank, tiny_config
 
-CONFIG = replace(tiny_config(), device=Device.auto, precision=Precision.bf16)
+CONFIG = replace(tiny_config(replace(RECURRENCE, rank=8)), device=Device.auto, precision=Precision.bf16)
 
 
 @pytest.fixture
@@ -72,6 +79,8 @@ def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bo
     assert "Megatron-Core's (backend=local)" in line(replace(CONFIG, backend=Backend.local))
     assert "rounded as NVFP4 (emulated)" in line(replace(CONFIG, precision=Precision.nvfp4_emulated))
     assert "Transformer Engine is not installed: pip install" in line(transformer_engine=False)
+    odd = replace(CONFIG, recurrence=replace(RECURRENCE, rank=12))
+    assert "modules batched (grouped_mm needs multiples of 16 bytes, not H=32, rank=12)" in line(odd)
     assert "Adam fused (PyTorch's: no" in line()
     assert "Adam fused (apex's)" in line(apex=True)
     assert "modules" not in line(replace(CONFIG, recurrence=None)).partition("Adam")[2]
@@ -79,6 +88,30 @@ def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bo
     compiled = replace(CONFIG, training=replace(CONFIG.training, compile=True))
     assert line().endswith("blocks not compiled (training.compile).")
     assert line(compiled).endswith("blocks compiled.")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("hidden", "rank"), [(32, 8), (32, 4), (32, 2), (36, 8), (30, 8), (32, None), (30, None)]
+)
+def test_what_fits_is_what_pytorch_takes(hidden: int, rank: int | None, dtype: torch.dtype) -> None:
+    """grouped_mm itself is asked, with the strides of the modules' weights."""
+
+    def project(inputs: int, outputs: int) -> None:
+        weight = torch.randn(2, outputs, inputs, dtype=dtype)
+        offsets = torch.tensor([3, 8], dtype=torch.int32)
+        F.grouped_mm(torch.randn(8, inputs, dtype=dtype), weight.transpose(1, 2), offs=offsets)
+
+    def projects() -> bool:
+        try:
+            project(hidden, 3 * (rank or hidden))
+            if rank is not None:
+                project(rank, hidden)
+        except RuntimeError as error:
+            return "multiple of 16 bytes" not in str(error)
+        return True
+
+    assert fits_grouped_mm(hidden, rank, dtype.itemsize) is projects()
 
 
 @pytest.mark.parametrize("recipe", Fp8Recipe)

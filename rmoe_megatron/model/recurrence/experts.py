@@ -13,18 +13,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from rmoe_megatron.config.model import RecurrenceConfig
+from rmoe_megatron.model.backend import fits_grouped_mm
 
 
 class Packing:
     """Puts tokens that are sorted by module into a dense [M, capacity, ...] block and back; gaps are zero.
 
+    With tokens on a GPU their numbers are on the host all the same, where the all-to-all dispatch needs them.
     The capacity is the longest group rounded up to a multiple of ``GRANULARITY``: CPU matrix products are compiled
     for their shape, and unrounded group sizes would compile new ones in every step.
     """
 
     GRANULARITY = 64
 
-    def __init__(self, tokens_per_expert: Tensor, num_tokens: int) -> None:
+    def __init__(self, tokens_per_expert: Tensor, num_tokens: int, device: torch.device) -> None:
         counts = tokens_per_expert.to(torch.int64)
         starts = counts.cumsum(0) - counts
         granules = -(-int(counts.max()) // self.GRANULARITY)
@@ -32,8 +34,9 @@ class Packing:
         occupied = slots < counts.unsqueeze(1)
         self.shape = (counts.numel(), slots.numel())
         # Empty slots read the row after the last token, which pack() fills with zeros.
-        self.source = torch.where(occupied, starts.unsqueeze(1) + slots, num_tokens).flatten()
-        self.occupied = occupied.flatten().nonzero().squeeze(1)
+        source = torch.where(occupied, starts.unsqueeze(1) + slots, num_tokens).flatten()
+        self.source = source.to(device, non_blocking=True)
+        self.occupied = occupied.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
     def pack(self, tokens: Tensor) -> Tensor:
         """[N, ...] to [M, capacity, ...]."""
@@ -68,6 +71,8 @@ class Experts(MegatronModule):
             self.down = self._parameter(down)
             self.up = self._parameter(self._normal((modules, 3, hidden, rank), recurrence.up_init_std))
         self.rank = rank
+        # Otherwise modules run as batched products, and the run says so when it starts.
+        self.fits_grouped_mm = fits_grouped_mm(hidden, rank, config.params_dtype.itemsize)
 
     @staticmethod
     def _normal(shape: tuple[int, ...], std: float) -> Tensor:
@@ -95,10 +100,10 @@ class Experts(MegatronModule):
         Returns:
             [N, 3 H]: q, k and v side by side.
         """
-        if tokens.is_cuda:
+        if tokens.is_cuda and self.fits_grouped_mm:
             projected = self._project_grouped(tokens, tokens_per_expert)
         else:
-            packing = Packing(tokens_per_expert, tokens.shape[0])
+            packing = Packing(tokens_per_expert, tokens.shape[0], tokens.device)
             projected = packing.unpack(self._project_packed(packing.pack(tokens)))
         return projected * weights.unsqueeze(-1).to(projected.dtype)
 
