@@ -241,7 +241,7 @@ class ParallelConfig:
 
 @dataclass
 class Fp8Config:
-    """What the FP8 precisions (and NVFP4's) do. Gate, modules, modulations and the final layer stay in bf16 and float32."""
+    """What the FP8 precisions (and NVFP4's) do. Gate, modulations and the final layer stay in bf16 and float32."""
 
     recipe: Fp8Recipe = Fp8Recipe.tensorwise
     # blocks at the start and the end of the model whose products stay in bf16

@@ -1,4 +1,4 @@
-"""Linear layers that multiply what FP8 or NVFP4 tensor cores would: emulated, on any device.
+"""Linear layers and modules that multiply what FP8 or NVFP4 tensor cores would: emulated, on any device.
 
 With input x, weight w and gradient g of the output, each rounded for the product it goes into (see
 :mod:`rmoe_megatron.model.quantization`):
@@ -19,29 +19,30 @@ from torch import Tensor, nn
 
 from rmoe_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from rmoe_megatron.model.quantization import DelayedScaling, Recipe, Rounding
+from rmoe_megatron.model.recurrence.experts import Experts
 
 
 def rounded_output(rounding: Rounding, tokens: Tensor, weight: Tensor) -> Tensor:
-    """Return y, float32 [N, O], of tokens [N, K] and a weight [O, K]."""
-    return rounding.inputs(tokens, -1) @ rounding.weights(weight, -1).t()
+    """Return y, float32 [..., N, O], of tokens [..., N, K] and a weight [..., O, K]."""
+    return rounding.inputs(tokens, -1) @ rounding.weights(weight, -1).mT
 
 
 def rounded_input_gradient(rounding: Rounding, gradient: Tensor, weight: Tensor) -> Tensor:
-    """Return dx, float32 [N, K], of the output's gradient [N, O]."""
+    """Return dx, float32 [..., N, K], of the output's gradient [..., N, O]."""
     return rounding.gradients(gradient, -1) @ rounding.weights(weight, -2)
 
 
 def rounded_weight_gradient(rounding: Rounding, gradient: Tensor, tokens: Tensor) -> Tensor:
-    """Return dw, float32 [O, K]."""
-    return rounding.gradients(gradient, -2).t() @ rounding.inputs(tokens, -2)
+    """Return dw, float32 [..., O, K]."""
+    return rounding.gradients(gradient, -2).mT @ rounding.inputs(tokens, -2)
 
 
 class RoundedProduct(torch.autograd.Function):
-    """``x w^T`` of tokens [N, K] and a weight [O, K], both rounded."""
+    """``x w^T`` of tokens [..., N, K] and a weight [..., O, K], both rounded; each of several has scales of its own."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, rounding: Rounding) -> Tensor:
-        """Return [N, O] in the type of the tokens."""
+        """Return [..., N, O] in the type of the tokens."""
         ctx.save_for_backward(tokens, weight)
         ctx.rounding = rounding
         return rounded_output(rounding, tokens, weight).to(tokens.dtype)
@@ -88,3 +89,18 @@ class EmulatedRowParallelLinear(_Rounded, RowParallelLinear):
     ) -> None:
         super().__init__(*arguments, **settings)
         self.recipe = recipe()
+
+
+class EmulatedExperts(Experts):
+    """The recurrence's modules with rounded operands: each module's tokens and factors have scales of their own.
+
+    Tokens are those of its dense block, whose gaps are zero and come last: a group that is padded to whole blocks.
+    """
+
+    def __init__(self, *arguments: Any, recipe: Recipe, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.recipe = recipe
+        self.fits_grouped_mm = False
+
+    def _product(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        return RoundedProduct.apply(tokens, weight, self.recipe)

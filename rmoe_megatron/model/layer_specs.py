@@ -20,7 +20,10 @@ from rmoe_megatron.model.registry import addition_in
 # what is the same in all families, and the layers to build it of.
 BlockSpec = Callable[[ModelConfig, int, BlockSettings, Layers], ModuleSpec]
 
-ADDITION_SPECS: dict[str, Callable[[Any], ModuleSpec]] = {"recurrence": recurrence_spec, "lora": lora_spec}
+ADDITION_SPECS: dict[str, Callable[[Any, Layers], ModuleSpec]] = {
+    "recurrence": lambda recurrence, layers: recurrence_spec(recurrence, layers.experts),
+    "lora": lambda lora, _: lora_spec(lora),
+}
 
 
 def stage_spec(
@@ -53,8 +56,9 @@ def block_spec(config: RunConfig, block: BlockSpec, layer: int) -> ModuleSpec:
         compile=config.training.compile,
         addition=added[0].name if added else None,
     )
-    spec = block(model, layer, settings, layers_of(config, layer))
+    layers = layers_of(config, layer)
+    spec = block(model, layer, settings, layers)
     if added is not None:
         addition, section = added
-        spec.submodules.addition = ADDITION_SPECS[addition.name](section)
+        spec.submodules.addition = ADDITION_SPECS[addition.name](section, layers)
     return spec

@@ -1,7 +1,7 @@
 """Which layers do the work inside the blocks: Megatron-Core's, Transformer Engine's, or emulations of low precision."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -12,9 +12,14 @@ from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.model.attention import AttentionSubmodules
 from rmoe_megatron.model.backend import uses_transformer_engine
 from rmoe_megatron.model.core_attention import ScaledDotProductAttention
-from rmoe_megatron.model.emulated_linear import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
+from rmoe_megatron.model.emulated_linear import (
+    EmulatedColumnParallelLinear,
+    EmulatedExperts,
+    EmulatedRowParallelLinear,
+)
 from rmoe_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
-from rmoe_megatron.model.quantization import make_recipe
+from rmoe_megatron.model.quantization import DelayedScaling, make_recipe
+from rmoe_megatron.model.recurrence.experts import Experts
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,13 @@ class Layers:
         column_parallel_linear: a rank has rows of the weight: projections to queries, keys and values, first layer of the MLP.
         row_parallel_linear: a rank has columns of the weight: output projections, second layer of the MLP.
         core_attention: ``softmax(q k^T) v``.
+        experts: the modules of a recurrence.
     """
 
     column_parallel_linear: Callable[..., MegatronModule]
     row_parallel_linear: Callable[..., MegatronModule]
     core_attention: Callable[..., MegatronModule] = ScaledDotProductAttention
+    experts: Callable[..., Experts] = Experts
 
     def attention(self) -> AttentionSubmodules:
         """Return the layers of an attention."""
@@ -65,7 +72,12 @@ def layers_of(config: RunConfig, layer: int) -> Layers:
     if not config.precision.is_emulated or not first <= layer < last:
         return LOCAL
     recipe = partial(make_recipe, config)
-    return Layers(
+    layers = Layers(
         partial(EmulatedColumnParallelLinear, recipe=recipe),
         partial(EmulatedRowParallelLinear, recipe=recipe),
     )
+    shared = recipe()
+    # Which module gets how much of what changes from call to call: a history says nothing of the next.
+    if isinstance(shared, DelayedScaling):
+        return layers
+    return replace(layers, experts=partial(EmulatedExperts, recipe=shared))

@@ -136,6 +136,8 @@ class Recipe:
     def _round(self, values: Tensor, format: Format, block: tuple[int, int]) -> Tensor:
         """Return float32 of the same shape, rounded by blocks of the last two dimensions; (_, 0) is all of these."""
         values = values.float()
+        if values.numel() == 0:  # a rank's modules may get no token
+            return values
         rows, columns = values.shape[-2:]
         height, width = block if self.length else (rows, columns)
         padded = F.pad(values, (0, -columns % width, 0, -rows % height))

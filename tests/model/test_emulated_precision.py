@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from rmoe_megatron.config.precision_checks import check_precision
 from rmoe_megatron.config.run import (
@@ -20,9 +21,16 @@ from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_chunks, build_transformer
-from rmoe_megatron.model.emulated_linear import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
+from rmoe_megatron.model.emulated_linear import (
+    EmulatedColumnParallelLinear,
+    EmulatedExperts,
+    EmulatedRowParallelLinear,
+    rounded_output,
+)
+from rmoe_megatron.model.quantization import RECIPES
+from rmoe_megatron.model.transformer_config import transformer_config
 from tests.model.test_compile import make_batch
-from tests.support.configurations import MODEL, RECURRENCE, one_rank, randomise, tiny_config
+from tests.support.configurations import HIDDEN, MODEL, RECURRENCE, one_rank, randomise, tiny_config
 
 RECOMPUTED = replace(tiny_config().training, recompute=Recompute.full)
 
@@ -50,6 +58,50 @@ def test_linear_layers_of_the_middle_blocks_are_rounded() -> None:
         )
     ]  # fmt: skip
     assert rounded == {f"transformer.layers.{block}.{name}" for block in (1, 2) for name in names}
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_modules_are_rounded_each_by_itself(rank: int | None) -> None:
+    """A module's output is that of a rounded linear layer of its own tokens, wherever the other tokens go."""
+    recipe, counts = RECIPES[Fp8Recipe.tensorwise], torch.tensor([3, 0, 8, 5])
+    recurrence = replace(RECURRENCE, rank=rank)
+    config = replace(emulated(Precision.fp8_emulated), precision=Precision.fp32, fp8=Fp8Config())
+    with one_rank(config):
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        experts = EmulatedExperts(transformer_config(config), recurrence, groups, recipe=recipe)
+        randomise(experts)
+    tokens = torch.randn(16, HIDDEN, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -2, 2, 16
+    ).unsqueeze(1)
+    found = experts(tokens, counts, torch.ones(16)).split(counts.tolist())
+    for module, (mine, projected) in enumerate(zip(tokens.split(counts.tolist()), found, strict=True)):
+        if rank is None:
+            expected = rounded_output(recipe, mine, experts.weight[module])
+        else:
+            reduced = rounded_output(recipe, mine, experts.down[module]).chunk(3, dim=-1)
+            expected = torch.cat(
+                [
+                    rounded_output(recipe, part, up)
+                    for part, up in zip(reduced, experts.up[module], strict=True)
+                ],
+                -1,
+            )
+        torch.testing.assert_close(
+            projected, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item() if len(mine) else 0
+        )
+
+
+def test_a_recurrence_in_low_precision_has_rounded_modules() -> None:
+    for recipe, rounded in ((Fp8Recipe.mxfp8, {1, 2}), (Fp8Recipe.delayed, set())):
+        config = emulated(Precision.fp8_emulated, recipe)
+        with one_rank(config):
+            model = build_transformer(config)
+        blocks = {layer: block for layer, block in enumerate(model.transformer.layers)}
+        assert {
+            layer
+            for layer, block in blocks.items()
+            if layer in RECURRENCE.layers and isinstance(block.recurrence.experts, EmulatedExperts)
+        } == rounded
 
 
 def test_weights_have_the_names_shapes_and_types_of_bf16() -> None:

@@ -121,12 +121,16 @@ class Experts(MegatronModule):
     def _project_packed(self, tokens: Tensor) -> Tensor:
         """Project tokens [M, capacity, H] with batched matrix products; returns [M, capacity, 3 H]."""
         if self.rank is None:
-            return tokens.bmm(self.weight.transpose(1, 2))
+            return self._product(tokens, self.weight)
         modules, capacity, _ = tokens.shape
-        reduced = tokens.bmm(self.down.transpose(1, 2)).view(modules, capacity, 3, self.rank)
+        reduced = self._product(tokens, self.down).view(modules, capacity, 3, self.rank)
         reduced = reduced.transpose(1, 2).reshape(3 * modules, capacity, self.rank)
-        projected = reduced.bmm(self.up.flatten(0, 1).transpose(1, 2))
+        projected = self._product(reduced, self.up.flatten(0, 1))
         return projected.view(modules, 3, capacity, -1).transpose(1, 2).flatten(2)
+
+    def _product(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Return ``x w^T`` [G, N, O] of tokens [G, N, K] and weights [G, O, K], group by group."""
+        return tokens.bmm(weight.transpose(1, 2))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -13,6 +13,7 @@ projection of vision tokens to queries, keys and values:
 Queries, keys and values of the text don't depend on t. :mod:`rmoe_megatron.model.reference` is the same in float64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +21,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -37,12 +38,12 @@ from rmoe_megatron.model.sequence import sequence_to_heads
 class RecurrenceSubmodules:
     """The grouped projections of the modules."""
 
-    experts: ModuleSpec | type
+    experts: Callable[..., Experts]
 
 
-def recurrence_spec(recurrence: RecurrenceConfig) -> ModuleSpec:
-    """Return the module that takes the place of attention in a block with recurrence."""
-    submodules = RecurrenceSubmodules(experts=Experts)
+def recurrence_spec(recurrence: RecurrenceConfig, experts: Callable[..., Experts]) -> ModuleSpec:
+    """Return the module that takes the place of attention in a block with recurrence; ``experts`` makes its modules."""
+    submodules = RecurrenceSubmodules(experts=experts)
     return ModuleSpec(module=Recurrence, submodules=submodules, params={"recurrence": recurrence})
 
 
@@ -62,9 +63,7 @@ class Recurrence(MegatronModule):
         self.recompute = config.recompute_granularity == "selective"
         self.gate = Gate(config, recurrence, layer_number, pg_collection)
         self.modulation = Modulation(config, num_vectors=2) if recurrence.modulation else None
-        self.experts = build_module(
-            submodules.experts, config=config, recurrence=recurrence, pg_collection=pg_collection
-        )
+        self.experts = submodules.experts(config=config, recurrence=recurrence, pg_collection=pg_collection)
         local = self.experts.num_local_experts
         first = pg_collection.ep.rank() * local
         self.dispatcher = QueryKeyValueDispatcher(
