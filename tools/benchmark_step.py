@@ -27,11 +27,12 @@ from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.data.batch import Batch, TextConditions
 from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.loss import DiffusionLoss
+from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.platform import PARAMS_DTYPE, synchronize
+from rmoe_megatron.platform import PARAMS_DTYPE, compiled, synchronize
 from rmoe_megatron.pretrained.architecture import transformer_arguments
 
 Step = Callable[[int], None]
@@ -48,18 +49,32 @@ def make_batch(config: RunConfig, index: int, device: torch.device) -> Batch:
     return Batch(torch.randn(size, device=device), text, torch.arange(batch, device=device) + batch * index)
 
 
-def megatron_step(config: RunConfig, device: torch.device) -> Step:
-    """Return a step of this project's trainer."""
+def make_engine(config: RunConfig, modules: torch.nn.ModuleList, device: torch.device) -> Engine:
+    """Return this project's trainer of ``modules``, which are on ``device``."""
     null_conditions = make_batch(config, 0, device).conditions.map(lambda tensor: tensor[:1])
-    loss = DiffusionLoss(config, config.seed, null_conditions)
-    engine = build_engine(config, build_chunks(config).to(device), loss)
+    return build_engine(config, modules, DiffusionLoss(config, config.seed, null_conditions))
+
+
+def engine_step(engine: Engine, config: RunConfig, device: torch.device) -> Step:
+    """Return a step of a trainer on batches of ``config``, whose size may be another than the one it was built with."""
     return lambda index: (engine.step([make_batch(config, index, device)]), None)[1]
 
 
-def diffusers_step(config: RunConfig, device: torch.device) -> Step:
-    """Return the same step with diffusers' model under autocast-free ``dtype`` weights and PyTorch's AdamW."""
+def megatron_step(config: RunConfig, device: torch.device) -> Step:
+    """Return a step of this project's trainer."""
+    return engine_step(make_engine(config, build_chunks(config).to(device), device), config, device)
+
+
+def diffusers_step(config: RunConfig, device: torch.device, compile: bool = False) -> Step:
+    """Return the same step with diffusers' model under autocast-free ``dtype`` weights and PyTorch's AdamW.
+
+    Args:
+        compile: the model is compiled by ``torch.compile``.
+    """
     dtype = PARAMS_DTYPE[config.precision]
-    model = SD3Transformer2DModel(**transformer_arguments(config)).to(device, dtype)
+    with device:  # weights are drawn where they stay: a GPU is many times faster at it
+        model = SD3Transformer2DModel(**transformer_arguments(config)).to(dtype)
+    forward = compiled(model.forward, fullgraph=False) if compile else model
     objective = build_objective(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate)
 
@@ -67,7 +82,7 @@ def diffusers_step(config: RunConfig, device: torch.device) -> Step:
         batch = make_batch(config, index, device)
         text = batch.conditions.tensors()
         example = objective.add_noise(batch.latents, sample_keys(0, batch.sample_index))
-        prediction = model(
+        prediction = forward(
             hidden_states=example.noisy_latents.to(dtype),
             encoder_hidden_states=text["text_hidden_states"].to(dtype),
             pooled_projections=text["text_pooled"].to(dtype),
