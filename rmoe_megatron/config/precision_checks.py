@@ -1,7 +1,8 @@
 """Checks of eight- and four-bit precisions: what their layers and recipes can do."""
 
-from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.requirements import require, require_divides
 from rmoe_megatron.config.run import Backend, Fp8Config, Fp8Recipe, Precision, Recompute, RunConfig
+from rmoe_megatron.config.stages import stages_of
 
 
 def check_precision(config: RunConfig) -> None:
@@ -34,6 +35,7 @@ def check_precision(config: RunConfig) -> None:
         "fp8.num_layers_at_end_in_bf16=0.",
     )
     if not precision.is_emulated:
+        _check_products(config)
         return
     require(
         config.backend is not Backend.transformer_engine,
@@ -57,3 +59,26 @@ def check_precision(config: RunConfig) -> None:
         not config.training.compile,
         f"training.compile=true is not for precision={name}; set training.compile=false.",
     )
+
+
+def _check_products(config: RunConfig) -> None:
+    """The tensor cores' products take rows and columns by the multiple; Transformer Engine raises an error otherwise."""
+    multiple = 32 if config.fp8.recipe is Fp8Recipe.mxfp8 else 16
+    shards = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
+    model, together = config.model, f"for precision=fp8 with fp8.recipe={config.fp8.recipe.value}"
+    require_divides(multiple, f"{multiple}, {together}", model.hidden_size, "model.hidden_size")
+    for stage in stages_of(config):
+        text = stage.micro_batch_size * model.text_length
+        require_divides(
+            multiple * shards,
+            f"{multiple * shards}, {together}",
+            text,
+            "micro_batch_size x model.text_length",
+        )
+        vision = stage.micro_batch_size * (stage.sample_size // model.patch_size) ** 2
+        require_divides(
+            multiple * shards,
+            f"{multiple * shards}, {together}",
+            vision,
+            "micro_batch_size x patches of an image",
+        )

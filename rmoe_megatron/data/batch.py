@@ -59,7 +59,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples as the objective takes them."""
+    """Samples as the objective takes them; floating-point tensors have the type they were stored in until :meth:`to`."""
 
     latents: Tensor  # float32 [B, C, height, width]
     conditions: Conditions
@@ -68,9 +68,13 @@ class Batch:
     )
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on ``device``."""
-        conditions = self.conditions.map(lambda tensor: tensor.to(device))
-        return Batch(self.latents.to(device), conditions, self.sample_index.to(device))
+        """Return the batch on ``device`` in float32; of pinned memory the host does not wait for the copy."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = tensor.to(device, non_blocking=True)
+            return moved.float() if moved.is_floating_point() else moved
+
+        return Batch(move(self.latents), self.conditions.map(move), move(self.sample_index))
 
     def not_finite(self) -> dict[str, Tensor]:
         """Return for every floating-point input which samples have values that are not finite, bool [B]."""
@@ -98,10 +102,10 @@ def typed_batch(collated: dict[str, Any]) -> Batch | RawBatch:
     draws, labels = collated["sample_index"], collated.get("class_labels")
     text = None
     if "text_pooled" in collated:
-        text = TextConditions(collated["text_hidden_states"].float(), collated["text_pooled"].float())
+        text = TextConditions(collated["text_hidden_states"], collated["text_pooled"])
     if "latents" not in collated:
         return RawBatch(collated["image"], collated.get("caption"), labels, text, draws)
     if labels is not None:
-        return Batch(collated["latents"].float(), ClassConditions(labels), draws)
+        return Batch(collated["latents"], ClassConditions(labels), draws)
     assert text is not None
-    return Batch(collated["latents"].float(), text, draws)
+    return Batch(collated["latents"], text, draws)

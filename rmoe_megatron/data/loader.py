@@ -101,6 +101,7 @@ def batches(
     first_draw: int = 0,
     last_draw: int | None = None,
     num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Iterate over this rank's micro-batches.
 
@@ -108,6 +109,7 @@ def batches(
         first_draw: draws consumed so far by the run, a multiple of the global batch size.
         last_draw: where to stop; None never stops.
         num_workers: data loading processes.
+        pin_memory: keep batches in memory that a GPU copies from while the host goes on.
 
     Yields:
         Collated samples with ``sample_index``, int64 [micro_batch], the draw numbers, and ``bad_samples``, a list of
@@ -121,6 +123,7 @@ def batches(
         batch_size=None,
         sampler=_MicroBatches(layout, first_draw, last_draw),
         num_workers=num_workers,
+        pin_memory=pin_memory,
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=lambda worker: stop_signals.heed_parent_alone(),
         generator=torch.Generator(),

@@ -59,7 +59,7 @@ class Engine(Protocol):
         ...
 
     def routing_metrics(self) -> dict[str, float]:
-        """Return what the gates of the last step report, and clear it."""
+        """Return what the gates of the last step report; every rank takes part, and waits for it."""
         ...
 
     def sharded_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:

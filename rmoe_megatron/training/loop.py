@@ -94,10 +94,12 @@ class TrainingLoop:
         progress.skipped_steps += result.suspects is not None
         self.throughput.count(micro_batches, self.source.waited - self.waited)
         self.waited = self.source.waited
-        routing = engine.routing_metrics()
         if self.is_due(training.log_every):
             metrics = (
-                self.metrics(result) | routing | self.throughput.rates() | self.source.bad_samples.check()
+                self.metrics(result)
+                | engine.routing_metrics()
+                | self.throughput.rates()
+                | self.source.bad_samples.check()
             )
             self.log.log_metrics(
                 progress.step, metrics, self.throughput.remaining(training.steps - progress.step)

@@ -122,7 +122,8 @@ class TrainingSource:
     def _loader(
         self, stage: Stage, samples: Samples, order: Order, first: int, last: int | None, num_workers: int = 0
     ) -> Iterator[dict[str, Any]]:
-        return batches(samples, order, self._layout(stage), first, last, num_workers)
+        pin_memory = self.device.type == "cuda"
+        return batches(samples, order, self._layout(stage), first, last, num_workers, pin_memory)
 
     def _in_steps(self, stage: Stage, micro_batches: Iterator[Batch]) -> Iterator[list[Batch]]:
         """Hand on as many micro-batches at once as a step takes."""

@@ -24,7 +24,7 @@ from rmoe_megatron.platform import use_cpu
 from tests.support.configurations import one_rank
 
 CPU = torch.device("cpu")
-NEED_A_GPU = {"transformer_engine", "synchronisations", *(f"fp8_{recipe.value}" for recipe in Fp8Recipe)}
+NEED_A_GPU = {"transformer_engine", *(f"fp8_{recipe.value}" for recipe in Fp8Recipe)}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_what_needs_a_gpu_is_skipped_by_name_and_the_rest_runs(results: dict[str
     assert list(results) == [each.name for each in CHECKS]
     for name, result in results.items():
         assert result["status"] == ("skipped" if name in NEED_A_GPU else "ok"), result
-    assert "needs a GPU" in results["synchronisations"]["reason"]
+    assert len(results["synchronisations"]["figures"]["places"]) > 3
     assert "Transformer Engine" in results["fp8_mxfp8"]["reason"]
 
 

@@ -44,13 +44,13 @@ class MegatronEngine:
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = get_forward_backward_func()
         self.model.train()
-        forget_losses()
 
     def step(
         self, micro_batches: list[Batch], before_update: Callable[[], None] = lambda: None
     ) -> StepResult:
         """Update the weights by the micro-batches of one step; see the protocol."""
         self.num_micro_batches = len(micro_batches)
+        forget_losses()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -112,7 +112,7 @@ class MegatronEngine:
         self.model.gather_parameters()
 
     def routing_metrics(self) -> dict[str, float]:
-        """Return the load-balancing loss of the last step's gates and clear it."""
+        """Return the load-balancing loss of the last step's gates; the host waits for it."""
         return load_balancing_loss(self.config, self.num_micro_batches, self.device)
 
     def sharded_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:

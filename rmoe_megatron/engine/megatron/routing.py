@@ -9,12 +9,12 @@ from rmoe_megatron.config.run import RunConfig
 
 
 def forget_losses() -> None:
-    """Clear Megatron-Core's tracker, which is the process's: another model may have run in it before."""
+    """Clear Megatron-Core's tracker, which adds up and is the process's: other steps and other models have run in it before."""
     get_moe_metrics_tracker().clear()
 
 
 def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch.device) -> dict[str, float]:
-    """Return the mean load-balancing loss of a gate in the last step and clear Megatron-Core's tracker.
+    """Return the mean load-balancing loss of a gate in the last step.
 
     The value is that of the Switch Transformer without its coefficient: 1 when tokens spread evenly, M when all go
     to one module. The dict is empty for a model without this loss. Every rank takes part.
@@ -26,7 +26,6 @@ def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch
     total = torch.zeros((), device=device)
     if "load_balancing_loss" in tracker.metrics:
         total += tracker.metrics["load_balancing_loss"].values.sum()
-    tracker.clear()
     # Tensor- and context-parallel ranks have seen parts of the sequence, pipeline stages other gates.
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -81,12 +81,13 @@ class Gate(TopKRouter):
         logits, noise = logits.flatten(0, 1), noise.flatten(0, 1)
         logits = self.apply_z_loss(logits)
         perturbed = logits + noise
-        picked = F.one_hot(perturbed.argmax(dim=-1), self.num_experts)
-        weights = picked.float()
+        # Not F.one_hot, which asks on the host whether there are so many classes.
+        modules = torch.arange(self.num_experts, device=perturbed.device)
+        routing_map = perturbed.argmax(dim=-1, keepdim=True) == modules
+        weights = routing_map.float()
         if self.training:
             probability = torch.softmax(perturbed / self.tau, dim=-1)
             weights = weights + (probability - probability.detach())
-        routing_map = picked.bool()
         if self.training and torch.is_grad_enabled():
             weights = self._apply_aux_loss(weights, torch.softmax(logits, dim=-1), routing_map)
         return weights, routing_map

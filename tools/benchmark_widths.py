@@ -1,0 +1,143 @@
+"""How much of the machine's matrix-product rate a training step reaches, beside diffusers, by width, tokens and precision.
+
+    python tools/benchmark_widths.py [--widths 768 1536] [--tokens 256 1024] [--precisions fp32 bf16] [--profile]
+
+A dense MM-DiT (heads of 64, 77 tokens of text) takes the same step four ways, in turns: this project's trainer and diffusers'
+SD3Transformer2DModel with PyTorch's AdamW, each eager and through torch.compile. Beside them the same process measures the
+product of the MLP's first layer alone: *of the rate* is FLOPs of the step (matrix products only) over what that product
+reaches. --profile says where the time of this project's eager step goes.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from benchmark_step import Step, diffusers_step, measure, megatron_step
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from rmoe_megatron.config.model import ModelConfig
+from rmoe_megatron.config.run import DataConfig, Device, OptimizerConfig, Precision, RunConfig, TrainingConfig
+from rmoe_megatron.model.flops import training_flops_per_sample
+from rmoe_megatron.parallel import process_groups
+from rmoe_megatron.platform import PARAMS_DTYPE, synchronize
+
+HEAD_DIM, TEXT_LENGTH, WAYS = 64, 77, ("eager", "compiled", "diffusers eager", "diffusers compiled")
+# Of an operation's name, in this order; what is none of them passes over memory once and computes little.
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("scaled_dot_product",),
+    "optimizer": ("fused_adamw", "_foreach", "linalg_vector_norm"),
+}
+
+
+def make_config(arguments: argparse.Namespace, width: int, tokens: int, precision: Precision) -> RunConfig:
+    """Return the run of one row."""
+    side = int(tokens**0.5)
+    model = ModelConfig(
+        sample_size=2 * side, patch_size=2, in_channels=16, num_layers=arguments.layers, hidden_size=width,
+        num_attention_heads=width // HEAD_DIM, qk_norm=True, text_length=TEXT_LENGTH, text_hidden_size=1024,
+        pooled_size=1024, pos_embed_max_size=side,
+    )  # fmt: skip
+    batch = max(1, arguments.batch_tokens // tokens)
+    return RunConfig(
+        run_dir="unused", precision=precision, device=Device[arguments.device], model=model, data=DataConfig(train="unused"),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1),
+        training=TrainingConfig(steps=10_000, micro_batch_size=batch, global_batch_size=batch),
+    )  # fmt: skip
+
+
+def product_rate(config: RunConfig, device: torch.device, repeats: int) -> float:
+    """Return FLOP/s of the product of all vision tokens with the weight of the MLP's first layer."""
+    model, dtype = config.model, PARAMS_DTYPE[config.precision]
+    rows = config.training.micro_batch_size * (model.sample_size // model.patch_size) ** 2
+    tokens = torch.randn(rows, model.hidden_size, dtype=dtype, device=device)
+    weight = torch.randn(4 * model.hidden_size, model.hidden_size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(3 + repeats):
+        started = time.perf_counter()
+        torch.nn.functional.linear(tokens, weight)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * rows * weight.numel() / statistics.median(seconds[3:])
+
+
+def steps_of(config: RunConfig, device: torch.device) -> dict[str, Step]:
+    """Return the step in all ways."""
+    compiled = replace(config, training=replace(config.training, compile=True))
+    return dict(
+        zip(
+            WAYS,
+            (
+                megatron_step(config, device),
+                megatron_step(compiled, device),
+                diffusers_step(config, device),
+                diffusers_step(config, device, compile=True),
+            ),
+            strict=True,
+        )
+    )
+
+
+def where_time_goes(step: Step) -> dict[str, float]:
+    """Return the share of each kind of operation in the time of a step on the CPU or the GPU, by PyTorch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        step(99)
+    shares = dict.fromkeys((*KINDS, "the rest"), 0.0)
+    for event in recorded.key_averages():
+        kind = next(
+            (kind for kind, names in KINDS.items() if any(name in event.key for name in names)), "the rest"
+        )
+        shares[kind] += event.self_device_time_total or event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: spent / total for kind, spent in shares.items()}
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[768, 1536])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="of an image")
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of all images of a step")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.layers} blocks")
+    print(
+        f"| width | tokens | batch | precision | product GFLOP/s |{' | '.join(f' {way} ms (of the rate)' for way in WAYS)} |"
+    )
+    print("|" + "---|" * (5 + len(WAYS)))
+    rows = [
+        (w, t, Precision[p]) for w in arguments.widths for t in arguments.tokens for p in arguments.precisions
+    ]
+    for width, tokens, precision in tqdm(rows, desc="rows", unit="row"):
+        config = make_config(arguments, width, tokens, precision)
+        batch = config.training.micro_batch_size
+        with process_groups(config) as device:
+            rate, steps = product_rate(config, device, arguments.repeats), steps_of(config, device)
+            medians = measure(steps, arguments.repeats, device)
+            rate = max(rate, product_rate(config, device, arguments.repeats))
+            shares = where_time_goes(steps["eager"]) if arguments.profile else {}
+        flops = training_flops_per_sample(config) * batch
+        cells = [f"{medians[way] * 1e3:.0f} ({flops / medians[way] / rate:.0%})" for way in WAYS]
+        print(
+            f"| {width} | {tokens} | {batch} | {precision.value} | {rate / 1e9:.0f} | {' | '.join(cells)} |",
+            flush=True,
+        )
+        if shares:
+            print(
+                "  eager: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
