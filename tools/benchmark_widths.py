@@ -11,11 +11,13 @@ reaches. --profile says where the time of this project's eager step goes.
 import argparse
 import platform
 import statistics
+import sys
 import time
 from dataclasses import replace
 
 import torch
 from benchmark_step import Step, diffusers_step, measure, megatron_step
+from torch._inductor.exc import InductorError
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -82,6 +84,16 @@ def steps_of(config: RunConfig, device: torch.device) -> dict[str, Step]:
     )
 
 
+def runs(step: Step) -> bool:
+    """Take a step; returns False if PyTorch's compiler writes code for it that a C++ compiler refuses."""
+    try:
+        step(0)
+    except InductorError as error:
+        tqdm.write(str(error).splitlines()[0], file=sys.stderr)
+        return False
+    return True
+
+
 def where_time_goes(step: Step) -> dict[str, float]:
     """Return the share of each kind of operation in the time of a step on the CPU or the GPU, by PyTorch's profiler."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
@@ -123,12 +135,18 @@ def main() -> None:
         config = make_config(arguments, width, tokens, precision)
         batch = config.training.micro_batch_size
         with process_groups(config) as device:
-            rate, steps = product_rate(config, device, arguments.repeats), steps_of(config, device)
+            rate = product_rate(config, device, arguments.repeats)
+            steps = {way: step for way, step in steps_of(config, device).items() if runs(step)}
             medians = measure(steps, arguments.repeats, device)
             rate = max(rate, product_rate(config, device, arguments.repeats))
             shares = where_time_goes(steps["eager"]) if arguments.profile else {}
         flops = training_flops_per_sample(config) * batch
-        cells = [f"{medians[way] * 1e3:.0f} ({flops / medians[way] / rate:.0%})" for way in WAYS]
+        cells = [
+            f"{medians[way] * 1e3:.0f} ({flops / medians[way] / rate:.0%})"
+            if way in medians
+            else "does not compile"
+            for way in WAYS
+        ]
         print(
             f"| {width} | {tokens} | {batch} | {precision.value} | {rate / 1e9:.0f} | {' | '.join(cells)} |",
             flush=True,

@@ -18,7 +18,7 @@ class Precision(Enum):
 
     ``fp8``: bf16, but matrix products of the blocks' linear layers take operands of eight bits (Transformer Engine).
     ``fp8_emulated``, ``nvfp4_emulated``: the same in ordinary arithmetic on any device, to see what it does to a model before
-    there is hardware for it; slower than bf16.
+    there is hardware for it.
     """
 
     fp32 = "fp32"
