@@ -4,6 +4,7 @@ Nothing heavy is imported: these checks also take place where a job is submitted
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from rmoe_megatron.config.run import Backend, Precision, RunConfig
 from rmoe_megatron.errors import UserError
@@ -12,9 +13,12 @@ from rmoe_megatron.platform import runs_on_cuda
 INSTALL = "pip install 'rmoe-megatron[gpu]'"
 
 
-def is_installed(package: str) -> bool:
-    """Return whether a package can be imported, without importing it."""
-    return find_spec(package) is not None
+def is_installed(package: str, part: str = "") -> bool:
+    """Return whether a package, and a part of that name in it, can be imported; imports neither."""
+    found = find_spec(package)
+    return found is not None and any(
+        part == "" or Path(folder, part).is_dir() for folder in found.submodule_search_locations or ()
+    )
 
 
 def uses_transformer_engine(config: RunConfig) -> bool:
@@ -59,8 +63,12 @@ def describe_backend(config: RunConfig) -> str:
         )
     else:
         linear = f"Megatron-Core's ({_why_local(config, cuda)})"
-    fused_adam = next((each for each in ("transformer_engine", "apex") if is_installed(each)), None)
-    adam = f"{fused_adam}'s" if fused_adam else "PyTorch's: no Transformer Engine, no Apex"
+    has_apex = is_installed("apex", "optimizers")
+    other_apex = "" if has_apex or not is_installed("apex") else " (the apex here is PyPI's, another project)"
+    if is_installed("transformer_engine"):
+        adam = "transformer_engine's"
+    else:
+        adam = "apex's" if has_apex else f"PyTorch's: no Transformer Engine, no Apex{other_apex}"
     modules = ""
     if config.recurrence is not None:
         hidden, rank = config.model.hidden_size, config.recurrence.rank

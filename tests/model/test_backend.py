@@ -1,6 +1,7 @@
 """What backend and precision ask for, what is here, and what a run says of it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rmoe_megatron.model.backend import (
     check_backend,
     describe_backend,
     fits_grouped_mm,
+    is_installed,
     uses_transformer_engine,
 )
 from rmoe_megatron.model.transformer_config import transformer_config
@@ -25,9 +27,9 @@ CONFIG = replace(tiny_config(replace(RECURRENCE, rank=8)), device=Device.auto, p
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """A machine with or without a GPU and packages; the entries can be changed."""
-    has = {"gpu": True, "transformer_engine": True, "apex": False}
+    has = {"gpu": True, "transformer_engine": True, "apex": False, "apex.optimizers": False}
     monkeypatch.setattr(backend, "runs_on_cuda", lambda device: has["gpu"] and device is not Device.cpu)
-    monkeypatch.setattr(backend, "is_installed", lambda package: has[package])
+    monkeypatch.setattr(backend, "is_installed", lambda package, part="": has[f"{package}.{part}".strip(".")])
     return has
 
 
@@ -82,12 +84,25 @@ def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bo
     odd = replace(CONFIG, recurrence=replace(RECURRENCE, rank=12))
     assert "modules batched (grouped_mm needs multiples of 16 bytes, not H=32, rank=12)" in line(odd)
     assert "Adam fused (PyTorch's: no" in line()
-    assert "Adam fused (apex's)" in line(apex=True)
+    assert "no Apex (the apex here is PyPI's, another project))" in line(apex=True)
+    assert "Adam fused (apex's)" in line(**{"apex.optimizers": True})
     assert "modules" not in line(replace(CONFIG, recurrence=None)).partition("Adam")[2]
     assert "Megatron-Core's (Transformer Engine needs a GPU)" in line(gpu=False)
     compiled = replace(CONFIG, training=replace(CONFIG.training, compile=True))
     assert line().endswith("blocks not compiled (training.compile).")
     assert line(compiled).endswith("blocks compiled.")
+
+
+def test_what_is_installed_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apex" / "optimizers").mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('imported')")
+    assert not is_installed("apex")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_installed("apex")
+    assert is_installed("apex", "optimizers")
+    assert not is_installed("apex", "normalization")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
