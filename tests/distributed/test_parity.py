@@ -182,7 +182,7 @@ SWITCHES: dict[str, dict] = {
     "name",
     [
         "one",
-        "EP2-over-TP2",
+        pytest.param("EP2-over-TP2", marks=pytest.mark.distributed_full),
         pytest.param("DP2", marks=pytest.mark.distributed_full),
         pytest.param("TP2", marks=pytest.mark.distributed_full),
         pytest.param("CP2", marks=pytest.mark.distributed_full),

@@ -55,7 +55,14 @@ def test_megatron_core_is_imported_without_triton() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]]
+    "overrides",
+    [
+        [],
+        pytest.param(
+            ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+            marks=pytest.mark.distributed_full,
+        ),
+    ],
 )
 def test_a_run_says_nothing_but_its_layers_and_its_progress(tmp_path: Path, overrides: list[str]) -> None:
     short = ["training.steps=3", "optimizer.warmup_steps=1"]

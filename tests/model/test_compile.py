@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from rmoe_megatron.config.layout_checks import check_layout
-from rmoe_megatron.config.run import ParallelConfig, Recompute
+from rmoe_megatron.config.model import LoraConfig
+from rmoe_megatron.config.run import FineTuningConfig, ParallelConfig, Recompute, Trainable
 from rmoe_megatron.data.batch import Batch, TextConditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_chunks, build_transformer
+from rmoe_megatron.training.fine_tuning import freeze
 from tests.support.configurations import MODEL, RECURRENCE, TEXT_LENGTH, one_rank, randomise, tiny_config
 
 
@@ -66,16 +68,30 @@ def quick_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("recurrence", [None, RECURRENCE])
-def test_a_compiled_run_trains_alike(quick_compile: list[bool], recurrence: object) -> None:
-    """Losses, norms and weights of steps over two sizes; dense blocks are one graph each, others may break."""
-    config = tiny_config(recurrence)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [
+        ({"recurrence": None}, []),
+        ({"recurrence": RECURRENCE}, RECURRENCE.layers),
+        (
+            {"recurrence": None, "lora": LoraConfig([0, 2], rank=4), "fine_tuning": FineTuningConfig("base")},
+            [0, 2],
+        ),
+        ({"recurrence": None, "fine_tuning": FineTuningConfig("base", Trainable.blocks, [1])}, []),
+    ],
+    ids=["dense", "recurrence", "frozen with LoRA", "one trained block"],
+)
+def test_a_compiled_run_trains_alike(quick_compile: list[bool], changes: dict, broken: list[int]) -> None:
+    """Losses, norms and weights of steps over two sizes; blocks without an addition are one graph each, others may break."""
+    config = tiny_config(**changes)
     found = {}
     for compile in (False, True):
         run = replace(config, training=replace(config.training, compile=compile))
         with one_rank(run):
             modules = build_chunks(run)
             randomise(modules)
+            if config.fine_tuning is not None:
+                freeze(modules, config.fine_tuning)
             null = make_batch(0).conditions.map(lambda tensor: tensor[:1])
             engine = build_engine(run, modules, DiffusionLoss(run, run.seed, null))
             results = [engine.step([make_batch(2 * step), make_batch(2 * step + 1)]) for step in range(3)]
@@ -83,7 +99,7 @@ def test_a_compiled_run_trains_alike(quick_compile: list[bool], recurrence: obje
             validation = engine.evaluate([make_batch(10)])
             weights = {name: value.detach().clone() for name, value in modules.named_parameters()}
         found[compile] = [(result.loss, result.grad_norm) for result in results], validation, weights
-    assert quick_compile == [recurrence is None or layer not in RECURRENCE.layers for layer in range(3)]
+    assert quick_compile == [layer not in broken for layer in range(3)]
     (steps, validation, weights), (expected_steps, expected_validation, expected) = found[True], found[False]
     assert torch.tensor(steps) == pytest.approx(torch.tensor(expected_steps), rel=1e-5)
     assert validation == pytest.approx(expected_validation, rel=1e-5)
