@@ -117,8 +117,9 @@ def _in_one_process(config: RunConfig) -> RunConfig:
     training = replace(
         config.training, global_batch_size=size, recompute=Recompute.none, compile=False, stages=[]
     )
+    buckets = config.data.buckets and replace(config.data.buckets, batch=None)
     return replace(
-        config, training=training, parallel=ParallelConfig(), precision=Precision.fp32, fp8=Fp8Config(),
+        config, data=replace(config.data, buckets=buckets), training=training, parallel=ParallelConfig(), precision=Precision.fp32, fp8=Fp8Config(),
         backend=Backend.local, fine_tuning=None,
     )  # fmt: skip
 

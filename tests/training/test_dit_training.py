@@ -78,3 +78,15 @@ def test_labels_outside_the_model_are_named(folder: Path) -> None:
     assert code == 2
     assert "num_classes is 2" in errors
     assert "Traceback" not in errors
+
+
+def test_its_layers_are_measured_in_low_precision(folder: Path) -> None:
+    code, errors = rmoe(
+        "diagnose", "precision", str(folder / "run"), "--batches", "1", "--out", str(folder / "precision")
+    )
+    assert code == 0, errors
+    found = json.loads((folder / "precision" / "precision.json").read_text())
+    layers = {"attention.linear_qkv", "attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"}
+    assert {(each["block"], each["layer"]) for each in found} == {
+        (block, layer) for block in range(3) for layer in layers
+    }

@@ -132,6 +132,9 @@ def test_smaller_groups_of_a_bucket_and_a_mixture(config: Path) -> None:
     settings = ["data.train=null", mixture, "data.buckets.batch=4", "training.log_every=1"]
     one = trained(config, "mixed", *settings)
     assert_alike(trained(config, "mixed-2", *settings, "training.micro_batch_size=2", ranks=2), one)
+    # Other batches than the run's are asked of the same data.
+    code, errors = rmoe("diagnose", "precision", str(config.parent / "mixed-2"), "--batches", "1")
+    assert code == 0, errors
     # A global batch of two groups may be of two buckets.
     assert {8 * (6 + 15), 4 * (6 + 15) + 4 * (6 + 16)} <= set(losses(one, "tokens_per_step").values())
 
