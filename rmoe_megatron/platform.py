@@ -227,8 +227,30 @@ def _patch_megatron_core() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = _keep_adam_step(
         DistributedOptimizer._set_main_param_and_optimizer_states
     )
+    _use_pytorch_optimizer()
     tensor_parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     tensor_parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+
+
+def _use_pytorch_optimizer() -> None:
+    """Let Megatron-Core take PyTorch's Adam and its own sums, as it does without Transformer Engine and Apex.
+
+    Their kernels are CUDA's alone, and they may be installed here: the CPU is then what a GPU's results are compared with.
+    """
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.utils import (
+        local_multi_tensor_applier,
+        local_multi_tensor_l2_norm,
+        local_multi_tensor_scale,
+    )
+
+    optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = local_multi_tensor_applier
+        module.multi_tensor_scale_impl = local_multi_tensor_scale
+    clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None
 
 
 def _copy_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,12 +63,6 @@ def describe_backend(config: RunConfig) -> str:
         )
     else:
         linear = f"Megatron-Core's ({_why_local(config, cuda)})"
-    has_apex = is_installed("apex", "optimizers")
-    other_apex = "" if has_apex or not is_installed("apex") else " (the apex here is PyPI's, another project)"
-    if is_installed("transformer_engine"):
-        adam = "transformer_engine's"
-    else:
-        adam = "apex's" if has_apex else f"PyTorch's: no Transformer Engine, no Apex{other_apex}"
     modules = ""
     if config.recurrence is not None:
         hidden, rank = config.model.hidden_size, config.recurrence.rank
@@ -83,8 +77,20 @@ def describe_backend(config: RunConfig) -> str:
     compiled = "compiled" if config.training.compile else "not compiled (training.compile)"
     return (
         f"layers: linear {linear}, attention fused (PyTorch's scaled_dot_product_attention), norms PyTorch's without weights, "
-        f"Adam fused ({adam}){modules}, blocks {compiled}."
+        f"Adam fused ({_adam(cuda)}){modules}, blocks {compiled}."
     )
+
+
+def _adam(cuda: bool) -> str:
+    """Say whose Adam Megatron-Core takes, and why not another's; see :func:`rmoe_megatron.platform.use_cpu`."""
+    if not cuda:
+        return "PyTorch's: others need a GPU"
+    if is_installed("transformer_engine"):
+        return "Transformer Engine's"
+    if is_installed("apex", "optimizers"):
+        return "Apex's"
+    other = " (the apex here is PyPI's, another project)" if is_installed("apex") else ""
+    return f"PyTorch's: no Transformer Engine, no Apex{other}"
 
 
 def _recipe(config: RunConfig) -> str:

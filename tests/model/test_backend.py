@@ -76,7 +76,7 @@ def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bo
 
     assert "\n" not in line()
     assert "linear Transformer Engine's, attention fused" in line()
-    assert "Adam fused (transformer_engine's), modules grouped_mm" in line()
+    assert "Adam fused (Transformer Engine's), modules grouped_mm" in line()
     assert "in FP8 mxfp8" in line(replace(CONFIG, precision=Precision.fp8, fp8=Fp8Config(Fp8Recipe.mxfp8)))
     assert "Megatron-Core's (backend=local)" in line(replace(CONFIG, backend=Backend.local))
     assert "rounded as NVFP4 (emulated)" in line(replace(CONFIG, precision=Precision.nvfp4_emulated))
@@ -85,9 +85,10 @@ def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bo
     assert "modules batched (grouped_mm needs multiples of 16 bytes, not H=32, rank=12)" in line(odd)
     assert "Adam fused (PyTorch's: no" in line()
     assert "no Apex (the apex here is PyPI's, another project))" in line(apex=True)
-    assert "Adam fused (apex's)" in line(**{"apex.optimizers": True})
+    assert "Adam fused (Apex's)" in line(**{"apex.optimizers": True})
     assert "modules" not in line(replace(CONFIG, recurrence=None)).partition("Adam")[2]
     assert "Megatron-Core's (Transformer Engine needs a GPU)" in line(gpu=False)
+    assert "Adam fused (PyTorch's: others need a GPU)" in line(transformer_engine=True)
     compiled = replace(CONFIG, training=replace(CONFIG.training, compile=True))
     assert line().endswith("blocks not compiled (training.compile).")
     assert line(compiled).endswith("blocks compiled.")
