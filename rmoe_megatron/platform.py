@@ -2,7 +2,8 @@
 
 Megatron-Core is written for CUDA: it asks ``torch.cuda`` for the current device, streams and random state, creates
 small tensors with ``device='cuda'`` and compares tensor type names. :func:`use_cpu` gives each of these a CPU meaning.
-It is the only place of the project that patches anything. On CUDA nothing is patched.
+It is the only place of the project that patches anything. On CUDA one function is: PyTorch's Adam is resumed there too, where
+neither Transformer Engine nor Apex is installed.
 """
 
 import contextlib
@@ -48,6 +49,7 @@ def select_device(device: Device, local_rank: int = 0) -> torch.device:
             "every task see all of them (srun --gpus-per-node, without --gpus-per-task and --gpu-bind)."
         )
     torch.cuda.set_device(local_rank)
+    _keep_adam_steps()
     return torch.device("cuda", local_rank)
 
 
@@ -208,7 +210,6 @@ def _patch_megatron_core() -> None:
     from megatron.core import utils
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.optimizer import clip_grads, grad_scaler, optimizer
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -224,9 +225,7 @@ def _patch_megatron_core() -> None:
         module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
         setattr(param_and_grad_buffer, name, _copy_if_alone(getattr(param_and_grad_buffer, name)))
-    DistributedOptimizer._set_main_param_and_optimizer_states = _keep_adam_step(
-        DistributedOptimizer._set_main_param_and_optimizer_states
-    )
+    _keep_adam_steps()
     _use_pytorch_optimizer()
     tensor_parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     tensor_parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -238,7 +237,7 @@ def _use_pytorch_optimizer() -> None:
     Their kernels are CUDA's alone, and they may be installed here: the CPU is then what a GPU's results are compared with.
     """
     import megatron.core.optimizer as optimizers
-    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.utils import (
         local_multi_tensor_applier,
         local_multi_tensor_l2_norm,
@@ -246,6 +245,9 @@ def _use_pytorch_optimizer() -> None:
     )
 
     optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    # Whose optimizer it is decides where its checkpoints have the number of steps.
+    for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        setattr(distrib_optimizer, name, False)
     for module in (clip_grads, optimizer):
         module.multi_tensor_applier = local_multi_tensor_applier
         module.multi_tensor_scale_impl = local_multi_tensor_scale
@@ -268,6 +270,16 @@ def _copy_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
         return None
 
     return call
+
+
+@functools.cache
+def _keep_adam_steps() -> None:
+    """Let Megatron-Core's distributed optimizer resume PyTorch's Adam, on any device."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = _keep_adam_step(
+        DistributedOptimizer._set_main_param_and_optimizer_states
+    )
 
 
 def _keep_adam_step(set_states: Callable[..., None]) -> Callable[..., None]:

@@ -35,6 +35,15 @@ def check_precision(config: RunConfig) -> None:
         "fp8.num_layers_at_end_in_bf16=0.",
     )
     if not precision.is_emulated:
+        for key, is_set in (
+            ("compile", config.training.compile),
+            ("recompute", config.training.recompute is not Recompute.none),
+        ):
+            require(
+                not is_set,
+                f"training.{key} is not for precision=fp8: Transformer Engine's layers are not traced, and what is computed twice "
+                f"would not be in FP8 the second time; leave training.{key} out.",
+            )
         _check_products(config)
         return
     require(
@@ -66,7 +75,14 @@ def _check_products(config: RunConfig) -> None:
     multiple = 32 if config.fp8.recipe is Fp8Recipe.mxfp8 else 16
     shards = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
     model, together = config.model, f"for precision=fp8 with fp8.recipe={config.fp8.recipe.value}"
-    require_divides(multiple, f"{multiple}, {together}", model.hidden_size, "model.hidden_size")
+    tensor = config.parallel.tensor_model_parallel_size
+    require_divides(
+        multiple * tensor, f"{multiple * tensor}, {together}", model.hidden_size, "model.hidden_size"
+    )
+    require(
+        config.data.buckets is None,
+        "data.buckets is not for precision=fp8: not every size has a number of patches that its products take; set data.buckets=null.",
+    )
     for stage in stages_of(config):
         text = stage.micro_batch_size * model.text_length
         require_divides(

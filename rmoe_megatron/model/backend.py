@@ -6,7 +6,7 @@ Nothing heavy is imported: these checks also take place where a job is submitted
 from importlib.util import find_spec
 from pathlib import Path
 
-from rmoe_megatron.config.run import Backend, Precision, RunConfig
+from rmoe_megatron.config.run import Backend, Fp8Recipe, Precision, RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.platform import runs_on_cuda
 
@@ -40,6 +40,10 @@ def check_backend(config: RunConfig) -> None:
     Raises:
         UserError: there is no GPU, or Transformer Engine is not installed.
     """
+    if config.training.compile and uses_transformer_engine(config):
+        raise UserError(
+            "training.compile=true is for Megatron-Core's layers, not Transformer Engine's; set backend=local."
+        )
     if config.precision is Precision.fp8:
         wanted, remedy = "precision=fp8", "set precision=fp8_emulated to try it in ordinary arithmetic"
     elif config.backend is Backend.transformer_engine:
@@ -66,12 +70,11 @@ def describe_backend(config: RunConfig) -> str:
     modules = ""
     if config.recurrence is not None:
         hidden, rank = config.model.hidden_size, config.recurrence.rank
-        fits = fits_grouped_mm(hidden, rank, config.precision.parameter_bytes)
-        why = (
-            "grouped_mm needs a GPU"
-            if not cuda
-            else f"grouped_mm needs multiples of 16 bytes, not H={hidden}, rank={rank}"
-        )
+        rounded = config.precision.is_emulated and config.fp8.recipe is not Fp8Recipe.delayed
+        fits = fits_grouped_mm(hidden, rank, config.precision.parameter_bytes) and not rounded
+        why = f"grouped_mm needs multiples of 16 bytes, not H={hidden}, rank={rank}"
+        if rounded or not cuda:
+            why = "rounded each by itself" if rounded else "grouped_mm needs a GPU"
         products = "grouped_mm" if cuda and fits else f"batched ({why})"
         modules = f", modules {products} in all-to-all dispatch (DeepEP is not used: modules return 3 H)"
     compiled = "compiled" if config.training.compile else "not compiled (training.compile)"

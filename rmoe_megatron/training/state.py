@@ -153,6 +153,9 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     with refusal(f"{checkpoint.path} cannot be loaded"):
         saved_keys = dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).keys()
     sharded["rng"] = {name: tensor for name, tensor in sharded["rng"].items() if tensor.key in saved_keys}
+    # A layer whose scales had no history, under another recipe, starts one.
+    scales = sharded.get("fp8", {})
+    sharded["fp8"] = {name: tensor for name, tensor in scales.items() if tensor.key in saved_keys}
     with refusal(f"{checkpoint.path} cannot be loaded"):
         loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
     state.engine.modules.load_state_dict(loaded["model"], strict=state.base_fingerprint is None)

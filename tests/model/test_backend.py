@@ -69,6 +69,13 @@ def test_what_is_missing_is_named(machine: dict[str, bool], changes: dict) -> No
         check_backend(config)
 
 
+def test_layers_that_are_not_traced_are_not_compiled(machine: dict[str, bool]) -> None:
+    compiled = replace(CONFIG, training=replace(CONFIG.training, compile=True))
+    with pytest.raises(UserError, match="not Transformer Engine's; set backend=local"):
+        check_backend(compiled)
+    check_backend(replace(compiled, backend=Backend.local))
+
+
 def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bool]) -> None:
     def line(config: RunConfig = CONFIG, **has: bool) -> str:
         machine.update(has)
@@ -79,7 +86,9 @@ def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bo
     assert "Adam fused (Transformer Engine's), modules grouped_mm" in line()
     assert "in FP8 mxfp8" in line(replace(CONFIG, precision=Precision.fp8, fp8=Fp8Config(Fp8Recipe.mxfp8)))
     assert "Megatron-Core's (backend=local)" in line(replace(CONFIG, backend=Backend.local))
-    assert "rounded as NVFP4 (emulated)" in line(replace(CONFIG, precision=Precision.nvfp4_emulated))
+    nvfp4 = line(replace(CONFIG, precision=Precision.nvfp4_emulated))
+    assert "rounded as NVFP4 (emulated)" in nvfp4
+    assert "modules batched (rounded each by itself)" in nvfp4
     assert "Transformer Engine is not installed: pip install" in line(transformer_engine=False)
     odd = replace(CONFIG, recurrence=replace(RECURRENCE, rank=12))
     assert "modules batched (grouped_mm needs multiples of 16 bytes, not H=32, rank=12)" in line(odd)

@@ -166,6 +166,7 @@ def test_training_is_close_to_that_in_bf16() -> None:
             {"precision": Precision.fp8},
             r"micro_batch_size x model.text_length \(20\) is not divisible by 16",
         ),
+        ({"precision": Precision.fp8, "training": RECOMPUTED}, "training.recompute is not for precision=fp8"),
         ({"precision": Precision.nvfp4_emulated, "fp8": Fp8Config(Fp8Recipe.mxfp8)}, "recipe of its own"),
     ],
 )

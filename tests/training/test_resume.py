@@ -65,6 +65,14 @@ def test_delayed_scales_are_resumed(tmp_path: Path) -> None:
     code, errors = rmoe("train", "--resume", str(run_dir))
     assert code == 0, errors
     assert losses(run_dir) == whole
+    # Without a history of theirs, scales start one.
+    other = ["fp8.recipe=tensorwise", f"run_dir={tmp_path / 'other'}", "training.steps=5"]
+    code, errors = rmoe("train", config, *fp8, *other)
+    assert code == 0, errors
+    code, errors = rmoe(
+        "train", "--resume", str(tmp_path / "other"), "training.steps=7", "fp8.recipe=delayed"
+    )
+    assert code == 0, errors
     code, errors = rmoe("convert", "to-hf", str(run_dir), str(tmp_path / "model"))
     assert code == 0, errors
 

@@ -74,9 +74,9 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], schedule
     for group, values in zip(optimizer.param_groups, configured, strict=True):
         group.update(values)
     for adam in _adam_optimizers(optimizer):
-        for state in adam.state.values():
-            # Megatron-Core gives all parameters the same counter, which each of them would then advance.
-            state["step"] = state["step"].clone()
+        for parameter, state in adam.state.items():
+            # Megatron-Core gives all parameters the same counter, which each of them would then advance, on the host.
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def create_adam_state(optimizer: MegatronOptimizer) -> None:
