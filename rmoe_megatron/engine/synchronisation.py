@@ -1,8 +1,9 @@
-"""Where a training step waits for the device, and why: everywhere else the host only queues work.
+"""Where a training step waits for numbers of the device, and why.
 
 On a GPU a number that the host wants to see (``item``, ``tolist``, ``cpu``, the truth of a tensor, sizes that depend on values) stops
-the queue of kernels until it is there. Between a batch and the update of the weights this happens at the places of
-:data:`ALLOWED` and nowhere else; :class:`Recorder` finds the others, on any device.
+the queue of kernels until it is there. Between a batch and the update of the weights of an MM-DiT this happens at the places of
+:data:`ALLOWED` alone; :class:`Recorder` finds others, on any device. Copies from the host to the device that are waited for are not
+among what it finds: DDPM still makes some.
 """
 
 import sys

@@ -60,9 +60,13 @@ class RoundedProduct(torch.autograd.Function):
 
 
 class _Rounded(nn.Module):
-    """What both layers do instead of Megatron-Core's products, without tensor parallelism."""
+    """What both layers do instead of Megatron-Core's products, without tensor parallelism; each has a recipe of its own."""
 
-    recipe: Recipe | DelayedScaling
+    def __init__(
+        self, *arguments: Any, recipe: Callable[[], Recipe | DelayedScaling], **settings: Any
+    ) -> None:
+        super().__init__(*arguments, **settings)
+        self.recipe = recipe()
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
         tokens = input.flatten(0, -2)
@@ -72,23 +76,11 @@ class _Rounded(nn.Module):
 
 
 class EmulatedColumnParallelLinear(_Rounded, ColumnParallelLinear):
-    """Megatron-Core's ColumnParallelLinear with rounded operands; every layer has a recipe of its own."""
-
-    def __init__(
-        self, *arguments: Any, recipe: Callable[[], Recipe | DelayedScaling], **settings: Any
-    ) -> None:
-        super().__init__(*arguments, **settings)
-        self.recipe = recipe()
+    """Megatron-Core's ColumnParallelLinear with rounded operands."""
 
 
 class EmulatedRowParallelLinear(_Rounded, RowParallelLinear):
-    """Megatron-Core's RowParallelLinear with rounded operands; every layer has a recipe of its own."""
-
-    def __init__(
-        self, *arguments: Any, recipe: Callable[[], Recipe | DelayedScaling], **settings: Any
-    ) -> None:
-        super().__init__(*arguments, **settings)
-        self.recipe = recipe()
+    """Megatron-Core's RowParallelLinear with rounded operands."""
 
 
 class EmulatedExperts(Experts):
