@@ -75,7 +75,7 @@ def diffusers_step(config: RunConfig, device: torch.device, compile: bool = Fals
     with device:  # weights are drawn where they stay: a GPU is many times faster at it
         model = SD3Transformer2DModel(**transformer_arguments(config)).to(dtype)
     forward = compiled(model.forward, fullgraph=False) if compile else model
-    objective = build_objective(config)
+    objective = build_objective(config, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate)
 
     def step(index: int) -> None:

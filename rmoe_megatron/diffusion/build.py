@@ -1,5 +1,6 @@
 """From a configuration to its objective and to the sampler that fits it."""
 
+import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from rmoe_megatron.config.model import ModelDescription, Objective
@@ -8,10 +9,10 @@ from rmoe_megatron.diffusion.objective import TrainingObjective
 from rmoe_megatron.diffusion.rectified_flow import RectifiedFlow, resolution_shift
 
 
-def build_objective(config: ModelDescription) -> TrainingObjective:
-    """Return what the run trains for."""
+def build_objective(config: ModelDescription, device: torch.device) -> TrainingObjective:
+    """Return what the run trains for; ``device`` is where the latents will be."""
     if config.diffusion.objective is Objective.ddpm:
-        return DDPM(config.diffusion)
+        return DDPM(config.diffusion, device)
     return RectifiedFlow(config.diffusion)
 
 

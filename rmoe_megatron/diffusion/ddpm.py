@@ -18,27 +18,40 @@ class DDPM:
 
     The loss is the noise's mean squared error; a model with twice the channels also learns the variance of the
     reverse step, whose variational bound in bits per dimension is added. The bound's mean takes no gradient.
+
+    Args:
+        device: where the latents will be; what depends on the timestep alone is kept there.
     """
 
-    def __init__(self, config: DiffusionConfig) -> None:
+    def __init__(self, config: DiffusionConfig, device: torch.device) -> None:
         self.min_snr_gamma = config.min_snr_gamma
-        self.betas = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
-        self.alphas_cumprod = (1 - self.betas).cumprod(0)
-        previous = torch.cat((torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]))
+        betas = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
+        alphas_cumprod = (1 - betas).cumprod(0)
+        previous = torch.cat((torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]))
         # q(x_{t-1} | x_t, x_0), equation 7 of Ho et al., 2020.
-        posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
+        posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
         posterior_variance[0] = posterior_variance[1]  # zero at the last step; its logarithm is needed
-        self.posterior_log_variance = posterior_variance.log()
-        self.posterior_from_sample = self.betas * previous.sqrt() / (1 - self.alphas_cumprod)
-        self.posterior_from_noisy = (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
+
+        def table(values: Tensor) -> Tensor:
+            """Worked out in float64 on the CPU, where every device gets the same from; float32 [1000]."""
+            return values.float().to(device)
+
+        self.signal = table(alphas_cumprod.sqrt())
+        self.noise_scale = table((1 - alphas_cumprod).sqrt())
+        self.snr = table(alphas_cumprod / (1 - alphas_cumprod))
+        self.sample_from_noisy = table(alphas_cumprod.rsqrt())
+        self.sample_from_noise = table((1 / alphas_cumprod - 1).sqrt())
+        self.log_betas = table(betas.log())
+        self.posterior_log_variance = table(posterior_variance.log())
+        self.posterior_from_sample = table(betas * previous.sqrt() / (1 - alphas_cumprod))
+        self.posterior_from_noisy = table((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod))
 
     def add_noise(self, latents: Tensor, keys: Tensor) -> TrainingExample:
         """Draw timesteps uniformly and noise for latents float32 [B, C, H, W]; keys are int64 [B]."""
         timestep = (uniform(derive(keys, Purpose.timestep), 1).squeeze(-1) * NUM_TIMESTEPS).long()
         noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
-        signal = self._at(self.alphas_cumprod.sqrt(), timestep)
-        scale = self._at((1 - self.alphas_cumprod).sqrt(), timestep)
-        return TrainingExample(signal * latents + scale * noise, timestep.float(), noise, latents)
+        noisy = self._at(self.signal, timestep) * latents + self._at(self.noise_scale, timestep) * noise
+        return TrainingExample(noisy, timestep.float(), noise, latents)
 
     def loss(self, output: Tensor, example: TrainingExample) -> Tensor:
         """Return the mean loss for the model's output [B, C or 2 C, H, W], a float32 scalar."""
@@ -46,7 +59,7 @@ class DDPM:
         noise, *variance = output.split(example.target.shape[1], dim=1)
         loss = mean_per_sample((noise - example.target) ** 2)
         if self.min_snr_gamma is not None:
-            snr = self._at(self.alphas_cumprod / (1 - self.alphas_cumprod), timestep).flatten()
+            snr = self.snr[timestep]
             loss = loss * snr.clamp_max(self.min_snr_gamma) / snr
         if variance:
             loss = loss + self.variational_bound(noise.detach(), variance[0], example)
@@ -62,10 +75,10 @@ class DDPM:
         timestep = example.timestep.long()
         fraction = (variance + 1) / 2
         lowest = self._at(self.posterior_log_variance, timestep)
-        log_variance = fraction * self._at(self.betas.log(), timestep) + (1 - fraction) * lowest
+        log_variance = fraction * self._at(self.log_betas, timestep) + (1 - fraction) * lowest
         sample = (
-            self._at(self.alphas_cumprod.rsqrt(), timestep) * example.noisy_latents
-            - self._at((1 / self.alphas_cumprod - 1).sqrt(), timestep) * noise
+            self._at(self.sample_from_noisy, timestep) * example.noisy_latents
+            - self._at(self.sample_from_noise, timestep) * noise
         )
         mean = self._posterior_mean(sample, example.noisy_latents, timestep)
         true_mean = self._posterior_mean(example.latents, example.noisy_latents, timestep)
@@ -81,7 +94,7 @@ class DDPM:
     @staticmethod
     def _at(values: Tensor, timestep: Tensor) -> Tensor:
         """Pick a value per timestep as float32 [B, 1, 1, 1]."""
-        return values.to(timestep.device)[timestep].float().view(-1, 1, 1, 1)
+        return values[timestep].view(-1, 1, 1, 1)
 
 
 def gaussian_divergence(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

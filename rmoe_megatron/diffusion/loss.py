@@ -35,12 +35,12 @@ class DiffusionLoss:
     """Noises batches and drops conditions, by numbers that depend on seed and draw alone.
 
     Args:
-        null_conditions: of the empty caption or the dropped label, each [1, ...].
+        null_conditions: of the empty caption or the dropped label, each [1, ...], on the device where batches will be.
     """
 
     def __init__(self, description: ModelDescription, seed: int, null_conditions: Conditions) -> None:
         self.diffusion, self.seed, self.null_conditions = description.diffusion, seed, null_conditions
-        self.objective = build_objective(description)
+        self.objective = build_objective(description, null_conditions.device)
 
     def ask(self, batch: Batch) -> Question:
         """Return the question that a batch is to the model."""

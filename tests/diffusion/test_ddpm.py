@@ -15,6 +15,7 @@ from rmoe_megatron.diffusion.ddpm import DDPM, discretised_log_likelihood
 from rmoe_megatron.diffusion.objective import TrainingExample
 
 CONFIG = DiffusionConfig(objective=Objective.ddpm)
+CPU = torch.device("cpu")
 
 
 def scheduler() -> DDPMScheduler:
@@ -32,14 +33,14 @@ def example_at(timestep: int, seed: int = 0) -> TrainingExample:
 
 def test_noise_is_added_as_in_diffusers() -> None:
     latents = torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    example = DDPM(CONFIG).add_noise(latents, sample_keys(0, torch.arange(64)))
+    example = DDPM(CONFIG, CPU).add_noise(latents, sample_keys(0, torch.arange(64)))
     expected = scheduler().add_noise(latents, example.target, example.timestep.long())
     torch.testing.assert_close(example.noisy_latents, expected, rtol=1e-5, atol=1e-5)
     assert stats.kstest(example.target.flatten().numpy(), "norm").pvalue > 1e-3
 
 
 def test_timesteps_are_uniform() -> None:
-    example = DDPM(CONFIG).add_noise(torch.zeros(50000, 1, 1, 1), sample_keys(0, torch.arange(50000)))
+    example = DDPM(CONFIG, CPU).add_noise(torch.zeros(50000, 1, 1, 1), sample_keys(0, torch.arange(50000)))
     counts = torch.bincount(example.timestep.long(), minlength=1000)
     assert counts.numel() == 1000
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
@@ -49,7 +50,7 @@ def test_without_learned_variance_the_loss_is_the_noises_error() -> None:
     example = example_at(500)
     output = torch.randn(example.target.shape, generator=torch.Generator().manual_seed(1))
     expected = ((output.double() - example.target.double()) ** 2).mean()
-    assert DDPM(CONFIG).loss(output, example).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert DDPM(CONFIG, CPU).loss(output, example).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("timestep", [1, 2, 300, 999])
@@ -79,12 +80,12 @@ def test_learned_variance_adds_the_divergence_from_the_posterior(timestep: int) 
     error = (noise - example.target.double()) ** 2
     expected = error.mean() + divergence.mean() / math.log(2)
     output = torch.cat((noise, variance), dim=1).float()
-    assert DDPM(CONFIG).loss(output, example).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert DDPM(CONFIG, CPU).loss(output, example).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_posterior_equals_diffusers_sampler() -> None:
     """The bound's mean and lowest variance are those of diffusers' ancestral step."""
-    objective = DDPM(CONFIG)
+    objective = DDPM(CONFIG, CPU)
     theirs = DDPMScheduler(
         beta_schedule="linear",
         beta_start=1e-4,
@@ -112,13 +113,13 @@ def test_the_last_step_is_the_likelihood_of_a_pixel() -> None:
     betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)[:2]
     deviation = (betas[1] * betas[0] / (1 - (1 - betas).prod())).sqrt()  # the posterior's of the step before
     bits = -(2 * Normal(0.0, deviation).cdf(torch.tensor(1 / 255)) - 1).log2()
-    assert DDPM(CONFIG).loss(perfect, example).item() == pytest.approx(bits.item(), rel=1e-2)
+    assert DDPM(CONFIG, CPU).loss(perfect, example).item() == pytest.approx(bits.item(), rel=1e-2)
 
 
 def test_the_bound_gives_the_noise_no_gradient() -> None:
     example = example_at(300)
     output = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    DDPM(CONFIG).loss(output, example).backward()
+    DDPM(CONFIG, CPU).loss(output, example).backward()
     noise, variance = output.grad.chunk(2, dim=1)
     expected = 2 * (output.detach()[:, :2] - example.target) / example.target.numel()
     torch.testing.assert_close(noise, expected)
@@ -132,5 +133,5 @@ def test_min_snr_weights() -> None:
         output = torch.zeros_like(example.target)
         product = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)[timestep]
         snr = (product / (1 - product)).item()
-        plain, weighted = DDPM(CONFIG).loss(output, example), DDPM(config).loss(output, example)
+        plain, weighted = DDPM(CONFIG, CPU).loss(output, example), DDPM(config, CPU).loss(output, example)
         assert (weighted / plain).item() == pytest.approx(min(snr, 5) / snr, rel=1e-4)
