@@ -209,7 +209,7 @@ def _patch_megatron_core() -> None:
     """Replace the functions of Megatron-Core that only know CUDA tensors, or that cost the CPU dearly."""
     from megatron.core import utils
     from megatron.core.distributed import param_and_grad_buffer
-    from megatron.core.optimizer import clip_grads, grad_scaler, optimizer
+    from megatron.core.optimizer import grad_scaler, optimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -219,7 +219,7 @@ def _patch_megatron_core() -> None:
     ) -> Any:
         return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
-    for module in (clip_grads, grad_scaler, optimizer, param_and_grad_buffer, schedules, utils):
+    for module in (grad_scaler, optimizer, param_and_grad_buffer, schedules, utils):
         module.torch = _TorchOnCpu()
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
@@ -232,27 +232,20 @@ def _patch_megatron_core() -> None:
 
 
 def _use_pytorch_optimizer() -> None:
-    """Let Megatron-Core take PyTorch's Adam and its own sums, as it does without Transformer Engine and Apex.
+    """Let Megatron-Core take PyTorch's Adam and its own copies, as it does without Transformer Engine and Apex.
 
     Their kernels are CUDA's alone, and they may be installed here: the CPU is then what a GPU's results are compared with.
     """
     import megatron.core.optimizer as optimizers
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-    from megatron.core.utils import (
-        local_multi_tensor_applier,
-        local_multi_tensor_l2_norm,
-        local_multi_tensor_scale,
-    )
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
 
     optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
     # Whose optimizer it is decides where its checkpoints have the number of steps.
     for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
         setattr(distrib_optimizer, name, False)
-    for module in (clip_grads, optimizer):
-        module.multi_tensor_applier = local_multi_tensor_applier
-        module.multi_tensor_scale_impl = local_multi_tensor_scale
-    clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
-    clip_grads.multi_tensor_scale_tensor_impl = None
+    optimizer.multi_tensor_applier = local_multi_tensor_applier
+    optimizer.multi_tensor_scale_impl = local_multi_tensor_scale
 
 
 def _copy_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:

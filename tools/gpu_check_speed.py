@@ -231,7 +231,7 @@ def synchronisations(workplace: Workplace) -> Figures:
     step = _recurrent_step(workplace)
     with Recorder().recording() as recorder:
         step(1)
-    places = {place: sorted(asked) for place, asked in recorder.found.items()}
+    places = {place: dict(asked) for place, asked in recorder.found.items()}
     if unlisted := places.keys() - ALLOWED.keys():
         raise RuntimeError(
             f"a step waits for the device at places that are not listed: {', '.join(sorted(unlisted))}"

@@ -1,12 +1,13 @@
 """Where a training step waits for numbers of the device, and why.
 
 On a GPU a number that the host wants to see (``item``, ``tolist``, ``cpu``, the truth of a tensor, sizes that depend on values) stops
-the queue of kernels until it is there. Between a batch and the update of the weights of an MM-DiT this happens at the places of
-:data:`ALLOWED` alone; :class:`Recorder` finds others, on any device. Copies from the host to the device that are waited for are not
-among what it finds: DDPM still makes some.
+the queue of kernels until it is there, and so does a copy to the device that is waited for. Between a batch, which is in pinned memory,
+and the update of the weights this happens at the places of :data:`ALLOWED` alone; :class:`Recorder` finds others, on any device.
+Images and captions that are encoded during training are copied to their encoders before, and waited for.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,13 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Module and function, and the reason.
 ALLOWED = {
-    "rmoe_megatron.engine.megatron.engine:mean_over_data_parallel": "the loss: a step that is not finite must not touch the weights",
-    "megatron.core.optimizer.clip_grads:get_grad_norm_fp32": "the gradient's norm, for the same reason; Megatron-Core has it as a number",
-    "megatron.core.utils:local_multi_tensor_l2_norm": "the same where neither Transformer Engine nor Apex is installed",
-    "megatron.core.transformer.moe.moe_utils:sort_chunks_by_idxs": "how many tokens each module gets: sizes of a split",
-    "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu": "the same, sizes of the all-to-all",
+    "rmoe_megatron.engine.megatron.engine:MegatronEngine.step": "loss and norm: a step that is not finite must not touch the weights",
+    "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu": "modules on several ranks: sizes of the all-to-all",
     "rmoe_megatron.platform:_patch_megatron_core.<locals>.maybe_move_tensor_to_cpu": "the same, on the CPU",
-    "rmoe_megatron.model.recurrence.experts:Packing.__init__": "the longest group, of the same numbers: batched products, not grouped_mm",
+    "megatron.core.transformer.moe.moe_utils:sort_chunks_by_idxs": "the same numbers, which are on the host by then",
+    "rmoe_megatron.model.recurrence.experts:Packing.__init__": "the longest group: batched products, where grouped_mm can't be had",
 }
 # Operations whose result, or its size, the host waits for.
 WAITING = {
@@ -42,12 +41,13 @@ class Recorder(TorchDispatchMode):
     """Finds where the host waits for tensors while the context is open.
 
     Attributes:
-        found: by place, ``module:function`` of the innermost code of this package or Megatron-Core, what was asked for.
+        found: by place, ``module:function`` of the innermost code of this package or Megatron-Core, what was asked for and
+            how often.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, set[str]] = {}
+        self.found: dict[str, Counter[str]] = {}
 
     @contextmanager
     def recording(self) -> Iterator["Recorder"]:
@@ -64,8 +64,8 @@ class Recorder(TorchDispatchMode):
         waits = WAITING.get(func.name().removesuffix(".default"))
         if waits is None and func is torch.ops.aten.index.Tensor and _has_mask(args[1]):
             waits = "index with a mask"
-        if waits is None and func is torch.ops.aten._to_copy.default and _leaves_device(args[0], kwargs):
-            waits = "copy to the host"
+        if waits is None and func is torch.ops.aten._to_copy.default:
+            waits = _copy(args[0], kwargs)
         if waits is not None:
             self._note(waits)
         return func(*args, **(kwargs or {}))
@@ -82,7 +82,7 @@ class Recorder(TorchDispatchMode):
         while frame is not None:
             module = frame.f_globals.get("__name__", "")
             if module.startswith(PACKAGES) and module != __name__:
-                self.found.setdefault(f"{module}:{frame.f_code.co_qualname}", set()).add(waits)
+                self.found.setdefault(f"{module}:{frame.f_code.co_qualname}", Counter())[waits] += 1
                 return
             assert frame.f_back is not None, "called from outside the package"
             frame = frame.f_back
@@ -92,6 +92,11 @@ def _has_mask(indices: list[Tensor | None]) -> bool:
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
-def _leaves_device(tensor: Tensor, settings: dict[str, Any] | None) -> bool:
-    device = (settings or {}).get("device")
-    return device is not None and device.type == "cpu" and tensor.device.type != "cpu"
+def _copy(tensor: Tensor, settings: dict[str, Any] | None) -> str | None:
+    """Name a copy between host and device that is waited for."""
+    device, non_blocking = (settings or {}).get("device"), (settings or {}).get("non_blocking")
+    if device is None or (device.type == "cpu") == (tensor.device.type == "cpu"):
+        return None
+    if device.type == "cpu":
+        return "copy to the host"
+    return None if non_blocking else "copy to the device"

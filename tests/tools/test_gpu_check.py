@@ -49,7 +49,7 @@ def test_what_needs_a_gpu_is_skipped_by_name_and_the_rest_runs(results: dict[str
     assert list(results) == [each.name for each in CHECKS]
     for name, result in results.items():
         assert result["status"] == ("skipped" if name in NEED_A_GPU else "ok"), result
-    assert len(results["synchronisations"]["figures"]["places"]) > 3
+    assert any("MegatronEngine.step" in place for place in results["synchronisations"]["figures"]["places"])
     assert "Transformer Engine" in results["fp8_mxfp8"]["reason"]
 
 

@@ -14,6 +14,7 @@ from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
 from rmoe_megatron.engine.megatron.chunks import ModelChunks, data_parallelism
+from rmoe_megatron.engine.megatron.gradient_norm import clip_gradients, gradient_norm
 from rmoe_megatron.engine.megatron.optimizer import (
     OPTIMIZER_FORMAT,
     build_optimizer,
@@ -56,12 +57,15 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         losses = self._losses(micro_batches, forward_only=False)
         before_update()
-        # Megatron-Core's optimizer looks for NaN under float16's loss scaling only: with NaN gradients it would update.
         self.optimizer.prepare_grads()
-        loss, grad_norm = mean_over_data_parallel(losses), float(self.optimizer.get_grad_norm() or 0.0)
+        mean = mean_over_data_parallel(losses)
+        # Both in one copy to the host, the only one of a step.
+        loss, grad_norm = torch.stack((mean, gradient_norm(self.optimizer))).tolist()
+        # Megatron-Core's optimizer looks for NaN under float16's loss scaling only: with NaN gradients it would update.
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return StepResult(loss, grad_norm, learning_rate, find_suspects(micro_batches, losses))
-        self.optimizer.step()
+        clip_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
         return StepResult(loss, grad_norm, learning_rate)
 
@@ -71,7 +75,7 @@ class MegatronEngine:
         self.model.train(False)
         losses = self._losses(micro_batches, forward_only=True)
         self.model.train()
-        return mean_over_data_parallel(losses)
+        return mean_over_data_parallel(losses).item()
 
     @torch.no_grad()
     def denoise(self, latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions) -> Tensor:
@@ -175,8 +179,8 @@ class MegatronEngine:
         return model(**question.arguments()), loss
 
 
-def mean_over_data_parallel(losses: list[Tensor]) -> float:
-    """Average micro-batch losses over this rank's micro-batches and over data-parallel ranks.
+def mean_over_data_parallel(losses: list[Tensor]) -> Tensor:
+    """Average micro-batch losses over this rank's micro-batches and over data-parallel ranks: a float32 scalar.
 
     With pipeline parallelism only the last stage has losses; it hands the mean to the other stages.
     """
@@ -189,4 +193,4 @@ def mean_over_data_parallel(losses: list[Tensor]) -> float:
     )
     mean /= parallel_state.get_data_parallel_world_size()
     torch.distributed.broadcast(mean, src=last, group=group)
-    return mean.item()
+    return mean

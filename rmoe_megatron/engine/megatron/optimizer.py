@@ -8,6 +8,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.engine.megatron.chunks import ModelChunks
+from rmoe_megatron.engine.megatron.gradient_norm import parts
 from rmoe_megatron.platform import PARAMS_DTYPE
 
 # Megatron-Core's format that can be loaded under any other parallel layout.
@@ -93,4 +94,4 @@ def create_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _adam_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [part.optimizer for part in parts(optimizer)]

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
@@ -33,10 +35,38 @@ class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
         Returns:
             [S, B, 3 H] in the order of ``tokens``.
         """
+        if self.ep_size * self.tp_size == 1:
+            return self._apply_here(experts, tokens, routing_map, weights)
         sent, sent_weights = self.token_dispatch(*self.dispatch_preprocess(tokens, routing_map, weights))
         received, tokens_per_expert, received_weights = self.dispatch_postprocess(sent, sent_weights)
         projected = experts(received, tokens_per_expert, received_weights)
         return self.combine_postprocess(self.token_combine(self.combine_preprocess(projected)))
+
+    def _apply_here(
+        self,
+        experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+        tokens: Tensor,
+        routing_map: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """Do the same where all modules are on this rank: nothing is sent, so the host need not know how much would be."""
+        states = tokens.flatten(0, 1)
+        sorted_states, sorted_weights, order, *_ = permute(
+            states,
+            routing_map,
+            probs=weights,
+            num_out_tokens=len(states) * self.config.moe_router_topk,
+            fused=self.config.moe_permute_fusion,
+        )
+        projected = experts(sorted_states, routing_map.sum(dim=0), sorted_weights)
+        restored = unpermute(
+            projected,
+            order,
+            restore_shape=torch.Size((len(states), projected.shape[-1])),
+            routing_map=routing_map,
+            fused=self.config.moe_permute_fusion,
+        )
+        return restored.view(*tokens.shape[:-1], -1)
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """Put the tokens back into their order: [S, B, 3 H]."""

@@ -19,15 +19,15 @@ from rmoe_megatron.model.backend import fits_grouped_mm
 class Packing:
     """Puts tokens that are sorted by module into a dense [M, capacity, ...] block and back; gaps are zero.
 
-    With tokens on a GPU their numbers are on the host all the same, where the all-to-all dispatch needs them.
-    The capacity is the longest group rounded up to a multiple of ``GRANULARITY``: CPU matrix products are compiled
-    for their shape, and unrounded group sizes would compile new ones in every step.
+    The host has to know the numbers of tokens, as it does already where the all-to-all dispatch needed them. The
+    capacity is the longest group rounded up to a multiple of ``GRANULARITY``: CPU matrix products are compiled for
+    their shape, and unrounded group sizes would compile new ones in every step.
     """
 
     GRANULARITY = 64
 
     def __init__(self, tokens_per_expert: Tensor, num_tokens: int, device: torch.device) -> None:
-        counts = tokens_per_expert.to(torch.int64)
+        counts = tokens_per_expert.to("cpu", torch.int64)
         starts = counts.cumsum(0) - counts
         granules = -(-int(counts.max()) // self.GRANULARITY)
         slots = torch.arange(max(granules, 1) * self.GRANULARITY)
@@ -94,7 +94,7 @@ class Experts(MegatronModule):
 
         Args:
             tokens: [N, H], sorted by module.
-            tokens_per_expert: int64 [M / EP]; some may be zero.
+            tokens_per_expert: int64 [M / EP], on the host after an all-to-all, else with the tokens; some may be zero.
             weights: float32 [N], the gate's weight of each token.
 
         Returns:
@@ -109,7 +109,7 @@ class Experts(MegatronModule):
 
     def _project_grouped(self, tokens: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Project tokens [N, H], sorted by module, with grouped matrix products; returns [N, 3 H]."""
-        offsets = tokens_per_expert.to(tokens.device).cumsum(0, dtype=torch.int32)
+        offsets = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0, dtype=torch.int32)
         if self.rank is None:
             return F.grouped_mm(tokens, self.weight.transpose(1, 2), offs=offsets)
         reduced = F.grouped_mm(tokens, self.down.transpose(1, 2), offs=offsets)
