@@ -135,13 +135,18 @@ def batches(
 
 
 def _until_a_worker_ends(loaded: Iterator[Any]) -> Iterator[Any]:
-    """Hand on what is loaded; the end of a connection to a worker is said as PyTorch says the end of a worker."""
+    """Hand on what is loaded; the end of a connection to a worker is said as PyTorch says the end of a worker.
+
+    So is the end of the thread that copies to pinned memory, which reads from that connection.
+    """
     while True:
         try:
             batch = next(loaded)
         except StopIteration:
             return
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "Pin memory thread" not in str(error):
+                raise
             # PyTorch's handler would raise in the middle of the end.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise RuntimeError(f"DataLoader worker ended: {type(error).__name__} {error}".rstrip()) from error

@@ -416,7 +416,10 @@ def test_missing_or_empty_folders_are_the_users_mistake(tmp_path: Path, make) ->
         ShardDataset(tmp_path / "data")
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionResetError(104, "reset"), EOFError(), RuntimeError("Pin memory thread exited unexpectedly")],
+)
 def test_the_end_of_a_connection_to_a_worker_is_the_worker_s(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,3 +432,12 @@ def test_the_end_of_a_connection_to_a_worker_is_the_worker_s(
     assert next(batches_until) == 1
     with pytest.raises(RuntimeError, match="DataLoader worker ended"):
         next(batches_until)
+
+
+def test_another_error_of_loading_stays_itself() -> None:
+    def loaded() -> Iterator[int]:
+        yield from ()
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        next(loader._until_a_worker_ends(loaded()))

@@ -23,6 +23,7 @@ from rmoe_megatron.engine.megatron.optimizer import (
 )
 from rmoe_megatron.engine.megatron.routing import forget_losses, load_balancing_loss
 from rmoe_megatron.engine.megatron.scales import load_scales, sharded_scales
+from rmoe_megatron.engine.prefetching import prefetched
 from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.engine.suspects import find_suspects
 from rmoe_megatron.model.sequence import num_shards, padded_length
@@ -95,7 +96,8 @@ class MegatronEngine:
         self.model.train(False)
         outputs = self._run_schedule(
             forward_step,
-            batches,
+            [iter(batches) for _ in self.model.wrapped],
+            len(batches),
             (size, *latents.shape[2:]),
             forward_only=True,
             collect_non_loss_data=True,
@@ -139,14 +141,20 @@ class MegatronEngine:
             0
         ].latents  # with pipeline parallelism they are all of one size, elsewhere nothing asks
         stored = self._run_schedule(
-            self.forward_step, batches, (len(latents), *latents.shape[2:]), forward_only
+            self.forward_step,
+            # Every chunk takes them in turn.
+            [prefetched(batches, self.device) for _ in self.model.wrapped],
+            len(batches),
+            (len(latents), *latents.shape[2:]),
+            forward_only,
         )
         return [entry["loss"] for entry in stored]
 
     def _run_schedule(
         self,
         forward_step: Callable[..., Any],
-        batches: list[Any],
+        iterators: list[Iterator[Any]],
+        num_micro_batches: int,
         size: tuple[int, int, int],
         forward_only: bool,
         collect_non_loss_data: bool = False,
@@ -156,9 +164,9 @@ class MegatronEngine:
         text_length = padded_length(model.text_length, num_shards(self.model.config))
         return self.forward_backward(
             forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in self.model.wrapped],  # every chunk takes them in turn
+            data_iterator=iterators,
             model=self.model.wrapped,
-            num_microbatches=len(batches),
+            num_microbatches=num_micro_batches,
             seq_length=text_length + height * width // model.patch_size**2,
             micro_batch_size=samples,
             forward_only=forward_only,
@@ -169,7 +177,7 @@ class MegatronEngine:
         self, micro_batches: Iterator[Batch], model: Callable[..., Tensor]
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
         """Noise one micro-batch and answer it (Megatron-Core's ``forward_step_func``)."""
-        question = self.loss.ask(next(micro_batches).to(self.device))
+        question = self.loss.ask(next(micro_batches))
 
         def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             value = question.loss(output)
