@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.module import MegatronModule
-from torch import nn
+from torch import Tensor, nn
 
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.errors import UserError
@@ -33,6 +34,15 @@ def model_state(chunks: nn.ModuleList) -> ShardedStateDict:
     if len(trained) == len(list(chunks.parameters())):
         return state
     return {name: sharded for name, sharded in state.items() if name in trained}
+
+
+def averages_state(model: ShardedStateDict, averages: dict[str, Tensor]) -> ShardedStateDict:
+    """Return the averages of parameters sharded as these are in :func:`model_state`, under keys that start with ``ema.``."""
+    return {
+        name: replace(sharded, key=f"ema.{sharded.key}", data=averages[name], dtype=torch.float32)
+        for name, sharded in model.items()
+        if name in averages
+    }
 
 
 def load_weights(chunks: nn.ModuleList, weights: RunWeights, fresh: Callable[[str], bool]) -> None:

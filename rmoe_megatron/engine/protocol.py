@@ -28,10 +28,13 @@ class Engine(Protocol):
     """Trains, evaluates and asks one model. Every rank calls every method.
 
     Attributes:
-        modules: what this rank has of the model; Megatron-Core's ``sharded_state_dict`` describes it.
+        modules: what this rank has of the model.
+        parameters: this rank's parts of the trained parameters, by their names in ``modules``; what is written into them
+            between the other calls is what the model then has.
     """
 
     modules: nn.ModuleList
+    parameters: dict[str, Tensor]
 
     def step(
         self, micro_batches: list[Batch], before_update: Callable[[], None] = lambda: None
@@ -62,15 +65,30 @@ class Engine(Protocol):
         """Return what the gates of the last step report; every rank takes part, and waits for it."""
         ...
 
-    def sharded_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-        """Describe optimizer and schedule to Megatron-Core's dist_checkpointing.
+    def keys(self) -> dict[str, str]:
+        """Return the names in the whole model of what this rank has, by the names in ``modules``."""
+        ...
+
+    def sharded_state(self, averages: dict[str, Tensor], is_loading: bool) -> dict[str, Any]:
+        """Describe everything that training changes to Megatron-Core's dist_checkpointing; every rank takes part.
+
+        Every engine saves weights and averages under the same keys, as whole tensors of any layout: another engine can
+        start from them.
 
         Args:
-            model: description of the model's trained tensors.
+            averages: of ``parameters``.
             is_loading: the description names where loaded values go.
+
+        Returns:
+            ``model``: the model's weights, or of a partly frozen one the trained ones; ``ema``: the averages, under keys
+            that start with ``ema.``; and what else the engine needs to go on: optimizer and schedule.
         """
         ...
 
-    def load_state(self, loaded: dict[str, Any]) -> None:
-        """Take over what was loaded into :meth:`sharded_state`; learning rates and betas stay those of the run."""
+    def load_state(self, loaded: dict[str, Any], averages: dict[str, Tensor]) -> None:
+        """Take over what was loaded into :meth:`sharded_state`; learning rates and betas stay those of the run.
+
+        Args:
+            averages: take those that were loaded.
+        """
         ...

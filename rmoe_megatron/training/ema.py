@@ -4,26 +4,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ExponentialMovingAverage:
-    """Float32 average of a model's parameters, on this rank's shard of the model.
+    """Float32 average of a model's parameters, of what this rank has of them.
 
     The decay of update n is ``min(decay, (1 + n) / (10 + n))`` and 0 for the first (n = 0), so that the average forgets
     the initial weights; with a power it is ``min(decay, 1 - (1 + n) ** -power)``. These are the two ramps of
     diffusers' EMAModel.
 
     Args:
-        model: its trainable parameters are averaged.
+        parameters: by name, those of an engine.
     """
 
-    def __init__(self, model: nn.Module, decay: float, power: float | None = None) -> None:
+    def __init__(self, parameters: dict[str, Tensor], decay: float, power: float | None = None) -> None:
         self.decay = decay
         self.power = power
-        self.parameters = {
-            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
+        self.parameters = parameters
         self.averages = {
             name: parameter.detach().float().clone() for name, parameter in self.parameters.items()
         }

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 
 from rmoe_megatron import durable
-from rmoe_megatron.checkpoint.model_state import full_state
-from rmoe_megatron.engine.protocol import StepResult
+from rmoe_megatron.engine.protocol import Engine, StepResult
 from rmoe_megatron.errors import RunError
 from rmoe_megatron.training.logging import json_text
 
@@ -24,15 +22,15 @@ class Health:
     """Watches the steps of a run.
 
     Args:
-        chunks: what this rank has of the model.
+        engine: whose weights are looked at when a run is ended.
         locate: names the shard and key of a draw.
         limit: steps in a row that may be left out.
     """
 
     def __init__(
-        self, run_dir: Path, chunks: nn.ModuleList, locate: Callable[[int], dict[str, str]], limit: int
+        self, run_dir: Path, engine: Engine, locate: Callable[[int], dict[str, str]], limit: int
     ) -> None:
-        self.run_dir, self.chunks, self.locate, self.limit = run_dir, chunks, locate, limit
+        self.run_dir, self.engine, self.locate, self.limit = run_dir, engine, locate, limit
         self.skipped: list[dict[str, Any]] = []  # in a row, up to now
 
     def check(self, step: int, result: StepResult) -> None:
@@ -62,7 +60,7 @@ class Health:
             )
 
     def _diagnose(self, step: int) -> None:
-        found = _not_finite_parameters(self.chunks)
+        found = _not_finite_parameters(self.engine)
         if dist.get_rank() == 0:
             diagnosis = {"step": step, "skipped": self.skipped, **found}
             durable.write(self.run_dir / DIAGNOSIS, json_text(diagnosis, indent=1) + "\n")
@@ -74,11 +72,10 @@ def _listed(samples: list[dict[str, Any]]) -> str:
     return (", ".join(named) or "no sample") + more
 
 
-def _not_finite_parameters(chunks: nn.ModuleList) -> dict[str, list[str]]:
-    """Name the parameters whose values or gradients are not finite on any rank; every rank takes part."""
-    keys = {name: getattr(entry, "key", name) for name, entry in full_state(chunks).items()}
-    values, gradients = set(), set()
-    for name, parameter in chunks.named_parameters():
+def _not_finite_parameters(engine: Engine) -> dict[str, list[str]]:
+    """Name the trained parameters whose values or gradients are not finite on any rank; every rank takes part."""
+    keys, values, gradients = engine.keys(), set(), set()
+    for name, parameter in engine.parameters.items():
         gradient = getattr(parameter, "main_grad", None)  # of Megatron-Core's data parallelism
         if not parameter.isfinite().all():
             values.add(keys[name])

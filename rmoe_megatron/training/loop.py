@@ -62,7 +62,7 @@ class TrainingLoop:
         if training.sample_prompts:
             prompts = self.source.encode_prompts(training.sample_prompts)
             self.grid = SampleGrid(self.config, prompts, self.source.autoencoder)
-        health = Health(run_dir, engine.modules, self.source.locate, training.max_skipped_steps)
+        health = Health(run_dir, engine, self.source.locate, training.max_skipped_steps)
         self.throughput = Throughput(self.config, self.device)
         self.saved = progress.step, list(progress.pending)
         why, draws, batches = None, None, iter(list[list[Batch]]())

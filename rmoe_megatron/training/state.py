@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmoe_megatron.checkpoint.folders import (
     CheckpointFolder,
@@ -19,7 +18,6 @@ from rmoe_megatron.checkpoint.folders import (
     read_state,
     remove_old,
 )
-from rmoe_megatron.checkpoint.model_state import model_state
 from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.run import RunConfig
@@ -54,22 +52,7 @@ class TrainingState:
 
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
         """Describe the state to dist_checkpointing; with ``is_loading`` it names where loaded values go."""
-        model = model_state(self.engine.modules)
-        return {
-            "model": model,
-            "ema": ema_state(self.engine.modules, self.ema.averages),
-            **self.engine.sharded_state(model, is_loading),
-            "rng": rng_state(),
-        }
-
-
-def ema_state(chunks: nn.ModuleList, averages: dict[str, Tensor]) -> ShardedStateDict:
-    """Return the averages sharded as the parameters they average, under keys that start with ``ema.``."""
-    return {
-        name: replace(sharded, key=f"ema.{sharded.key}", data=averages[name], dtype=torch.float32)
-        for name, sharded in model_state(chunks).items()
-        if name in averages
-    }
+        return self.engine.sharded_state(self.ema.averages, is_loading) | {"rng": rng_state()}
 
 
 def rng_state() -> dict[str, Any]:
@@ -105,7 +88,7 @@ def save_checkpoint(
     Raises:
         RunError: weights or averages are not finite; nothing is published and nothing removed.
     """
-    check_finite([*state.engine.modules.named_parameters(), *state.ema.averages.items()], state.progress.step)
+    check_finite([*state.engine.parameters.items(), *state.ema.averages.items()], state.progress.step)
     final, is_rank0 = checkpoint_path(run_dir, state.progress.step), dist.get_rank() == 0
     with new_checkpoint(final, before_publishing) as partial:
         save_sharded(state.sharded_state_dict(is_loading=False), partial)
@@ -158,10 +141,7 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     sharded["fp8"] = {name: tensor for name, tensor in scales.items() if tensor.key in saved_keys}
     with refusal(f"{checkpoint.path} cannot be loaded"):
         loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
-    state.engine.modules.load_state_dict(loaded["model"], strict=state.base_fingerprint is None)
-    state.engine.load_state(loaded)
-    for name, average in loaded["ema"].items():
-        state.ema.averages[name].copy_(average)
+    state.engine.load_state(loaded, state.ema.averages)
     _load_rng(loaded.get("rng", {}))
     state.progress.step, state.progress.samples = progress["step"], progress["samples"]
     state.progress.skipped_steps = progress.get("skipped_steps", 0)  # checkpoints that don't say had none

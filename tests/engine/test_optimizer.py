@@ -60,3 +60,16 @@ def test_steps_are_those_of_adamw(distributed: bool) -> None:
         optimizers = _adam_optimizers(engine.optimizer)
         assert len(optimizers) >= 1
         assert all(group["fused"] for adam in optimizers for group in adam.param_groups)
+
+
+def test_what_is_frozen_is_no_parameter_to_be_averaged() -> None:
+    config = tiny_config()
+    with one_rank(config):
+        modules = build_chunks(config)
+        frozen = {name for name, _ in modules.named_parameters() if ".experts." not in name}
+        for name, parameter in modules.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        null = make_batch(0).conditions.map(lambda tensor: tensor[:1])
+        engine = MegatronEngine(config, modules, DiffusionLoss(config, config.seed, null))
+        assert engine.parameters.keys() == dict(modules.named_parameters()).keys() - frozen
+        assert len(engine.parameters) > 0

@@ -130,7 +130,7 @@ def train(config: RunConfig) -> Result:
         result.initial = gathered(modules)
         perturb(modules)
         engine = MegatronEngine(config, modules, DiffusionLoss(config, config.seed, null))
-        ema = ExponentialMovingAverage(modules, 0.9)
+        ema = ExponentialMovingAverage(engine.parameters, 0.9)
         for number, micro_batches in enumerate(batches(config)):
 
             def before_update(number: int = number) -> None:

@@ -108,8 +108,8 @@ def test_weights_that_are_not_finite_are_never_published(tmp_path: Path, spoilt:
     with one_rank(config) as device:
         modules = build_chunks(config).to(device)
         null = TextConditions(torch.zeros(1, 5, 12), torch.zeros(1, 10))
-        ema = ExponentialMovingAverage(modules, 0.9)
         engine = build_engine(config, modules, DiffusionLoss(config, config.seed, null))
+        ema = ExponentialMovingAverage(engine.parameters, 0.9)
         state = TrainingState(engine, ema, Progress(step=3))
         save_checkpoint(state, config, tmp_path)
         name, parameter = list(modules.named_parameters())[-1]

@@ -10,6 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from rmoe_megatron.checkpoint.model_state import averages_state, full_state, model_state
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
@@ -41,6 +42,9 @@ class MegatronEngine:
         self.device = loss.null_conditions.device
         self.model = ModelChunks(modules, data_parallelism(config))
         self.optimizer, self.scheduler = build_optimizer(config, self.model)
+        self.parameters: dict[str, Tensor] = {
+            name: parameter for name, parameter in modules.named_parameters() if parameter.requires_grad
+        }
         self.num_micro_batches = 0  # of the last step
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
@@ -121,16 +125,26 @@ class MegatronEngine:
         """Return the load-balancing loss of the last step's gates; the host waits for it."""
         return load_balancing_loss(self.config, self.num_micro_batches, self.device)
 
-    def sharded_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-        """Describe optimizer, schedule and histories of scales to dist_checkpointing, so that any parallel layout can load them."""
+    def keys(self) -> dict[str, str]:
+        """Return the names in the whole model of what this rank has."""
+        return {name: getattr(entry, "key", name) for name, entry in full_state(self.modules).items()}
+
+    def sharded_state(self, averages: dict[str, Tensor], is_loading: bool) -> dict[str, Any]:
+        """Describe weights, averages, optimizer, schedule and histories of scales so that any parallel layout can load them."""
+        model = model_state(self.modules)
         create_adam_state(self.optimizer)  # before the first update, or after steps that were all left out
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
-        state = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+        state = {"model": model, "ema": averages_state(model, averages)}
+        state |= {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
         scales = sharded_scales(self.modules)
         return state | ({"fp8": scales} if scales else {})
 
-    def load_state(self, loaded: dict[str, Any]) -> None:
-        """Take over optimizer, schedule and scales; learning rates, betas and eps stay those of the configuration."""
+    def load_state(self, loaded: dict[str, Any], averages: dict[str, Tensor]) -> None:
+        """Take over everything that was saved; learning rates, betas and eps stay those of the configuration."""
+        is_whole = len(self.parameters) == len(list(self.modules.parameters()))  # what is frozen is not saved
+        self.modules.load_state_dict(loaded["model"], strict=is_whole)
+        for name, average in loaded["ema"].items():
+            averages[name].copy_(average)
         load_optimizer(self.optimizer, loaded["optimizer"], loaded["scheduler"])
         self.scheduler.load_state_dict(loaded["scheduler"])
         load_scales(self.modules, loaded.get("fp8", {}))
