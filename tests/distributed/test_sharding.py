@@ -191,3 +191,33 @@ def test_a_rank_whose_modules_get_no_tokens(tmp_path: Path) -> None:
         assert first[1][name][1].norm() == 0, name
     ((alone, _),) = route_to_first_module(RECURSIVE)
     torch.testing.assert_close(first[0], alone)
+
+
+def graphs_kept(config: RunConfig) -> list[str]:
+    """What the dispatchers of modules hold after a step that leads into its graph."""
+    from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.engine.megatron.engine import MegatronEngine
+    from rmoe_megatron.model.build import build_chunks
+    from rmoe_megatron.parallel import process_groups
+
+    with process_groups(config):
+        modules = build_chunks(config)
+        batch = next(batches(config))[0]
+        null = batch.conditions.map(lambda tensor: tensor[:1])
+        MegatronEngine(config, modules, DiffusionLoss(config, config.seed, null)).step([batch])
+        dispatchers = [vars(each.dispatcher) for each in modules.modules() if hasattr(each, "dispatcher")]
+        assert [each["hidden_shape"][-1] for each in dispatchers] == [
+            3 * HIDDEN
+        ]  # it was used, and gave q, k and v
+        return [
+            name
+            for attributes in dispatchers
+            for name, value in attributes.items()
+            if isinstance(value, Tensor) and value.grad_fn is not None
+        ]
+
+
+def test_dispatch_to_other_ranks_holds_no_graph(tmp_path: Path) -> None:
+    """One would lead to the model, in a circle that Python does not see: its memory would never be free again."""
+    config = replace(RECURSIVE, parallel=layout(ep=2))
+    assert run_on_ranks(2, {"EP2": config}, tmp_path, graphs_kept)["EP2"] == []

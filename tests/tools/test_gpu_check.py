@@ -3,6 +3,8 @@
 import json
 import time
 import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +15,18 @@ import gpu_check_parity
 import gpu_check_speed
 import pytest
 import torch
+from benchmark_step import Step, engine_step
 from gpu_check import CHECKS, Check, run_checks
 from gpu_check_report import COLUMNS, GOALS, Report, Result, judge
 from gpu_check_speed import speed_config, warning_places
 from gpu_check_workplace import Skipped, Workplace, fitting, parity_model, run_config, with_fp8
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from rmoe_megatron.config.run import Fp8Recipe, Precision
+from rmoe_megatron.config.run import Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.engine.megatron.engine import MegatronEngine
 from rmoe_megatron.model.flops import training_flops_per_sample
+from rmoe_megatron.model.recurrence.experts import Experts
 from rmoe_megatron.platform import use_cpu
 from tests.support.configurations import one_rank
 
@@ -209,6 +216,75 @@ def test_the_speed_of_fp8_is_measured(workplace: Workplace, monkeypatch: pytest.
     fp8 = figures["sizes"][-1]
     assert figures["text_length"] == 16  # 8, padded
     assert figures["speed_over_bf16"] == pytest.approx(bf16.seconds / fp8["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "precision"),
+    [
+        ("dense", Precision.bf16), ("dense", Precision.fp32), ("dense_compiled", Precision.bf16),
+        ("m2_t2", Precision.bf16), ("m2_t2", Precision.fp32),
+    ],
+)  # fmt: skip
+def test_nothing_of_a_trainer_remains(workplace: Workplace, variant: str, precision: Precision) -> None:
+    config = replace(speed_config(workplace, variant), precision=precision)
+    with one_rank(config):
+        assert remains_of(workplace, config, lambda step: step(0)) == []
+
+
+def test_nothing_of_a_trainer_remains_after_a_step_that_fails(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise RuntimeError("planted")
+
+    def steps(step: Step) -> None:
+        step(0)
+        monkeypatch.setattr(Experts, "forward", fail)
+        with pytest.raises(RuntimeError, match="planted"):
+            step(1)
+
+    config = speed_config(workplace, "m2_t2")
+    with one_rank(config):
+        assert remains_of(workplace, config, steps) == []
+
+
+def remains_of(workplace: Workplace, config: RunConfig, steps: Callable[[Step], None]) -> list[str]:
+    """Run steps of a trainer, give it back, and return the names of what is still there of it."""
+    engine = workplace.trainer("one", config)
+    assert isinstance(engine, MegatronEngine)
+    steps(engine_step(engine, config, workplace.device))
+    objects = {name: weakref.ref(each) for name, each in parts_of(engine)}
+    # A view, or the autograd graph, may hold memory whose tensor is gone for Python.
+    memory = {name: StorageWeakRef(each.untyped_storage()) for name, each in tensors_of(engine)}
+    assert {"moment exp_avg", "gradient"} <= {name.rpartition(" of ")[0] for name in memory}
+    del engine
+    workplace.release()
+    return [name for name, reference in objects.items() if reference() is not None] + [
+        name for name, reference in memory.items() if not reference.expired()
+    ]
+
+
+def parts_of(engine: MegatronEngine) -> Iterator[tuple[str, Any]]:
+    """Yield the engine, its optimizer and all modules by name."""
+    yield "engine", engine
+    yield "optimizer", engine.optimizer
+    for chunk in engine.model.wrapped:
+        yield from chunk.named_modules(prefix="chunk")
+
+
+def tensors_of(engine: MegatronEngine) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights, gradients, the buffers they lie in, main weights and moments by name."""
+    for chunk in engine.model.wrapped:
+        for number, buffer in enumerate((*chunk.buffers, *chunk.expert_parallel_buffers)):
+            yield f"gradients of buffer {number}", buffer.grad_data
+            yield f"weights of buffer {number}", buffer.param_data
+        for name, parameter in chunk.named_parameters():
+            yield f"weight of {name}", parameter
+            yield f"gradient of {name}", parameter.main_grad
+    for part in engine.optimizer.chained_optimizers:
+        for number, (parameter, state) in enumerate(part.optimizer.state.items()):
+            yield f"main weight of {number}", parameter
+            yield from ((f"moment {name} of {number}", moment) for name, moment in state.items())
 
 
 def test_waits_are_counted_by_place() -> None:

@@ -38,7 +38,10 @@ def build_optimizer(
         use_distributed_optimizer=optimizer.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
+    # Main weights in float32 are views of float32 weights. One that autograd knows of keeps, through the hooks of data
+    # parallelism, the model and the optimizer itself alive, in a circle that Python cannot see.
+    with torch.no_grad():
+        megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
     for adam in _adam_optimizers(megatron_optimizer):
         if isinstance(adam, torch.optim.Adam):  # neither Transformer Engine's nor Apex's is here
             for group in adam.param_groups:

@@ -16,6 +16,9 @@ class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
 
     hidden_shape: tuple[int, ...]
     hidden_shape_before_permute: tuple[int, ...]
+    probs: Tensor | None
+    routing_map: Tensor | None
+    reversed_local_input_permutation_mapping: Tensor | None
 
     def apply(
         self,
@@ -37,10 +40,21 @@ class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
         """
         if self.ep_size * self.tp_size == 1:
             return self._apply_here(experts, tokens, routing_map, weights)
-        sent, sent_weights = self.token_dispatch(*self.dispatch_preprocess(tokens, routing_map, weights))
-        received, tokens_per_expert, received_weights = self.dispatch_postprocess(sent, sent_weights)
-        projected = experts(received, tokens_per_expert, received_weights)
-        return self.combine_postprocess(self.token_combine(self.combine_preprocess(projected)))
+        try:
+            sent, sent_weights = self.token_dispatch(*self.dispatch_preprocess(tokens, routing_map, weights))
+            received, tokens_per_expert, received_weights = self.dispatch_postprocess(sent, sent_weights)
+            projected = experts(received, tokens_per_expert, received_weights)
+            return self.combine_postprocess(self.token_combine(self.combine_preprocess(projected)))
+        finally:
+            self._forget_call()
+
+    def _forget_call(self) -> None:
+        """Let go of the tensors that Megatron-Core keeps from one part of a call to the next.
+
+        The weights know the graph that they come from; it leads to the parameters, and over the hooks of data parallelism to
+        the whole model and this dispatcher. Python cannot see that circle, so no model that has made a step would be freed.
+        """
+        self.probs = self.routing_map = self.reversed_local_input_permutation_mapping = None
 
     def _apply_here(
         self,
