@@ -2,6 +2,7 @@
 
 import hashlib
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -55,15 +56,22 @@ def _torch_distributed(backend: str) -> Iterator[None]:
         try:
             yield
         finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+            _destroy_groups()
         return
     store, _, _ = next(rendezvous(rendezvous_url()))
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
     with watch_ranks(store, rank(), world_size()):
         yield
+    _destroy_groups()
+
+
+def _destroy_groups() -> None:
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None and comm.cdb is not None:
+        comm.destroy_process_group()  # DeepSpeed keeps groups of its own
+    else:
+        dist.destroy_process_group()
 
 
 def check_ranks_agree(config: RunConfig) -> None:

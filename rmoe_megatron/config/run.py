@@ -49,6 +49,16 @@ class Backend(Enum):
     transformer_engine = "transformer_engine"
 
 
+class EngineName(Enum):
+    """Who turns micro-batches into updated weights; checkpoints hold the same weights under the same names.
+
+    ``megatron``: Megatron-Core, every parallel layout; ``deepspeed``: DeepSpeed's ZeRO, which shards over data-parallel ranks.
+    """
+
+    megatron = "megatron"
+    deepspeed = "deepspeed"
+
+
 class Fp8Recipe(Enum):
     """How the scales of eight-bit operands come about; names are Megatron-Core's.
 
@@ -250,6 +260,20 @@ class Fp8Config:
 
 
 @dataclass
+class DeepSpeedConfig:
+    """What DeepSpeed's ZeRO shards over the data-parallel ranks, and what it keeps in the host's memory.
+
+    Stage 1 shards the optimizer's state, 2 the gradients too, 3 also the parameters.
+    """
+
+    zero_stage: int = number(1, least=1, most=3)
+    offload_optimizer: bool = False  # state and update of the optimizer on the host
+    offload_parameters: bool = False  # stage 3: parameters that are not in use lie on the host
+    # more of DeepSpeed's zero_optimization section, for instance {reduce_bucket_size: 50000000}
+    engine_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class CheckpointConfig:
     """Megatron-Core distributed checkpoints in ``RUN/checkpoints``."""
 
@@ -276,6 +300,8 @@ class RunConfig(ModelDescription):
     precision: Precision = Precision.fp32
     fp8: Fp8Config = field(default_factory=Fp8Config)
     backend: Backend = Backend.auto
+    engine: EngineName = EngineName.megatron
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     device: Device = Device.auto
     fine_tuning: FineTuningConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.captions import parse_captions
+from rmoe_megatron.config.engine_checks import check_engine
 from rmoe_megatron.config.layout_checks import check_batch, check_layout
 from rmoe_megatron.config.precision_checks import check_precision
 from rmoe_megatron.config.requirements import require, require_blocks, require_divides
@@ -31,6 +32,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     check_layout(config, world_size)
     check_batch(config, world_size)
     check_precision(config)
+    check_engine(config)
     check_wandb(config.logging.wandb)
     _check_prompts(config)
     parse_captions(config.data.captions)

@@ -6,7 +6,7 @@ Nothing heavy is imported: these checks also take place where a job is submitted
 from importlib.util import find_spec
 from pathlib import Path
 
-from rmoe_megatron.config.run import Backend, Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.config.run import Backend, EngineName, Fp8Recipe, Precision, RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.platform import runs_on_cuda
 
@@ -80,12 +80,15 @@ def describe_backend(config: RunConfig) -> str:
     compiled = "compiled" if config.training.compile else "not compiled (training.compile)"
     return (
         f"layers: linear {linear}, attention fused (PyTorch's scaled_dot_product_attention), norms PyTorch's without weights, "
-        f"Adam fused ({_adam(cuda)}){modules}, blocks {compiled}."
+        f"Adam fused ({_adam(config, cuda)}){modules}, blocks {compiled}."
     )
 
 
-def _adam(cuda: bool) -> str:
-    """Say whose Adam Megatron-Core takes, and why not another's; see :func:`rmoe_megatron.platform.use_cpu`."""
+def _adam(config: RunConfig, cuda: bool) -> str:
+    """Say whose Adam the engine takes, and why not another's; see :func:`rmoe_megatron.platform.use_cpu`."""
+    if config.engine is EngineName.deepspeed:
+        where = " on the host" if config.deepspeed.offload_optimizer else ""
+        return f"PyTorch's{where} on the flat shards of DeepSpeed's ZeRO {config.deepspeed.zero_stage}"
     if not cuda:
         return "PyTorch's: others need a GPU"
     if is_installed("transformer_engine"):

@@ -27,6 +27,7 @@ from rmoe_megatron.data.remote_store import shard_store
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.store import ShardStore
 from rmoe_megatron.encoders.source import present_folder
+from rmoe_megatron.engine.deepspeed.library import check_deepspeed
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.backend import check_backend
 from rmoe_megatron.model.checks import check_model
@@ -55,6 +56,7 @@ def check(config: RunConfig, world_size: int) -> None:
     check_model(config)
     validate(config, world_size)
     check_device(config)
+    check_deepspeed(config)
     check_files(config)
     check_buckets(config)
 
@@ -69,6 +71,7 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     """
     check_model(config)
     validate(config, world_size)
+    check_deepspeed(config)
     check_files(config)
     check_buckets(config)
     if not config.model.is_class_conditional and config.encoders.text_encoder != "minilm":

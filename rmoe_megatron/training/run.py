@@ -80,14 +80,15 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
                 f"for); resume without overriding {section}, or train a new run."
             )
     for key, asked, kept in (
+        ("engine", config.engine, saved.engine),
         ("precision", config.precision, saved.precision),
         ("diffusion.objective", config.diffusion.objective, saved.diffusion.objective),
         ("diffusion.prediction", config.diffusion.prediction, saved.diffusion.prediction),
     ):
         if asked != kept:
             raise UserError(
-                f"{checkpoint.path} was trained with {key}={kept.value}, which its weights depend on; resume without "
-                "overriding it, or train a new run."
+                f"{checkpoint.path} was trained with {key}={kept.value}, which its state depends on; resume without "
+                "overriding it, or train a new run (fine_tuning.base takes its weights)."
             )
     if config.optimizer.distributed_optimizer != saved.optimizer.distributed_optimizer:
         raise UserError(

@@ -118,7 +118,7 @@ def _rank_main(
 def train(config: RunConfig) -> Result:
     """Take ``STEPS`` optimizer steps from weights that are all different from zero."""
     from rmoe_megatron.diffusion.loss import DiffusionLoss
-    from rmoe_megatron.engine.megatron.engine import MegatronEngine
+    from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
     from rmoe_megatron.parallel import process_groups
     from rmoe_megatron.training.ema import ExponentialMovingAverage
@@ -127,15 +127,16 @@ def train(config: RunConfig) -> Result:
     with process_groups(config) as device:
         modules = build_chunks(config).to(device)
         null = conditions(config, torch.zeros(1)).map(torch.zeros_like)
-        result.initial = gathered(modules)
+        places = places_of(modules)
+        result.initial = gathered(places, dict(modules.named_parameters()))
         perturb(modules)
-        engine = MegatronEngine(config, modules, DiffusionLoss(config, config.seed, null))
+        engine = build_engine(config, modules, DiffusionLoss(config, config.seed, null))
         ema = ExponentialMovingAverage(engine.parameters, 0.9)
         for number, micro_batches in enumerate(batches(config)):
 
             def before_update(number: int = number) -> None:
                 if number == 0:
-                    result.gradients = gathered(modules, whole_gradients(engine))
+                    result.gradients = gathered(places, whole_gradients(engine))
                 else:
                     ema.update(number - 1)
 
@@ -144,8 +145,8 @@ def train(config: RunConfig) -> Result:
             result.grad_norms.append(outcome.grad_norm)
         engine.gather_parameters()
         ema.update(STEPS - 1)
-        result.final = gathered(modules)
-        result.averages = gathered(modules, ema.averages)
+        result.final = gathered(places, whole(engine, engine.parameters))
+        result.averages = gathered(places, whole(engine, ema.averages))
         result.validation_loss = engine.evaluate(next(batches(config)))
         keys = sample_keys(4, torch.arange(3))
         for shape in sizes(config):
@@ -203,33 +204,39 @@ def batches(config: RunConfig) -> Iterator[list[Batch]]:
 
 def perturb(chunks: torch.nn.ModuleList, std: float = 0.05) -> None:
     """Add numbers to every weight that depend on its name and place in the whole model only."""
-    for key, place, shape, data in shards(chunks):
+    parameters = dict(chunks.named_parameters())
+    for name, (key, place, shape) in places_of(chunks).items():
         if not key.endswith("pos_embed.pos_embed"):
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
             whole = torch.randn(shape, generator=generator) * std
             with torch.no_grad():
-                data.add_(whole[place].view_as(data))
+                parameters[name].add_(whole[place].view_as(parameters[name]))
 
 
-def shards(chunks: torch.nn.ModuleList, values: dict[str, Tensor] | None = None) -> Iterator[tuple]:
-    """This rank's parts of the model's parameters: key, place in the whole tensor, its shape, and the part.
-
-    Args:
-        values: by parameter name, in place of the parameters.
-    """
+def places_of(chunks: torch.nn.ModuleList) -> dict[str, tuple[str, Any, Any]]:
+    """Of this rank's parameters by name: key, place in the whole model's tensor, and its shape."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
     from rmoe_megatron.checkpoint.model_state import full_state
 
     trained = {name for name, _ in chunks.named_parameters()}
-    for name, entry in full_state(chunks).items():
-        if isinstance(entry, ShardedTensor) and name in trained:
-            data = entry.data if values is None else values[name].view_as(entry.data)
-            yield entry.key, entry.global_slice(), entry.global_shape, data
+    return {
+        name: (entry.key, entry.global_slice(), entry.global_shape)
+        for name, entry in full_state(chunks).items()
+        if isinstance(entry, ShardedTensor) and name in trained
+    }
 
 
 def whole_gradients(engine: Any) -> dict[str, Tensor]:
-    """This rank's gradients, put together again where the distributed optimizer has sharded them."""
+    """This rank's gradients, put together again where an optimizer has sharded them over data-parallel ranks."""
+    if hasattr(engine, "deepspeed"):
+        # Not safe_get_full_grad, which takes what autograd has left of a rank's own gradient, if there is any.
+        return {
+            name: each._z3_optimizer.get_fp32_grad_for_param(each)
+            if hasattr(each, "_z3_optimizer")
+            else each.get_full_hp_grad()
+            for name, each in engine.modules.named_parameters()
+        }
     for chunk in engine.model.wrapped:
         for buffer in chunk.buffers + chunk.expert_parallel_buffers:
             group = buffer.data_parallel_group
@@ -241,11 +248,25 @@ def whole_gradients(engine: Any) -> dict[str, Tensor]:
     return {name: parameter.main_grad for name, parameter in engine.modules.named_parameters()}
 
 
-def gathered(chunks: torch.nn.ModuleList, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def whole(engine: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's parameters, or their averages, put together again where ZeRO's third stage has cut them flat."""
+    shapes = {name: getattr(each, "ds_shape", None) for name, each in engine.modules.named_parameters()}
+    found = {}
+    for name, value in values.items():
+        shape = shapes[name]
+        if shape is not None:
+            parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, value.detach().contiguous())
+            value = torch.cat(parts)[: math.prod(shape)].view(shape)
+        found[name] = value
+    return found
+
+
+def gathered(places: dict[str, tuple[str, Any, Any]], values: dict[str, Tensor]) -> dict[str, Tensor]:
     """On rank 0 the whole model's tensors in float32, put together from all ranks; replicas must be equal."""
     mine = [
-        (key, place, shape, data.detach().float().clone())
-        for key, place, shape, data in shards(chunks, values)
+        (key, place, shape, values[name].detach().float().clone())
+        for name, (key, place, shape) in places.items()
     ]
     is_rank0 = dist.get_rank() == 0
     everyone: list[Any] | None = [None] * dist.get_world_size() if is_rank0 else None

@@ -46,7 +46,16 @@ def strict_json(path: Path) -> list[dict[str, float | None]]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("ranks", "settings"), [(1, []), (2, OVERLAP)])
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (1, []),
+        (2, OVERLAP),
+        (2, ["engine=deepspeed", "precision=bf16"]),
+        (2, ["engine=deepspeed", "deepspeed.zero_stage=2"]),
+        (1, ["engine=deepspeed", "deepspeed.zero_stage=3"]),
+    ],
+)
 def test_a_sample_that_is_not_finite_costs_its_step_and_is_named(
     tmp_path: Path, ranks: int, settings: list[str]
 ) -> None:

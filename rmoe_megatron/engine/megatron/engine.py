@@ -22,10 +22,10 @@ from rmoe_megatron.engine.megatron.optimizer import (
     create_adam_state,
     load_optimizer,
 )
-from rmoe_megatron.engine.megatron.routing import forget_losses, load_balancing_loss
 from rmoe_megatron.engine.megatron.scales import load_scales, sharded_scales
 from rmoe_megatron.engine.prefetching import prefetched
 from rmoe_megatron.engine.protocol import StepResult
+from rmoe_megatron.engine.routing import forget_losses, load_balancing_loss
 from rmoe_megatron.engine.suspects import find_suspects
 from rmoe_megatron.model.sequence import num_shards, padded_length
 

@@ -9,6 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.engine.megatron.chunks import ModelChunks
 from rmoe_megatron.engine.megatron.gradient_norm import parts
+from rmoe_megatron.engine.schedule import build_schedule
 from rmoe_megatron.platform import PARAMS_DTYPE
 
 # Megatron-Core's format that can be loaded under any other parallel layout.
@@ -46,23 +47,7 @@ def build_optimizer(
         if isinstance(adam, torch.optim.Adam):  # neither Transformer Engine's nor Apex's is here
             for group in adam.param_groups:
                 group |= FUSED
-    schedule = OptimizerParamScheduler(
-        megatron_optimizer,
-        init_lr=0.0,
-        max_lr=optimizer.learning_rate,
-        min_lr=optimizer.min_learning_rate,
-        lr_warmup_steps=optimizer.warmup_steps,
-        lr_decay_steps=config.training.steps,
-        lr_decay_style="cosine",
-        start_wd=optimizer.weight_decay,
-        end_wd=optimizer.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # A resumed run follows its configuration, from the step of the checkpoint on.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return megatron_optimizer, schedule
+    return megatron_optimizer, build_schedule(config, megatron_optimizer)
 
 
 def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], scheduler: dict[str, Any]) -> None:

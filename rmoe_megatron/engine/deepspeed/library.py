@@ -1,0 +1,107 @@
+"""DeepSpeed itself: whether it is here, how it is told its device, and its section ``zero_optimization``."""
+
+import difflib
+import importlib
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+from rmoe_megatron.config.run import EngineName, Precision, RunConfig
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.launch import local_rank
+from rmoe_megatron.model.backend import is_installed
+from rmoe_megatron.platform import runs_on_cuda
+
+INSTALL = "DS_BUILD_OPS=0 pip install 'rmoe-megatron[deepspeed]'"
+# What of DeepSpeed's section zero_optimization a run may set: how it communicates and keeps, not what it computes.
+OPTIONS = (
+    "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter",
+    "round_robin_gradients", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
+    "sub_group_size", "zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_weights",
+)  # fmt: skip
+QUANTIZED = ("zero_quantized_gradients", "zero_quantized_weights")
+
+
+def import_deepspeed(on_cpu: bool) -> ModuleType:
+    """Return DeepSpeed for this process's device, which it looks for when it is imported."""
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", str(local_rank()))  # which it asks for whoever started the ranks
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed = importlib.import_module("deepspeed")
+    if on_cpu:
+        # Otherwise a kernel of shared memory is compiled at the start, which only inference uses.
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def check_deepspeed(config: RunConfig) -> None:
+    """Check that DeepSpeed is here if it is asked for, and takes the options.
+
+    Raises:
+        UserError: it is not, or names the option that is wrong.
+    """
+    if config.engine is not EngineName.deepspeed:
+        return
+    if not is_installed("deepspeed"):
+        raise UserError(
+            f"engine=deepspeed needs DeepSpeed, which is not installed: {INSTALL}, or set engine=megatron."
+        )
+    cuda = runs_on_cuda(config.device)
+    for name in config.deepspeed.engine_options:
+        if name not in OPTIONS:
+            nearest = difflib.get_close_matches(str(name), OPTIONS, n=1)
+            suggestion = f"did you mean {nearest[0]}?" if nearest else f"they are {', '.join(OPTIONS)}."
+            raise UserError(
+                f"deepspeed.engine_options has {name!r}, which is none of the options a run may set; {suggestion}"
+            )
+        if name in QUANTIZED and not cuda:
+            raise UserError(
+                f"deepspeed.engine_options.{name} needs a GPU, and this run has none; leave it out."
+            )
+    import_deepspeed(not cuda)
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero_section(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"deepspeed.engine_options.{name} is {first['input']!r}: {first['msg']}; see DeepSpeed's zero_optimization."
+        ) from error
+
+
+def zero_section(config: RunConfig) -> dict[str, Any]:
+    """Return DeepSpeed's section ``zero_optimization``."""
+    settings = config.deepspeed
+    section: dict[str, Any] = {"stage": settings.zero_stage, **settings.engine_options}
+    if settings.zero_stage == 3:
+        # What is written into a parameter's shards between steps is to be the parameter, so none is kept whole.
+        section["stage3_param_persistence_threshold"] = 0
+    if settings.offload_optimizer:
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": runs_on_cuda(config.device)}
+    if settings.offload_parameters:
+        section["offload_param"] = {"device": "cpu", "pin_memory": runs_on_cuda(config.device)}
+    return section
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a run."""
+    return {
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        # Where a step ends is said to it: stages of a run may have different numbers of micro-batches.
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.clip_grad,
+        "zero_optimization": zero_section(config),
+        # PyTorch's Adam on the host is asked for, not DeepSpeed's, which has to be compiled there.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision is Precision.bf16},
+        # As Megatron-Core's engine: gradients are added up and reduced in float32.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+    }

@@ -1,0 +1,68 @@
+"""AdamW for ZeRO: PyTorch's, on the flat shards that DeepSpeed makes of the parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmoe_megatron.config.run import RunConfig
+
+
+def build_adam(config: RunConfig, parameters: Mapping[str, Tensor]) -> torch.optim.AdamW:
+    """Return AdamW with Megatron-Core's groups: no weight decay of vectors and biases.
+
+    One kernel updates a shard of a group with its moments, so that NVIDIA's fused Adam (Apex) would have nothing to gain.
+    """
+    settings = config.optimizer
+    decays = {name: value.dim() > 1 and not name.endswith("bias") for name, value in parameters.items()}
+    groups = [
+        {
+            "params": [parameter for name, parameter in parameters.items() if decays[name] is decayed],
+            "wd_mult": float(decayed),
+        }
+        for decayed in (True, False)
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def flat_parameters(optimizer: Any) -> list[Tensor]:
+    """Return the flat float32 shards that DeepSpeed's optimizer updates on this rank.
+
+    Args:
+        optimizer: DeepSpeed's of any stage of ZeRO, which has PyTorch's in it.
+    """
+    # Stage 3 puts them into PyTorch's groups for the moment of the update alone.
+    for name in (
+        "fp32_partitioned_groups_flat",
+        "fp32_groups_flat_partition",
+        "single_partition_of_fp32_groups",
+    ):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    raise TypeError(f"{type(optimizer).__name__} is none of DeepSpeed's optimizers of ZeRO")
+
+
+def create_adam_state(optimizer: Any) -> None:
+    """Give PyTorch's Adam the state that it makes at its first update, for it to be saved or loaded.
+
+    Before that update: DeepSpeed remembers where a parameter's part of the state is when it has updated the first of several
+    groups, and would not know of the others'.
+    """
+    for parameter in flat_parameters(optimizer):
+        if not optimizer.optimizer.state[parameter]:
+            optimizer.optimizer.state[parameter] |= {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:  # stages 1 and 2 find a parameter's part of the state by it
+        link()

@@ -1,0 +1,32 @@
+"""The schedule of learning rate and weight decay, Megatron-Core's, whatever the engine."""
+
+from typing import Any
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from rmoe_megatron.config.run import RunConfig
+
+
+def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Return linear warm-up and cosine decay, counted in steps.
+
+    Args:
+        optimizer: has ``param_groups`` with ``wd_mult``, as Megatron-Core's optimizers do.
+    """
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=config.training.steps,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # A resumed run follows its configuration, from the step of the checkpoint on.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,200 @@
+"""Runs with DeepSpeed's engine: what they refuse, save, resume and hand on."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import rmoe_megatron.engine
+from rmoe_megatron.checkpoint.folders import list_checkpoints
+from rmoe_megatron.checkpoint.weights import RunWeights
+from rmoe_megatron.config.engine_checks import check_engine, engine_table
+from rmoe_megatron.config.run import (
+    DeepSpeedConfig,
+    EngineName,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    RunConfig,
+)
+from rmoe_megatron.engine.deepspeed import library
+from rmoe_megatron.engine.deepspeed.library import check_deepspeed
+from rmoe_megatron.errors import UserError
+from tests.support.commands import rmoe
+from tests.support.configurations import tiny_config
+from tests.support.runs import losses, make_run
+
+DEEPSPEED = replace(tiny_config(), engine=EngineName.deepspeed)
+QUIET = ["training.sample_prompts=[]", "checkpoint.keep_last=4"]
+
+
+def at_stage(stage: int, **settings: object) -> DeepSpeedConfig:
+    return DeepSpeedConfig(zero_stage=stage, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"parallel": ParallelConfig(tensor_model_parallel_size=2)}, "parallel.tensor_model_parallel_size"),
+        ({"parallel": ParallelConfig(context_parallel_size=2)}, "parallel.context_parallel_size"),
+        ({"parallel": ParallelConfig(pipeline_model_parallel_size=2)}, "data-parallel ranks alone"),
+        ({"parallel": ParallelConfig(overlap_grad_reduce=True)}, "engine_options.overlap_comm"),
+        ({"parallel": ParallelConfig(expert_model_parallel_size=2)}, "parallel.expert_model_parallel_size"),
+        ({"precision": Precision.fp8_emulated}, "precision is not for engine=deepspeed"),
+        ({"training": replace(DEEPSPEED.training, compile=True)}, "training.compile"),
+        ({"training": replace(DEEPSPEED.training, recompute=Recompute.full)}, "training.recompute"),
+        ({"optimizer": replace(DEEPSPEED.optimizer, distributed_optimizer=False)}, "distributed_optimizer=false"),
+        ({"deepspeed": at_stage(2, offload_parameters=True)}, "offload_parameters is not for engine=deepspeed"),
+        ({"engine": EngineName.megatron, "deepspeed": at_stage(2)}, "engine is megatron"),
+    ],
+)  # fmt: skip
+def test_what_the_engine_cannot_do_is_refused(changes: dict, complaint: str) -> None:
+    check_engine(DEEPSPEED)
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        check_engine(replace(DEEPSPEED, **changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"reduce_buket_size": 1000}, "did you mean reduce_bucket_size?"),
+        ({"stage": 3}, "none of the options a run may set"),
+        ({"reduce_bucket_size": "many"}, "engine_options.reduce_bucket_size is 'many'"),
+        ({"reduce_bucket_size": 0}, "greater than 0"),
+        ({"zero_quantized_weights": True}, "needs a GPU"),
+    ],
+)
+def test_options_are_checked_by_deepspeed_s_own_configuration(options: dict, complaint: str) -> None:
+    check_deepspeed(replace(DEEPSPEED, deepspeed=at_stage(2, engine_options={"reduce_bucket_size": 1000})))
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        check_deepspeed(replace(DEEPSPEED, deepspeed=at_stage(2, engine_options=options)))
+
+
+def test_without_deepspeed_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "is_installed", lambda package: False)
+    check_deepspeed(tiny_config())
+    with pytest.raises(UserError, match=re.escape("rmoe-megatron[deepspeed]")):
+        check_deepspeed(DEEPSPEED)
+
+
+def test_the_table_of_what_an_engine_can_do_is_that_of_the_rules() -> None:
+    assert engine_table() in (Path(rmoe_megatron.engine.__file__).parent / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of every stage a finished run, and one of Megatron-Core's engine, with all their checkpoints."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    config = str(make_run(folder))
+    for stage in (1, 2, 3):
+        zero = ["engine=deepspeed", f"deepspeed.zero_stage={stage}", f"run_dir={folder}/zero{stage}"]
+        code, errors = rmoe("train", config, *zero, *QUIET, ranks=2)
+        assert code == 0, errors
+    code, errors = rmoe("train", config, f"run_dir={folder}/megatron", *QUIET)
+    assert code == 0, errors
+    return folder
+
+
+def rewound(run: Path, name: str) -> Path:
+    """A copy of a run as it was at step 10."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    for checkpoint in list_checkpoints(copy):
+        if checkpoint.step > 10:
+            shutil.rmtree(checkpoint.path)
+    return copy
+
+
+def weights_of(run: Path, averaged: bool = False) -> dict[str, torch.Tensor]:
+    return {name: place.read() for name, place in RunWeights(run, averaged=averaged).locations.items()}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_run_is_bitwise_the_whole_one(runs: Path, stage: int) -> None:
+    whole, copy = runs / f"zero{stage}", rewound(runs / f"zero{stage}", f"resumed{stage}")
+    code, errors = rmoe("train", "--resume", str(copy), ranks=2)
+    assert code == 0, errors
+    for key in ("loss", "grad_norm", "validation_loss"):
+        assert losses(copy, key) == losses(whole, key)
+    assert len(losses(copy)) == 20
+    for averaged in (False, True):
+        expected, found = weights_of(whole, averaged), weights_of(copy, averaged)
+        assert expected.keys() == found.keys()
+        for name, weight in expected.items():
+            assert torch.equal(found[name], weight), name
+
+
+def test_another_stage_and_number_of_ranks_can_go_on(runs: Path) -> None:
+    """A checkpoint is whole tensors, whoever cut them up."""
+    copy = rewound(runs / "zero3", "other")
+    for overrides, ranks in ((["deepspeed.zero_stage=2", "training.steps=15"], 1), (["deepspeed.zero_stage=1", "training.steps=20"], 4)):  # fmt: skip
+        code, errors = rmoe(
+            "train", "--resume", str(copy), *overrides, "training.micro_batch_size=2", ranks=ranks
+        )
+        assert code == 0, errors
+    # The load-balancing loss depends on the size of micro-batches, the schedule on the number of steps.
+    assert losses(copy) == pytest.approx(losses(runs / "zero3"), abs=5e-3)
+    assert list(losses(copy)) == list(range(1, 21))
+
+
+def test_both_engines_find_the_same_weights_and_hold_them_alike(runs: Path) -> None:
+    expected = weights_of(runs / "megatron")
+    for stage in (1, 2, 3):
+        found = weights_of(runs / f"zero{stage}")
+        assert {name: (each.shape, each.dtype) for name, each in found.items()} == {
+            name: (each.shape, each.dtype) for name, each in expected.items()
+        }
+        assert losses(runs / f"zero{stage}") == pytest.approx(losses(runs / "megatron"), abs=1e-3)
+
+
+def test_a_run_goes_on_with_its_own_engine_alone(runs: Path) -> None:
+    code, errors = rmoe("train", "--resume", str(runs / "zero1"), "engine=megatron", "training.steps=30")
+    assert code == 2
+    assert "was trained with engine=deepspeed" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("base", "engine"),
+    [("zero3", ["engine=megatron"]), ("megatron", ["engine=deepspeed", "deepspeed.zero_stage=3"])],
+)
+def test_either_engine_starts_from_the_other_s_weights(runs: Path, base: str, engine: list[str]) -> None:
+    """With the modules frozen out: what is frozen is not saved, and every stage trains the rest alone."""
+    run_dir = runs / f"from-{base}"
+    tuning = [f"fine_tuning.base={runs / base}", "fine_tuning.trainable=blocks", "fine_tuning.blocks=[1]"]
+    code, errors = rmoe(
+        "train", str(runs / "config.yaml"), *tuning, *engine, *QUIET, f"run_dir={run_dir}", "training.steps=5", ranks=2
+    )  # fmt: skip
+    assert code == 0, errors
+    before, after = weights_of(runs / base, averaged=True), weights_of(run_dir)
+    assert before.keys() == after.keys()
+    changed = {name for name, weight in before.items() if not torch.equal(after[name], weight)}
+    assert changed
+    assert all(name.startswith("transformer.layers.1.") for name in changed)
+
+
+def test_a_run_is_exported_and_inspected_like_any_other(runs: Path) -> None:
+    code, errors = rmoe("convert", "to-hf", str(runs / "zero3"), str(runs / "exported"))
+    assert code == 0, errors
+    from safetensors.torch import load_file
+
+    (file,) = (runs / "exported" / "transformer").glob("*.safetensors")
+    exported, averages = load_file(file), weights_of(runs / "zero3", averaged=True)
+    weight = "pos_embed.proj.weight"
+    assert torch.equal(exported[weight], averages[weight])
+    code, errors = rmoe("inspect", str(runs / "zero3"))
+    assert code == 0, errors
+
+
+def describe(config: RunConfig) -> str:
+    from rmoe_megatron.model.backend import describe_backend
+
+    return describe_backend(config)
+
+
+def test_the_first_line_of_a_run_names_its_engine() -> None:
+    assert "DeepSpeed's ZeRO 2" in describe(replace(DEEPSPEED, deepspeed=at_stage(2)))
+    assert "DeepSpeed" not in describe(tiny_config())
