@@ -28,7 +28,7 @@ RULES = (
     Rule("pipeline parallelism", "parallel.pipeline_model_parallel_size", lambda config: config.parallel.pipeline_model_parallel_size > 1, _SHARDS_DATA),
     Rule(
         "expert parallelism", "parallel.expert_model_parallel_size", lambda config: config.parallel.expert_model_parallel_size > 1,
-        "every rank has all modules here",
+        "DeepSpeed shards every parameter over all ranks there", (3,),
     ),
     Rule(
         "overlapped communication by Megatron-Core", "parallel.overlap_grad_reduce",

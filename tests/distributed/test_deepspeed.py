@@ -4,14 +4,22 @@ Compared is all that tests/distributed/test_parity.py compares: gradients of ran
 of four micro-batches, weights, averages, outputs.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Precision, RunConfig
+from rmoe_megatron.engine.deepspeed.library import (
+    OPTIONS,
+    OPTIONS_OF_SPREAD_MODULES,
+    QUANTIZED,
+    check_deepspeed,
+)
 from tests.distributed.test_parity import MODELS, RECURRENT_RUN, assert_same_run, relative_errors
-from tests.support.ranks import Result, run_on_ranks
+from tests.support.ranks import Result, layout, run_on_ranks, train
 
 STAGES = (1, 2, 3)
 
@@ -44,6 +52,23 @@ def test_every_stage_trains_as_one_process(
         assert_same_run(result, one_process[name.split()[0]])
 
 
+@pytest.mark.parametrize(
+    ("ranks", "expert_ranks"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.distributed_full), (4, 4)]
+)
+def test_modules_that_are_spread_train_as_on_one_process(
+    ranks: int, expert_ranks: int, one_process: dict[str, Result], tmp_path: Path
+) -> None:
+    cases = {
+        f"{model} {stage}": replace(under_zero(config, stage), parallel=layout(ep=expert_ranks))
+        for model, config in MODELS.items()
+        for stage in (1, 2)
+        if config.recurrence is not None
+    }
+    assert len(cases) == 6
+    for name, result in run_on_ranks(ranks, cases, tmp_path).items():
+        assert_same_run(result, one_process[name.split()[0]])
+
+
 def test_bf16_is_as_close_to_float32_as_megatron_core_s(
     one_process: dict[str, Result], tmp_path: Path
 ) -> None:
@@ -51,6 +76,7 @@ def test_bf16_is_as_close_to_float32_as_megatron_core_s(
     exact = one_process["mmdit-recurrent"]
     megatron = run_on_ranks(1, {"bf16": config}, tmp_path)["bf16"]
     cases = {str(stage): under_zero(config, stage) for stage in STAGES}
+    cases |= {f"EP2 {stage}": replace(cases[str(stage)], parallel=layout(ep=2)) for stage in (1, 2)}
     for result in run_on_ranks(2, cases, tmp_path).values():
         for tensors in ("gradients", "final", "averages"):
             theirs, ours = (
@@ -61,3 +87,50 @@ def test_bf16_is_as_close_to_float32_as_megatron_core_s(
             assert ours.max() < 2 * theirs.max()
         assert result.losses == pytest.approx(megatron.losses, rel=1e-2)
         assert result.grad_norms == pytest.approx(megatron.grad_norms, rel=2e-2)
+
+
+# Of every option another value than DeepSpeed's own.
+VALUES: dict[str, object] = {
+    "allgather_bucket_size": 3000, "allgather_partitions": False, "contiguous_gradients": False, "overlap_comm": True,
+    "reduce_bucket_size": 3000, "reduce_scatter": False, "round_robin_gradients": True, "stage3_max_live_parameters": 2000,
+    "stage3_max_reuse_distance": 1000, "stage3_prefetch_bucket_size": 1000, "sub_group_size": 5000, "zero_hpz_partition_size": 2,
+}  # fmt: skip
+ON_THE_HOST = {
+    f"{name} {stage}": under_zero(RECURRENT_RUN, stage, **dict.fromkeys(name.split(), True))
+    for name, stages in {"offload_optimizer": STAGES, "offload_parameters": (3,), "offload_optimizer offload_parameters": (3,)}.items()
+    for stage in stages
+}  # fmt: skip
+WITH_OPTIONS = {
+    f"{name} {stage}": under_zero(RECURRENT_RUN, stage, engine_options={name: VALUES[name] if stage < 3 or name != "overlap_comm" else False})
+    for name, stages in OPTIONS.items()
+    if name not in QUANTIZED  # their kernels are CUDA's
+    for stage in stages
+}  # fmt: skip
+SPREAD = {
+    f"spread, {name}": replace(case, parallel=layout(ep=2))
+    for name, case in (ON_THE_HOST | WITH_OPTIONS).items()
+    if name[-1] in "12" and name.split()[0] in ("offload_optimizer", *OPTIONS_OF_SPREAD_MODULES)
+}
+SHORT = ("offload_optimizer 2", "offload_optimizer offload_parameters 3", "reduce_bucket_size 2", "sub_group_size 3", "spread, overlap_comm 2")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        SHORT,
+        pytest.param(ON_THE_HOST, marks=pytest.mark.distributed_full),
+        pytest.param(WITH_OPTIONS, marks=pytest.mark.distributed_full),
+        pytest.param(SPREAD, marks=pytest.mark.distributed_full),
+    ],
+    ids=["short", "host", "options", "spread"],
+)
+def test_where_things_lie_changes_nothing_else(
+    names: Iterable[str], one_process: dict[str, Result], tmp_path: Path
+) -> None:
+    cases = {name: (ON_THE_HOST | WITH_OPTIONS | SPREAD)[name] for name in names}
+    for config in cases.values():
+        check_deepspeed(config)
+    # DeepSpeed does not hand out gradients wherever they lie; norms and ten steps' weights say as much.
+    expected = replace(one_process["mmdit-recurrent"], gradients={})
+    for result in run_on_ranks(2, cases, tmp_path, partial(train, gradients=False)).values():
+        assert_same_run(result, expected)

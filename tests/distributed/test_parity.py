@@ -57,7 +57,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     assert actual.keys() == expected.keys()
     # A tensor's error is measured against its own size, but not below a thousandth of the typical one: the gradient of
     # a key's bias is zero but for rounding.
-    floor = 1e-3 * torch.stack([tensor.norm() for tensor in expected.values()]).median()
+    floor = 1e-3 * torch.stack([tensor.norm() for tensor in expected.values()] or [torch.zeros(())]).median()
     for name, tensor in expected.items():
         error = (actual[name] - tensor).norm() / tensor.norm().clamp_min(floor)
         assert error < tolerance, f"{what} of {name} differs by {error:.1e}"

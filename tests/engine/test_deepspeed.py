@@ -42,7 +42,7 @@ def at_stage(stage: int, **settings: object) -> DeepSpeedConfig:
         ({"parallel": ParallelConfig(context_parallel_size=2)}, "parallel.context_parallel_size"),
         ({"parallel": ParallelConfig(pipeline_model_parallel_size=2)}, "data-parallel ranks alone"),
         ({"parallel": ParallelConfig(overlap_grad_reduce=True)}, "engine_options.overlap_comm"),
-        ({"parallel": ParallelConfig(expert_model_parallel_size=2)}, "parallel.expert_model_parallel_size"),
+        ({"parallel": ParallelConfig(expert_model_parallel_size=2), "deepspeed": at_stage(3)}, "zero_stage=3"),
         ({"precision": Precision.fp8_emulated}, "precision is not for engine=deepspeed"),
         ({"training": replace(DEEPSPEED.training, compile=True)}, "training.compile"),
         ({"training": replace(DEEPSPEED.training, recompute=Recompute.full)}, "training.recompute"),
@@ -64,13 +64,23 @@ def test_what_the_engine_cannot_do_is_refused(changes: dict, complaint: str) -> 
         ({"stage": 3}, "none of the options a run may set"),
         ({"reduce_bucket_size": "many"}, "engine_options.reduce_bucket_size is 'many'"),
         ({"reduce_bucket_size": 0}, "greater than 0"),
-        ({"zero_quantized_weights": True}, "needs a GPU"),
+        ({"sub_group_size": 1000}, "sub_group_size is for stage 3"),
     ],
 )
 def test_options_are_checked_by_deepspeed_s_own_configuration(options: dict, complaint: str) -> None:
     check_deepspeed(replace(DEEPSPEED, deepspeed=at_stage(2, engine_options={"reduce_bucket_size": 1000})))
     with pytest.raises(UserError, match=re.escape(complaint)):
         check_deepspeed(replace(DEEPSPEED, deepspeed=at_stage(2, engine_options=options)))
+
+
+def test_options_go_with_stage_modules_and_device() -> None:
+    third = replace(DEEPSPEED, deepspeed=at_stage(3, engine_options={"zero_quantized_weights": True}))
+    with pytest.raises(UserError, match="zero_quantized_weights needs a GPU"):
+        check_deepspeed(third)
+    whole = replace(DEEPSPEED, deepspeed=at_stage(2, engine_options={"reduce_scatter": False}))
+    check_deepspeed(whole)
+    with pytest.raises(UserError, match="reduce_scatter is not for parallel.expert_model_parallel_size=2"):
+        check_deepspeed(replace(whole, parallel=ParallelConfig(expert_model_parallel_size=2)))
 
 
 def test_without_deepspeed_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +148,25 @@ def test_another_stage_and_number_of_ranks_can_go_on(runs: Path) -> None:
     # The load-balancing loss depends on the size of micro-batches, the schedule on the number of steps.
     assert losses(copy) == pytest.approx(losses(runs / "zero3"), abs=5e-3)
     assert list(losses(copy)) == list(range(1, 21))
+
+
+def test_modules_that_were_spread_are_resumed(runs: Path) -> None:
+    """On the same ranks bitwise, and then each rank with all of them, at the third stage."""
+    whole, spread = runs / "spread", ["parallel.expert_model_parallel_size=2", "deepspeed.zero_stage=2"]
+    code, errors = rmoe(
+        "train", str(runs / "config.yaml"), "engine=deepspeed", *spread, *QUIET, f"run_dir={whole}", ranks=2
+    )
+    assert code == 0, errors
+    copy, other = rewound(whole, "spread-resumed"), rewound(whole, "spread-no-more")
+    code, errors = rmoe("train", "--resume", str(copy), ranks=2)
+    assert code == 0, errors
+    assert losses(copy) == losses(whole)
+    code, errors = rmoe(
+        "train", "--resume", str(other), "parallel.expert_model_parallel_size=1", "deepspeed.zero_stage=3", ranks=2
+    )  # fmt: skip
+    assert code == 0, errors
+    assert losses(other) == pytest.approx(losses(whole), abs=1e-4)
+    assert losses(whole) == pytest.approx(losses(runs / "zero2"), abs=1e-4)
 
 
 def test_both_engines_find_the_same_weights_and_hold_them_alike(runs: Path) -> None:

@@ -115,8 +115,12 @@ def _rank_main(
         torch.save(results, folder / "results.pt")
 
 
-def train(config: RunConfig) -> Result:
-    """Take ``STEPS`` optimizer steps from weights that are all different from zero."""
+def train(config: RunConfig, gradients: bool = True) -> Result:
+    """Take ``STEPS`` optimizer steps from weights that are all different from zero.
+
+    Args:
+        gradients: those of the first step are reported.
+    """
     from rmoe_megatron.diffusion.loss import DiffusionLoss
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
@@ -135,9 +139,9 @@ def train(config: RunConfig) -> Result:
         for number, micro_batches in enumerate(batches(config)):
 
             def before_update(number: int = number) -> None:
-                if number == 0:
+                if number == 0 and gradients:
                     result.gradients = gathered(places, whole_gradients(engine))
-                else:
+                if number > 0:
                     ema.update(number - 1)
 
             outcome = engine.step(micro_batches, before_update)

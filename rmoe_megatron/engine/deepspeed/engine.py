@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
+from rmoe_megatron.engine.deepspeed.expert_groups import known_to_deepspeed, mark_modules
 from rmoe_megatron.engine.deepspeed.library import deepspeed_config, import_deepspeed
 from rmoe_megatron.engine.deepspeed.optimizer import build_adam, create_adam_state
 from rmoe_megatron.engine.deepspeed.state import ZeroState
@@ -26,11 +27,12 @@ from rmoe_megatron.engine.suspects import find_suspects
 class DeepSpeedEngine:
     """The :class:`rmoe_megatron.engine.protocol.Engine` on DeepSpeed.
 
-    The layers are Megatron-Core's, each whole on every data-parallel rank; ZeRO shards the optimizer's state, from stage 2
-    the gradients, at stage 3 the parameters themselves, which are gathered layer by layer when they are used.
+    The layers are Megatron-Core's, each whole on every data-parallel rank but for modules, which expert parallelism spreads;
+    ZeRO shards the optimizer's state, from stage 2 the gradients, at stage 3 the parameters themselves, which are gathered
+    layer by layer when they are used.
 
     Args:
-        modules: of one DiffusionTransformer, the whole model.
+        modules: of one DiffusionTransformer: the whole model, of its modules this rank's.
     """
 
     def __init__(self, config: RunConfig, modules: nn.ModuleList, loss: DiffusionLoss) -> None:
@@ -39,19 +41,18 @@ class DeepSpeedEngine:
         self.partitions_parameters = config.deepspeed.zero_stage == 3
         self.num_micro_batches = 0  # of the last step
         (model,) = modules
-        for parameter in model.parameters():
-            # Megatron-Core's mark of modules, which all ranks hold here, means to DeepSpeed that they do not.
-            if hasattr(parameter, "allreduce"):
-                del parameter.allreduce
+        expert_ranks = config.parallel.expert_model_parallel_size
+        mark_modules(model.parameters(), expert_ranks)
         trained: dict[str, Any] = {
             name: parameter for name, parameter in modules.named_parameters() if parameter.requires_grad
         }
         self.state = ZeroState(modules, trained, self.partitions_parameters)
         adam = build_adam(config, trained)
         deepspeed = import_deepspeed(on_cpu=self.device.type == "cpu")
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=adam, config=deepspeed_config(config), dist_init_required=False
-        )
+        with known_to_deepspeed(model, expert_ranks, trained.values()):
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=adam, config=deepspeed_config(config), dist_init_required=False
+            )
         create_adam_state(self.optimizer)
         self.scheduler = build_schedule(config, self.optimizer)
         self.parameters: dict[str, Tensor] = {

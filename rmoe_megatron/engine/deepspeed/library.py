@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rmoe_megatron.config.requirements import require
 from rmoe_megatron.config.run import EngineName, Precision, RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import local_rank
@@ -16,12 +17,16 @@ from rmoe_megatron.model.backend import is_installed
 from rmoe_megatron.platform import runs_on_cuda
 
 INSTALL = "DS_BUILD_OPS=0 pip install 'rmoe-megatron[deepspeed]'"
-# What of DeepSpeed's section zero_optimization a run may set: how it communicates and keeps, not what it computes.
-OPTIONS = (
-    "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter",
-    "round_robin_gradients", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
-    "sub_group_size", "zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_weights",
-)  # fmt: skip
+# What of DeepSpeed's section zero_optimization a run may set, and at which stages: how it communicates and where things lie, not
+# what is computed.
+OPTIONS = {
+    "allgather_bucket_size": (1, 2), "allgather_partitions": (1, 2), "contiguous_gradients": (1, 2), "overlap_comm": (1, 2, 3),
+    "reduce_bucket_size": (1, 2, 3), "reduce_scatter": (1, 2), "round_robin_gradients": (1, 2), "stage3_max_live_parameters": (3,),
+    "stage3_max_reuse_distance": (3,), "stage3_prefetch_bucket_size": (3,), "sub_group_size": (3,), "zero_hpz_partition_size": (3,),
+    "zero_quantized_gradients": (3,), "zero_quantized_weights": (3,),
+}  # fmt: skip
+# Where modules are spread over ranks, the other paths are not made for them.
+OPTIONS_OF_SPREAD_MODULES = ("allgather_bucket_size", "overlap_comm", "reduce_bucket_size")
 QUANTIZED = ("zero_quantized_gradients", "zero_quantized_weights")
 
 
@@ -52,16 +57,7 @@ def check_deepspeed(config: RunConfig) -> None:
         )
     cuda = runs_on_cuda(config.device)
     for name in config.deepspeed.engine_options:
-        if name not in OPTIONS:
-            nearest = difflib.get_close_matches(str(name), OPTIONS, n=1)
-            suggestion = f"did you mean {nearest[0]}?" if nearest else f"they are {', '.join(OPTIONS)}."
-            raise UserError(
-                f"deepspeed.engine_options has {name!r}, which is none of the options a run may set; {suggestion}"
-            )
-        if name in QUANTIZED and not cuda:
-            raise UserError(
-                f"deepspeed.engine_options.{name} needs a GPU, and this run has none; leave it out."
-            )
+        _check_option(config, str(name), cuda)
     import_deepspeed(not cuda)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -73,6 +69,26 @@ def check_deepspeed(config: RunConfig) -> None:
         raise UserError(
             f"deepspeed.engine_options.{name} is {first['input']!r}: {first['msg']}; see DeepSpeed's zero_optimization."
         ) from error
+
+
+def _check_option(config: RunConfig, name: str, cuda: bool) -> None:
+    stage, where = config.deepspeed.zero_stage, f"deepspeed.engine_options.{name}"
+    if name not in OPTIONS:
+        nearest = difflib.get_close_matches(name, OPTIONS, n=1)
+        suggestion = f"did you mean {nearest[0]}?" if nearest else f"they are {', '.join(OPTIONS)}."
+        raise UserError(
+            f"deepspeed.engine_options has {name!r}, which is none of the options a run may set; {suggestion}"
+        )
+    require(
+        stage in OPTIONS[name],
+        f"{where} is for stage {' or '.join(map(str, OPTIONS[name]))} of ZeRO, but deepspeed.zero_stage is {stage}; leave it out.",
+    )
+    require(
+        config.parallel.expert_model_parallel_size == 1 or name in OPTIONS_OF_SPREAD_MODULES,
+        f"{where} is not for parallel.expert_model_parallel_size="
+        f"{config.parallel.expert_model_parallel_size}; leave it out.",
+    )
+    require(name not in QUANTIZED or cuda, f"{where} needs a GPU, and this run has none; leave it out.")
 
 
 def zero_section(config: RunConfig) -> dict[str, Any]:

@@ -7,24 +7,24 @@ import torch
 from torch import Tensor
 
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.engine.deepspeed.expert_groups import is_module
 
 
 def build_adam(config: RunConfig, parameters: Mapping[str, Tensor]) -> torch.optim.AdamW:
-    """Return AdamW with Megatron-Core's groups: no weight decay of vectors and biases.
+    """Return AdamW with Megatron-Core's groups: no weight decay of vectors and biases, and modules that are spread apart.
 
     One kernel updates a shard of a group with its moments, so that NVIDIA's fused Adam (Apex) would have nothing to gain.
     """
     settings = config.optimizer
-    decays = {name: value.dim() > 1 and not name.endswith("bias") for name, value in parameters.items()}
-    groups = [
-        {
-            "params": [parameter for name, parameter in parameters.items() if decays[name] is decayed],
-            "wd_mult": float(decayed),
-        }
-        for decayed in (True, False)
-    ]
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        decays, spread = parameter.dim() > 1 and not name.endswith("bias"), is_module(parameter)
+        group = groups.setdefault((spread, decays), {"params": [], "wd_mult": float(decays)})
+        if spread:
+            group |= {"moe": True, "name": parameter.group_name}  # type: ignore[attr-defined]
+        group["params"].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        list(groups.values()),
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import Tensor, nn
 
 from rmoe_megatron.checkpoint.model_state import full_state, model_state
+from rmoe_megatron.engine.deepspeed.expert_groups import is_module
 from rmoe_megatron.engine.deepspeed.optimizer import flat_parameters
 
 # Of a parameter, in float32: itself, and Adam's moments under their names in its state.
@@ -43,6 +44,12 @@ class ZeroState:
         self.keys = {name: getattr(entry, "key", name) for name, entry in full_state(modules).items()}
         self.entries = model_state(modules)
         self.shapes = {name: parameter.shape for name, parameter in trained.items()}
+        # The ranks that hold the same of a parameter, or its shards.
+        dense, spread = (
+            parallel_state.get_data_parallel_group(),
+            parallel_state.get_expert_data_parallel_group(),
+        )
+        self.groups = {name: spread if is_module(parameter) else dense for name, parameter in trained.items()}
         self.writers = self._choose_writers()
 
     def describe(
@@ -96,14 +103,14 @@ class ZeroState:
             optimizer.optimizer.state[each]["step"].fill_(loaded["optimizer"]["step"])
 
     def _choose_writers(self) -> dict[str, int]:
-        """Return the rank (of the world) that writes each tensor, so that each writes about as much."""
-        group = parallel_state.get_data_parallel_group()
-        ranks = dist.get_process_group_ranks(group)
-        written = dict.fromkeys(ranks, 0)
+        """Return the rank (of the world) that writes each tensor, so that those of a group write about as much."""
+        written: dict[dist.ProcessGroup, dict[int, int]] = {}
         writers = {}
         for name, shape in self.shapes.items():
-            writers[name] = min(ranks, key=lambda rank: written[rank])
-            written[writers[name]] += prod(shape)
+            group = self.groups[name]
+            loads = written.setdefault(group, dict.fromkeys(dist.get_process_group_ranks(group), 0))
+            writers[name] = min(loads, key=lambda rank: loads[rank])
+            loads[writers[name]] += prod(shape)
         return writers
 
     def _describe(
@@ -129,7 +136,7 @@ class ZeroState:
         """Put a parameter, or its average, together from the ranks' parts."""
         if not self.partitions_parameters:
             return part.detach()
-        group = parallel_state.get_data_parallel_group()
+        group = self.groups[name]
         flat = part.detach().to(self._device(), copy=False).contiguous()
         gathered = flat.new_empty(group.size() * flat.numel())
         dist.all_gather_into_tensor(gathered, flat, group=group)
@@ -165,7 +172,7 @@ class ZeroState:
 
     def _my_part(self, name: str, loaded: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Hand a loaded tensor from the rank that has it to all; returns this rank's part of it."""
-        shape, group = self.shapes[name], parallel_state.get_data_parallel_group()
+        shape, group = self.shapes[name], self.groups[name]
         if name in loaded:
             whole = loaded[name].to(self._device(), dtype)
         else:
