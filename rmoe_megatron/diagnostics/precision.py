@@ -119,9 +119,15 @@ def _in_one_process(config: RunConfig) -> RunConfig:
     )
     buckets = config.data.buckets and replace(config.data.buckets, batch=None)
     return replace(
-        config, data=replace(config.data, buckets=buckets), training=training, parallel=ParallelConfig(), precision=Precision.fp32, fp8=Fp8Config(),
-        backend=Backend.local, fine_tuning=None,
-    )  # fmt: skip
+        config,
+        data=replace(config.data, buckets=buckets),
+        training=training,
+        parallel=ParallelConfig(),
+        precision=Precision.fp32,
+        fp8=Fp8Config(),
+        backend=Backend.local,
+        fine_tuning=None,
+    )
 
 
 def _run(model: nn.Module, loss: DiffusionLoss, batch: Batch) -> None:
