@@ -1,16 +1,18 @@
 """What layers lose in low precision: products against float64, and the command on a real run."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from rmoe_megatron.diagnostics.precision import ALL_RECIPES, Loss, products, worst
+from rmoe_megatron.diagnostics.precision import ALL_RECIPES, Loss, diagnose_precision, products, worst
 from rmoe_megatron.model.quantization import NVFP4, RECIPES
 from tests.support.commands import rmoe
-from tests.support.runs import make_run
+from tests.support.runs import make_run, write_shard
 
 LAYERS = {
     f"{part}.{layer}" for part, layers in {
@@ -20,19 +22,48 @@ LAYERS = {
 }  # fmt: skip
 
 
-def test_every_layer_is_measured_under_every_recipe(tmp_path: Path) -> None:
-    config = make_run(tmp_path)
-    assert (
-        rmoe(
-            "train", str(config), "training.steps=4", "optimizer.warmup_steps=1", "training.sample_prompts=[]"
-        )[0]
-        == 0
-    )
-    code, errors = rmoe("diagnose", "precision", str(tmp_path / "run"), "--batches", "2")
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run, one of whose samples cannot be read; where it was trained there is a file now."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = make_run(folder)
+    members = ("latents.npy", "text_hidden_states.npy", "text_pooled.npy")
+    write_shard(folder / "data" / "train" / "z.tar", [dict.fromkeys(members, b"no array")])
+    settings = ["training.steps=4", "optimizer.warmup_steps=1", "training.sample_prompts=[]"]
+    code, errors = rmoe("train", str(config), *settings)
     assert code == 0, errors
-    found = [
-        Loss(**each) for each in json.loads((tmp_path / "run" / "precision" / "precision.json").read_text())
-    ]
+    shutil.rmtree(folder / "data" / "val")
+    moved = (folder / "run").rename(folder / "moved")
+    (folder / "run").touch()
+    return moved
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    found = {path: path.stat() for path in [folder, *folder.rglob("*")]}
+    return {path: (status.st_size, status.st_mtime_ns) for path, status in found.items()}
+
+
+def test_a_run_is_only_read(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs no room for checkpoints, none of the folders that training writes to, and no validation samples."""
+    before = files(run_dir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    diagnose_precision(run_dir, tmp_path / "out", batches=9)  # of 4 samples each: all there are
+    assert files(run_dir) == before
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"precision.json", "precision.png"}
+
+
+def test_an_output_that_cannot_be_written_is_said_at_once(run_dir: Path) -> None:
+    code, errors = rmoe("diagnose", "precision", str(run_dir), "--out", "/dev/null/out")
+    assert code == 2
+    assert errors == (
+        "error: --out /dev/null/out cannot be written: /dev/null is a file; choose another folder.\n"
+    )
+
+
+def test_every_layer_is_measured_under_every_recipe(run_dir: Path, tmp_path: Path) -> None:
+    code, errors = rmoe("diagnose", "precision", str(run_dir), "--batches", "2", "--out", str(tmp_path))
+    assert code == 0, errors
+    found = [Loss(**each) for each in json.loads((tmp_path / "precision.json").read_text())]
     last = {
         name
         for name in LAYERS
@@ -47,7 +78,7 @@ def test_every_layer_is_measured_under_every_recipe(tmp_path: Path) -> None:
         for each in measured:
             assert low < each.output < high, each
             assert low < each.weight_gradient < high, each
-    with Image.open(tmp_path / "run" / "precision" / "precision.png") as picture:
+    with Image.open(tmp_path / "precision.png") as picture:
         assert min(picture.size) > 300
 
 

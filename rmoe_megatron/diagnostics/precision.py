@@ -65,17 +65,20 @@ def diagnose_precision(
 ) -> list[Loss]:
     """Measure every layer under every recipe; writes ``precision.json`` and ``precision.png`` into ``output``.
 
+    Nothing is written into the run, unless ``output`` lies there.
+
     Args:
         run_dir: of a trained run; its newest checkpoint's averaged weights are taken, and its training data.
         batches: micro-batches to average over.
         progress: called with the batches done and their number.
 
     Raises:
-        UserError: there is no such run, or its data is not there.
+        UserError: there is no such run, its data is not there, or ``output`` cannot be written.
     """
     weights = RunWeights(run_dir)
-    config = _in_one_process(weights.config)
-    preflight.check(config, world_size=1)
+    durable.check_writable(output, "--out")
+    config = _in_one_process(weights.config, run_dir)
+    preflight.check_looking(config)
     with process_groups(config) as device:
         modules = build_chunks(config, initialise=False)
         load_weights(modules, weights, fresh=lambda name: False)
@@ -86,11 +89,9 @@ def diagnose_precision(
         for block in (module for module in model.modules() if isinstance(module, Block)):
             for name, layer in linear_layers(block).items():
                 layer.register_forward_hook(_Measurement(block.layer_number - 1, name, errors))
-        steps = source.training_batches(0, 0)
-        micro_batches = [batch for step in islice(steps, batches) for batch in step][:batches]
-        for number, batch in enumerate(micro_batches, start=1):
+        for number, batch in enumerate(islice(source.batches_to_look_at(), batches), start=1):
             _run(model, loss, batch.to(device))
-            progress(number, len(micro_batches))
+            progress(number, batches)
     losses = [
         Loss(*key, *(fmean(values) for values in zip(*found, strict=True)))
         for key, found in sorted(errors.items())
@@ -111,16 +112,18 @@ def linear_layers(block: Block) -> dict[str, nn.Module]:
     }
 
 
-def _in_one_process(config: RunConfig) -> RunConfig:
+def _in_one_process(config: RunConfig, run_dir: Path) -> RunConfig:
     """Return a run's configuration as it is here: float32, one rank, nothing computed twice or frozen."""
     size = config.training.micro_batch_size
     training = replace(
         config.training, global_batch_size=size, recompute=Recompute.none, compile=False, stages=[]
     )
     buckets = config.data.buckets and replace(config.data.buckets, batch=None)
+    data = replace(config.data, buckets=buckets, validation=None)
     return replace(
         config,
-        data=replace(config.data, buckets=buckets),
+        run_dir=str(run_dir),  # it may have moved
+        data=data,
         training=training,
         parallel=ParallelConfig(),
         precision=Precision.fp32,

@@ -61,6 +61,19 @@ def check(config: RunConfig, world_size: int) -> None:
     check_buckets(config)
 
 
+def check_looking(config: RunConfig) -> None:
+    """Check what it takes to look at a run's model and training samples on one rank, where nothing of the run is written.
+
+    Raises:
+        UserError: names the key, the value and what is allowed, or what is missing.
+    """
+    check_model(config)
+    validate(config, world_size=1)
+    check_device(config)
+    check_shards(config)
+    check_buckets(config)
+
+
 def check_submission(config: RunConfig, world_size: int) -> None:
     """Check a run that will take place elsewhere, with the same files: all but the device, and what the run finds out later.
 
@@ -103,13 +116,22 @@ def check_files(config: RunConfig) -> None:
             f"There is no run at fine_tuning.base {config.fine_tuning.base}; train one or import one with "
             "`rmoe convert from-hf`."
         )
-    for stage in stages_of(config):
-        for folder in folders_of(config, stage):
-            folder.shards()
+    check_shards(config)
     durable.check_writable(Path(config.run_dir), "run_dir")
     if config.data.cache is not None:
         durable.check_writable(Path(config.data.cache), "data.cache")
     check_space(config)
+
+
+def check_shards(config: RunConfig) -> None:
+    """Check that the shard folders of every stage are there.
+
+    Raises:
+        UserError: one is not, or has no shards.
+    """
+    for stage in stages_of(config):
+        for folder in folders_of(config, stage):
+            folder.shards()
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

@@ -92,6 +92,14 @@ class TrainingSource:
         loader = self._loader(draws.stage, draws.samples, draws, draw, None, self.config.data.num_workers)
         return self._in_steps(draws.stage, map(self._noted, self._timed(loader)))
 
+    def batches_to_look_at(self) -> Iterator[Batch]:
+        """Iterate over this rank's micro-batches of the first stage, from its first draw on.
+
+        Samples that cannot be used are warned of; the run's list of them stays as it is.
+        """
+        draws = self.draws[0]
+        return map(self._told, self._loader(draws.stage, draws.samples, draws, 0, None))
+
     def validation_batches(self, step: int) -> Iterator[tuple[str, list[Batch]]]:
         """Iterate over this rank's validation micro-batches, as many at once as a step takes: always the same in a stage.
 
