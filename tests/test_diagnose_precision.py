@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 from rmoe_megatron.diagnostics.precision import ALL_RECIPES, Loss, diagnose_precision, products, worst
 from rmoe_megatron.model.quantization import NVFP4, RECIPES
 from tests.support.commands import rmoe
-from tests.support.runs import make_run, write_shard
+from tests.support.runs import array, make_run, write_shard
 
 LAYERS = {
     f"{part}.{layer}" for part, layers in {
@@ -80,6 +81,35 @@ def test_every_layer_is_measured_under_every_recipe(run_dir: Path, tmp_path: Pat
             assert low < each.weight_gradient < high, each
     with Image.open(tmp_path / "precision.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_samples_are_those_of_the_checkpoints_stage(tmp_path: Path) -> None:
+    """Each stage has latents of its own size in a folder of its own; that of the other stage is not there."""
+    config = make_run(tmp_path)
+    sides = {"train": 8, "small": 4}
+    small = {
+        "latents.npy": array(np.random.default_rng(0).standard_normal((3, 4, 4))),
+        "text_hidden_states.npy": array(np.ones((6, 384))),
+        "text_pooled.npy": array(np.ones(384)),
+    }
+    write_shard(tmp_path / "data" / "small" / "a.tar", [small] * 16)
+    stages = [
+        f"{{steps: 2, sample_size: {side}, train: {tmp_path}/data/{name}}}" for name, side in sides.items()
+    ]
+    code, errors = rmoe(
+        "train", str(config), f"training.stages=[{', '.join(stages)}]", "training.steps=4",
+        "checkpoint.every=2", "optimizer.warmup_steps=1", "training.sample_prompts=[]", "data.validation=null",
+    )  # fmt: skip
+    assert code == 0, errors
+    run_dir, data = tmp_path / "run", tmp_path / "data"
+    train = (data / "train").rename(tmp_path / "elsewhere")
+    code, errors = rmoe("diagnose", "precision", str(run_dir), "--batches", "1")
+    assert code == 0, errors
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
+    shutil.rmtree(data / "small")
+    train.rename(data / "train")
+    code, errors = rmoe("diagnose", "precision", str(run_dir), "--batches", "1")
+    assert code == 0, errors
 
 
 def test_products_are_those_of_rounded_operands() -> None:

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.model_state import load_weights
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.config.run import Backend, Fp8Config, ParallelConfig, Precision, Recompute, RunConfig
+from rmoe_megatron.config.run import (
+    Backend,
+    Fp8Config,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    RunConfig,
+    StageConfig,
+)
+from rmoe_megatron.config.stages import Stage, stage_at, stages_of
 from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.model.block import Block
@@ -68,7 +77,7 @@ def diagnose_precision(
     Nothing is written into the run, unless ``output`` lies there.
 
     Args:
-        run_dir: of a trained run; its newest checkpoint's averaged weights are taken, and its training data.
+        run_dir: of a trained run; its newest checkpoint's averaged weights are taken, and the training data of the checkpoint's stage.
         batches: micro-batches to average over.
         progress: called with the batches done and their number.
 
@@ -77,7 +86,9 @@ def diagnose_precision(
     """
     weights = RunWeights(run_dir)
     durable.check_writable(output, "--out")
-    config = _in_one_process(weights.config, run_dir)
+    # As in validation: the stage of the checkpoint's last step, not of the one to come.
+    stage = stage_at(stages_of(weights.config), weights.checkpoint.step - 1)
+    config = _in_one_process(weights.config, run_dir, stage)
     preflight.check_looking(config)
     with process_groups(config) as device:
         modules = build_chunks(config, initialise=False)
@@ -112,14 +123,25 @@ def linear_layers(block: Block) -> dict[str, nn.Module]:
     }
 
 
-def _in_one_process(config: RunConfig, run_dir: Path) -> RunConfig:
-    """Return a run's configuration as it is here: float32, one rank, nothing computed twice or frozen."""
-    size = config.training.micro_batch_size
+def _in_one_process(config: RunConfig, run_dir: Path, stage: Stage) -> RunConfig:
+    """Return a run's configuration as it is here: one stage in float32 on one rank, nothing computed twice or frozen."""
+    training, buckets = config.training, config.data.buckets
     training = replace(
-        config.training, global_batch_size=size, recompute=Recompute.none, compile=False, stages=[]
+        training,
+        micro_batch_size=stage.micro_batch_size,
+        global_batch_size=stage.micro_batch_size,
+        # The stage's resolution; model.sample_size stays, which position embeddings follow.
+        stages=[StageConfig(training.steps, stage.sample_size)] if training.stages else [],
+        recompute=Recompute.none,
+        compile=False,
     )
-    buckets = config.data.buckets and replace(config.data.buckets, batch=None)
-    data = replace(config.data, buckets=buckets, validation=None)
+    data = replace(
+        config.data,
+        train=None,
+        mixture=list(stage.datasets),
+        buckets=buckets and replace(buckets, batch=None),
+        validation=None,
+    )
     return replace(
         config,
         run_dir=str(run_dir),  # it may have moved
