@@ -187,11 +187,19 @@ def diagnose_precision(
         Path | None,
         typer.Option(help="Folder for precision.json and precision.png; RUN/precision if not given."),
     ] = None,
-    batches: Annotated[int, typer.Option(min=1, max=10_000, help="Micro-batches to average over.")] = 4,
+    batches: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Micro-batches to average over; 32 more come before, for the histories of delayed scaling.",
+        ),
+    ] = 4,
 ) -> None:
-    """Measure what each linear layer would lose in FP8 and NVFP4, recipe by recipe, and draw it."""
-    from rmoe_megatron.diagnostics.precision import ALL_RECIPES, PRODUCTS, worst
+    """Measure what each linear layer, and a recurrence's modules, would lose in FP8 and NVFP4, recipe by recipe, and draw it."""
+    from rmoe_megatron.diagnostics.precision import PRODUCTS, worst
     from rmoe_megatron.diagnostics.precision import diagnose_precision as diagnose
+    from rmoe_megatron.diagnostics.watched_products import ALL_RECIPES
 
     out = out or run_dir / "precision"
     losses = diagnose(run_dir, out, batches, Bar("precision", "batch"))

@@ -2,17 +2,30 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from PIL import Image
 
-from rmoe_megatron.diagnostics.precision import ALL_RECIPES, Loss, diagnose_precision, products, worst
-from rmoe_megatron.model.quantization import NVFP4, RECIPES
+from rmoe_megatron.diagnostics.precision import Loss, diagnose_precision, worst
+from rmoe_megatron.diagnostics.watched_products import (
+    ALL_RECIPES,
+    DELAYED,
+    SCALED_BY_OPERAND,
+    WatchedProduct,
+    products,
+    watch_modules,
+)
+from rmoe_megatron.model.quantization import NVFP4, RECIPES, DelayedScaling
+from rmoe_megatron.model.recurrence.experts import Experts
+from rmoe_megatron.model.transformer_config import transformer_config
 from tests.support.commands import rmoe
+from tests.support.configurations import HIDDEN, RECURRENCE, one_rank, randomise, tiny_config
 from tests.support.runs import array, make_run, write_shard
 
 LAYERS = {
@@ -48,7 +61,9 @@ def test_a_run_is_only_read(run_dir: Path, tmp_path: Path, monkeypatch: pytest.M
     """It needs no room for checkpoints, none of the folders that training writes to, and no validation samples."""
     before = files(run_dir)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    diagnose_precision(run_dir, tmp_path / "out", batches=9)  # of 4 samples each: all there are
+    diagnose_precision(
+        run_dir, tmp_path / "out", batches=1
+    )  # and those before it, which are all samples there are
     assert files(run_dir) == before
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"precision.json", "precision.png"}
 
@@ -71,13 +86,17 @@ def test_every_layer_is_measured_under_every_recipe(run_dir: Path, tmp_path: Pat
         if not name.startswith("mlp_context") and name != "attention.linear_proj_context"
     }
     expected = {(block, name) for block in (0, 1) for name in LAYERS} | {(2, name) for name in last}
+    modules = {(block, f"recurrence.experts.{factor}") for block in (1, 2) for factor in ("down", "up")}
+    assert set(ALL_RECIPES) == {"tensorwise", "delayed", "blockwise", "mxfp8", "nvfp4"}
     for recipe in ALL_RECIPES:
         measured = [each for each in found if each.recipe == recipe]
-        assert {(each.block, each.layer) for each in measured} == expected
-        assert len(measured) == len(expected)
+        rounded = expected if recipe == "delayed" else expected | modules
+        assert {(each.block, each.layer) for each in measured} == rounded
+        assert len(measured) == len(rounded)
         low, high = (0.01, 0.5) if recipe == "nvfp4" else (0.001, 0.15)
         for each in measured:
             assert low < each.output < high, each
+            assert low < each.input_gradient < high, each
             assert low < each.weight_gradient < high, each
     with Image.open(tmp_path / "precision.png") as picture:
         assert min(picture.size) > 300
@@ -127,6 +146,98 @@ def test_products_are_those_of_rounded_operands() -> None:
             assert 0 < (rounded - true).norm() < 0.06 * true.norm()
     for rounded, true in zip(products(NVFP4, tokens, weight, gradient), exact, strict=True):
         assert 0.05 * true.norm() < (rounded - true).norm() < 0.25 * true.norm()
+
+
+def relative(rounded: torch.Tensor, true: torch.Tensor) -> float:
+    return ((rounded.double() - true).norm() / true.norm()).item()
+
+
+def test_delayed_scaling_has_the_scales_of_the_batches_before() -> None:
+    """What is larger than all that came before is cut to it; operands are cast to eight bits by PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, weight, gradient = (
+        torch.randn(size, generator=generator).requires_grad_() for size in ((32, 48), (16, 48), (32, 16))
+    )
+    with one_rank(tiny_config()):
+        product = WatchedProduct(DelayedScaling())
+        for factor in (0.5, 0.125, 2):  # of a call's tokens and gradient
+            product.measures = factor == 2
+            output = (tokens * factor) @ weight.t()
+            product.watch(tokens * factor, weight, output)
+            output.backward(gradient * factor)
+    assert {len(found) for found in product.errors.values()} == {1}
+
+    def cast(values: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        values, amax = values.detach().double(), amax.detach().double()
+        scale = torch.finfo(dtype).max / amax
+        return (values.clamp(-amax, amax) * scale).float().to(dtype).double() / scale
+
+    x = cast(tokens * 2, tokens.abs().max() / 2, torch.float8_e4m3fn)
+    w = cast(weight, weight.abs().max(), torch.float8_e4m3fn)
+    g = cast(gradient * 2, gradient.abs().max() / 2, torch.float8_e5m2)
+    true_x, true_w, true_g = (values.detach().double() for values in (tokens * 2, weight, gradient * 2))
+    expected = (
+        relative(x @ w.t(), true_x @ true_w.t()),
+        relative(g @ w, true_g @ true_w),
+        relative(g.t() @ x, true_g.t() @ true_x),
+    )
+    assert product.errors[DELAYED][0] == pytest.approx(expected, rel=1e-4)
+    assert min(expected) > 0.2  # far more than of rounding
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_modules_lose_what_each_loses_of_its_own_tokens(rank: int | None) -> None:
+    counts = [3, 0, 8, 5]
+    config, recurrence = tiny_config(), replace(RECURRENCE, rank=rank)
+    with one_rank(config):
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        experts = Experts(transformer_config(config), recurrence, groups)
+    randomise(experts)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(16, HIDDEN, generator=generator) * torch.logspace(-2, 2, 16).unsqueeze(1)
+    gradient = torch.randn(16, 3 * HIDDEN, generator=generator) * torch.logspace(2, -2, 16).unsqueeze(1)
+    inputs = (tokens.requires_grad_(), torch.tensor(counts), torch.ones(16))
+    unwatched = experts(*inputs)
+    watched = watch_modules(experts)
+    for product in watched.values():
+        product.measures = True
+    output = experts(*inputs)
+    assert torch.equal(output, unwatched)
+    output.backward(gradient)
+    parts = [
+        operands_of_module(experts, module, *of_module)
+        for module, of_module in enumerate(
+            zip(tokens.detach().split(counts), gradient.split(counts), strict=True)
+        )
+        if len(of_module[0])
+    ]
+    assert watched.keys() == ({"weight"} if rank is None else {"down", "up"})
+    for name, product in watched.items():
+        assert product.errors.keys() == set(SCALED_BY_OPERAND)
+        operands = [operand for part in parts for operand in part[name]]
+        for recipe, rounding in SCALED_BY_OPERAND.items():
+            found = [products(rounding, *each) for each in operands]
+            exact = [
+                (x.double() @ w.double().t(), g.double() @ w.double(), g.double().t() @ x.double())
+                for x, w, g in operands
+            ]
+            expected = [
+                relative(*(torch.cat([each[number].flatten() for each in of]) for of in (found, exact)))
+                for number in range(3)
+            ]
+            assert product.errors[recipe] == [pytest.approx(expected, rel=1e-3)]
+
+
+def operands_of_module(
+    experts: Experts, module: int, tokens: torch.Tensor, gradient: torch.Tensor
+) -> dict[str, list[tuple[torch.Tensor, ...]]]:
+    """Return tokens, weight and gradient of a module's products by factor; those of ``up`` are three, of q, k and v."""
+    if experts.rank is None:
+        return {"weight": [(tokens, experts.weight[module].detach(), gradient)]}
+    down, up = experts.down[module].detach(), experts.up[module].detach()
+    reduced, of_outputs = (tokens @ down.t()).chunk(3, dim=-1), gradient.chunk(3, dim=-1)
+    of_reduced = torch.cat([part @ factor for part, factor in zip(of_outputs, up, strict=True)], dim=-1)
+    return {"down": [(tokens, down, of_reduced)], "up": list(zip(reduced, up, of_outputs, strict=True))}
 
 
 def test_the_worst_come_first() -> None:

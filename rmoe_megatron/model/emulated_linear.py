@@ -12,6 +12,7 @@ gradient of its own. Layers have the names and layouts of Megatron-Core's: check
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,8 +92,8 @@ class EmulatedExperts(Experts):
 
     def __init__(self, *arguments: Any, recipe: Recipe, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.recipe = recipe
-        self.fits_grouped_mm = False
+        self.multiply_with(partial(_rounded_product, recipe=recipe))
 
-    def _product(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        return RoundedProduct.apply(tokens, weight, self.recipe)
+
+def _rounded_product(tokens: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    return RoundedProduct.apply(tokens, weight, recipe)

@@ -89,4 +89,4 @@ def test_its_layers_are_measured_in_low_precision(folder: Path) -> None:
     layers = {"attention.linear_qkv", "attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"}
     assert {(each["block"], each["layer"]) for each in found} == {
         (block, layer) for block in range(3) for layer in layers
-    }
+    } | {(block, f"recurrence.experts.{factor}") for block in (1, 2) for factor in ("down", "up")}

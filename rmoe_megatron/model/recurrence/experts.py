@@ -1,6 +1,7 @@
 """The neural modules of the recurrence: grouped low-rank or full-rank Q/K/V projections."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 
 from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.model.backend import fits_grouped_mm
+
+
+def grouped_product(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x w^T`` [G, N, O] of tokens [G, N, K] and weights [G, O, K], group by group."""
+    return tokens.bmm(weight.transpose(1, 2))
 
 
 class Packing:
@@ -71,8 +77,13 @@ class Experts(MegatronModule):
             self.down = self._parameter(down)
             self.up = self._parameter(self._normal((modules, 3, hidden, rank), recurrence.up_init_std))
         self.rank = rank
+        self._product: Callable[[Tensor, Tensor], Tensor] = grouped_product
         # Otherwise modules run as batched products, and the run says so when it starts.
         self.fits_grouped_mm = fits_grouped_mm(hidden, rank, config.params_dtype.itemsize)
+
+    def multiply_with(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Take ``product`` instead of :func:`grouped_product` on every device; a group's tokens end in rows of zeros."""
+        self._product, self.fits_grouped_mm = product, False
 
     @staticmethod
     def _normal(shape: tuple[int, ...], std: float) -> Tensor:
@@ -127,10 +138,6 @@ class Experts(MegatronModule):
         reduced = reduced.transpose(1, 2).reshape(3 * modules, capacity, self.rank)
         projected = self._product(reduced, self.up.flatten(0, 1))
         return projected.view(modules, 3, capacity, -1).transpose(1, 2).flatten(2)
-
-    def _product(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """Return ``x w^T`` [G, N, O] of tokens [G, N, K] and weights [G, O, K], group by group."""
-        return tokens.bmm(weight.transpose(1, 2))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
