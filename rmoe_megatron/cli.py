@@ -16,6 +16,7 @@ from rmoe_megatron.cli_options import (
     Bar,
     BatchSize,
     Guidance,
+    Overrides,
     ParallelOverrides,
     Seed,
     Steps,
@@ -195,6 +196,7 @@ def diagnose_precision(
             help="Micro-batches to average over; 32 more come before, for the histories of delayed scaling.",
         ),
     ] = 4,
+    overrides: Overrides = None,
 ) -> None:
     """Measure what each linear layer, and a recurrence's modules, would lose in FP8 and NVFP4, recipe by recipe, and draw it."""
     from rmoe_megatron.diagnostics.precision import PRODUCTS, worst
@@ -202,7 +204,7 @@ def diagnose_precision(
     from rmoe_megatron.diagnostics.watched_products import ALL_RECIPES
 
     out = out or run_dir / "precision"
-    losses = diagnose(run_dir, out, batches, Bar("precision", "batch"))
+    losses = diagnose(run_dir, out, batches, overrides or [], Bar("precision", "batch"))
     for recipe in ALL_RECIPES:
         print(f"{recipe}: the layers that lose most (relative errors)")
         for each in worst(losses, recipe, count=5):

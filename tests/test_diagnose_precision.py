@@ -12,6 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from PIL import Image
 
+from rmoe_megatron.checkpoint.folders import write_manifest
 from rmoe_megatron.diagnostics.precision import Loss, diagnose_precision, worst
 from rmoe_megatron.diagnostics.watched_products import (
     ALL_RECIPES,
@@ -21,6 +22,7 @@ from rmoe_megatron.diagnostics.watched_products import (
     products,
     watch_modules,
 )
+from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.quantization import NVFP4, RECIPES, DelayedScaling
 from rmoe_megatron.model.recurrence.experts import Experts
 from rmoe_megatron.model.transformer_config import transformer_config
@@ -74,6 +76,49 @@ def test_an_output_that_cannot_be_written_is_said_at_once(run_dir: Path) -> None
     assert errors == (
         "error: --out /dev/null/out cannot be written: /dev/null is a file; choose another folder.\n"
     )
+
+
+def test_settings_find_data_that_have_moved(run_dir: Path, tmp_path: Path) -> None:
+    data = run_dir.parent / "data" / "train"
+    moved = data.rename(tmp_path / "data")
+    arguments = ["diagnose", "precision", str(run_dir), "--batches", "1", "--out", str(tmp_path / "out")]
+    try:
+        code, errors = rmoe(*arguments)
+        assert (code, errors.count("\n")) == (2, 1)
+        assert f"There is no shard folder {data}" in errors
+        code, errors = rmoe(*arguments, f"data.train={moved}")
+        assert code == 0, errors
+    finally:
+        moved.rename(data)
+
+
+@pytest.mark.parametrize("setting", ["model.hidden_size=64", "recurrence.steps=3", "recurrence=null"])
+def test_weights_are_of_no_other_model(run_dir: Path, tmp_path: Path, setting: str) -> None:
+    code, errors = rmoe("diagnose", "precision", str(run_dir), setting, "--out", str(tmp_path))
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"without overriding {setting.partition('.')[0].partition('=')[0]}" in errors
+
+
+def test_several_ranks_are_refused(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="one process, but there are 2"):
+        diagnose_precision(run_dir, tmp_path, batches=1)
+
+
+def test_imported_weights_have_no_data(run_dir: Path, tmp_path: Path) -> None:
+    imported = shutil.copytree(run_dir, tmp_path / "imported")
+    for checkpoint in (imported / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+        (checkpoint / "run_state.json").write_text(json.dumps({"step": 0, "samples": 0, "imported": True}))
+        write_manifest(checkpoint)
+    with pytest.raises(UserError, match=f"{imported} holds imported weights"):
+        diagnose_precision(imported, tmp_path / "out", batches=1)
 
 
 def test_every_layer_is_measured_under_every_recipe(run_dir: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ modules have no figures for delayed scaling, which leaves them as they are.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,8 +23,10 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
 from rmoe_megatron import durable
+from rmoe_megatron.checkpoint.folders import read_state
 from rmoe_megatron.checkpoint.model_state import load_weights
 from rmoe_megatron.checkpoint.weights import RunWeights
+from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import (
     Backend,
     Fp8Config,
@@ -38,6 +40,8 @@ from rmoe_megatron.config.stages import Stage, stage_at, stages_of
 from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.diagnostics.watched_products import ALL_RECIPES, watch_products
 from rmoe_megatron.diffusion.loss import DiffusionLoss
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.launch import world_size
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.training import preflight
@@ -67,7 +71,11 @@ class Loss:
 
 
 def diagnose_precision(
-    run_dir: Path, output: Path, batches: int, progress: Callable[[int, int], None] = lambda done, total: None
+    run_dir: Path,
+    output: Path,
+    batches: int,
+    overrides: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Loss]:
     """Measure every layer under every recipe; writes ``precision.json`` and ``precision.png`` into ``output``.
 
@@ -76,16 +84,24 @@ def diagnose_precision(
     Args:
         run_dir: of a trained run; its newest checkpoint's averaged weights are taken, and the training data of the checkpoint's stage.
         batches: micro-batches to average over, after those of the histories.
+        overrides: settings over the run's own, for data that have moved or another device.
         progress: called with the micro-batches done and the number of all.
 
     Raises:
-        UserError: there is no such run, its data is not there, or ``output`` cannot be written.
+        UserError: there is no such run, its data is not there, a setting makes another model of it, ``output`` cannot be
+            written, or this is one of several ranks.
     """
+    if world_size() > 1:
+        raise UserError(
+            f"`rmoe diagnose precision` measures in one process, but there are {world_size()}; start it without torchrun, and in "
+            "one task of srun."
+        )
     weights = RunWeights(run_dir)
     durable.check_writable(output, "--out")
+    config = _read_config(weights, run_dir, overrides)
     # As in validation: the stage of the checkpoint's last step, not of the one to come.
-    stage = stage_at(stages_of(weights.config), weights.checkpoint.step - 1)
-    config = _in_one_process(weights.config, run_dir, stage)
+    stage = stage_at(stages_of(config), weights.checkpoint.step - 1)
+    config = _in_one_process(config, run_dir, stage)
     preflight.check_looking(config)
     with process_groups(config) as device:
         modules = build_chunks(config, initialise=False)
@@ -109,6 +125,24 @@ def diagnose_precision(
     durable.write(output / "precision.json", json_text([asdict(each) for each in losses], indent=1) + "\n")
     durable.write(output / "precision.png", draw_losses(losses))
     return losses
+
+
+def _read_config(weights: RunWeights, run_dir: Path, overrides: Sequence[str]) -> RunConfig:
+    """Return the checkpoint's configuration with other settings, which leave the model what it is."""
+    path = weights.checkpoint.path
+    if read_state(path).get("imported"):
+        raise UserError(
+            f"{run_dir} holds imported weights and no data to run them on; diagnose a run that started from them "
+            f"(fine_tuning.base={run_dir})."
+        )
+    config = load_config(path / "config.yaml", [*overrides])
+    for section in ("model", "recurrence", "lora", "diffusion"):
+        if getattr(config, section) != getattr(weights.config, section):
+            raise UserError(
+                f"The weights in {path} are of another model ({section} differs from what is asked for); diagnose them "
+                f"without overriding {section}."
+            )
+    return config
 
 
 def _in_one_process(config: RunConfig, run_dir: Path, stage: Stage) -> RunConfig:
