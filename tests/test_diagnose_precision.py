@@ -92,6 +92,15 @@ def test_settings_find_data_that_have_moved(run_dir: Path, tmp_path: Path) -> No
         moved.rename(data)
 
 
+def test_how_a_run_was_trained_does_not_matter(run_dir: Path, tmp_path: Path) -> None:
+    """Nothing of its engine, precision or layout has to be here."""
+    trained_with = [
+        "engine=deepspeed", "deepspeed.engine_options={unknown: 1}", "precision=fp8", "backend=transformer_engine",
+        "training.compile=true", "parallel.context_parallel_size=3",
+    ]  # fmt: skip
+    diagnose_precision(run_dir, tmp_path, 1, trained_with)
+
+
 @pytest.mark.parametrize("setting", ["model.hidden_size=64", "recurrence.steps=3", "recurrence=null"])
 def test_weights_are_of_no_other_model(run_dir: Path, tmp_path: Path, setting: str) -> None:
     code, errors = rmoe("diagnose", "precision", str(run_dir), setting, "--out", str(tmp_path))

@@ -29,6 +29,8 @@ from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import (
     Backend,
+    DeepSpeedConfig,
+    EngineName,
     Fp8Config,
     ParallelConfig,
     Precision,
@@ -173,6 +175,8 @@ def _in_one_process(config: RunConfig, run_dir: Path, stage: Stage) -> RunConfig
         precision=Precision.fp32,
         fp8=Fp8Config(),
         backend=Backend.local,
+        engine=EngineName.megatron,
+        deepspeed=DeepSpeedConfig(),
         fine_tuning=None,
     )
 
