@@ -1,7 +1,7 @@
 """Number of parameters of a model in closed form, and what they take in memory at least."""
 
 from rmoe_megatron.config.model import ModelDescription
-from rmoe_megatron.config.run import RunConfig, Trainable
+from rmoe_megatron.config.run import EngineName, RunConfig, Trainable
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.family import linear_parameters
 from rmoe_megatron.model.registry import additions_of, family_of
@@ -49,7 +49,10 @@ def check_memory(config: RunConfig, bytes_per_rank: int, where: str) -> None:
     shards = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     spread = parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
     trains_all = config.fine_tuning is None or config.fine_tuning.trainable is Trainable.all
-    bytes_each = config.precision.parameter_bytes + (GRADIENT_BYTES if trains_all else 0)
+    shards_gradients = config.engine is EngineName.deepspeed and config.deepspeed.zero_stage > 1
+    has_gradients = trains_all and not shards_gradients
+    # ZeRO's third stage shards parameters, but builds them whole first.
+    bytes_each = config.precision.parameter_bytes + (GRADIENT_BYTES if has_gradients else 0)
     needed = (dense // shards + modules // spread) * bytes_each
     if needed > bytes_per_rank:
         raise UserError(

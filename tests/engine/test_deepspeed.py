@@ -123,6 +123,31 @@ def weights_of(run: Path, averaged: bool = False) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+def test_additions_are_trained_on_a_frozen_base_and_resumed(runs: Path, stage: int) -> None:
+    """LoRA on the base's dense model, in bf16: the rest of the model is neither moved nor saved."""
+    run_dir, base = runs / f"lora{stage}", runs / "dense"
+    short = ["training.steps=6", "checkpoint.every=3", "recurrence=null", *QUIET]
+    if not base.exists():
+        code, errors = rmoe("train", str(runs / "config.yaml"), *short, "precision=bf16", f"run_dir={base}")
+        assert code == 0, errors
+    tuning = [f"fine_tuning.base={base}", "lora={layers: [0, 2], rank: 4}", "precision=bf16"]
+    zero = ["engine=deepspeed", f"deepspeed.zero_stage={stage}", f"run_dir={run_dir}"]
+    code, errors = rmoe("train", str(runs / "config.yaml"), *short, *tuning, *zero, ranks=2)
+    assert code == 0, errors
+    before, after = weights_of(base, averaged=True), weights_of(run_dir)
+    added = after.keys() - before.keys()
+    assert added
+    assert all(".lora." in name for name in added)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    whole = losses(run_dir)
+    shutil.rmtree(list_checkpoints(run_dir)[0].path)
+    code, errors = rmoe("train", "--resume", str(run_dir), ranks=2)
+    assert code == 0, errors
+    assert losses(run_dir) == whole
+    assert all(torch.equal(weights_of(run_dir)[name], after[name]) for name in added)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_run_is_bitwise_the_whole_one(runs: Path, stage: int) -> None:
     whole, copy = runs / f"zero{stage}", rewound(runs / f"zero{stage}", f"resumed{stage}")
     code, errors = rmoe("train", "--resume", str(copy), ranks=2)
@@ -188,11 +213,16 @@ def test_a_run_goes_on_with_its_own_engine_alone(runs: Path) -> None:
 
 @pytest.mark.parametrize(
     ("base", "engine"),
-    [("zero3", ["engine=megatron"]), ("megatron", ["engine=deepspeed", "deepspeed.zero_stage=3"])],
+    [
+        ("zero3", ["engine=megatron"]),
+        ("megatron", ["engine=deepspeed", "deepspeed.zero_stage=1"]),
+        ("megatron", ["engine=deepspeed", "deepspeed.zero_stage=2", "parallel.expert_model_parallel_size=2"]),
+        ("megatron", ["engine=deepspeed", "deepspeed.zero_stage=3"]),
+    ],
 )
 def test_either_engine_starts_from_the_other_s_weights(runs: Path, base: str, engine: list[str]) -> None:
-    """With the modules frozen out: what is frozen is not saved, and every stage trains the rest alone."""
-    run_dir = runs / f"from-{base}"
+    """Of a base of which one block is trained: what is frozen is not saved, and every stage trains the rest alone."""
+    run_dir = runs / f"from-{base}-{engine[-1]}"
     tuning = [f"fine_tuning.base={runs / base}", "fine_tuning.trainable=blocks", "fine_tuning.blocks=[1]"]
     code, errors = rmoe(
         "train", str(runs / "config.yaml"), *tuning, *engine, *QUIET, f"run_dir={run_dir}", "training.steps=5", ranks=2

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from rmoe_megatron.config.run import FineTuningConfig, ParallelConfig
+from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, FineTuningConfig, ParallelConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_transformer
 from rmoe_megatron.model.parameters import check_memory, dense_parameters, module_parameters
@@ -38,5 +38,10 @@ def test_a_model_that_cannot_fit_is_refused() -> None:
         check_memory(config, whole - 8, "the CPU")
     spread = replace(config, parallel=ParallelConfig(pipeline_model_parallel_size=3))
     check_memory(spread, whole // 3, "the CPU")
+    # ZeRO's second stage leaves a rank without whole gradients.
+    zero = replace(config, engine=EngineName.deepspeed, deepspeed=DeepSpeedConfig(zero_stage=2))
+    check_memory(zero, whole // 2, "the CPU")
+    with pytest.raises(UserError):
+        check_memory(zero, whole // 2 - 8, "the CPU")
     frozen = replace(config, fine_tuning=FineTuningConfig(base="x"))
     check_memory(frozen, whole // 2, "the CPU")
