@@ -44,7 +44,10 @@ RULES = (
         _NOT_TESTED,
     ),
     Rule("compiled blocks", "training.compile", lambda config: config.training.compile, _NOT_TESTED),
-    Rule("recomputed activations", "training.recompute", lambda config: config.training.recompute is not Recompute.none, _NOT_TESTED),
+    Rule(
+        "recomputed attention", "training.recompute=selective", lambda config: config.training.recompute is Recompute.selective,
+        "gradients come in several parts, and DeepSpeed reduces each parameter's once; full works", (2, 3),
+    ),
     Rule(
         "parameters on the host", "deepspeed.offload_parameters", lambda config: config.deepspeed.offload_parameters,
         "parameters are whole on every rank at stages 1 and 2", (1, 2),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Precision, RunConfig
+from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Precision, Recompute, RunConfig
 from rmoe_megatron.engine.deepspeed.library import (
     OPTIONS,
     OPTIONS_OF_SPREAD_MODULES,
@@ -106,12 +106,19 @@ WITH_OPTIONS = {
     if name not in QUANTIZED  # their kernels are CUDA's
     for stage in stages
 }  # fmt: skip
+RECOMPUTED = {
+    f"{recompute.value} {stage}": replace(
+        under_zero(RECURRENT_RUN, stage), training=replace(RECURRENT_RUN.training, recompute=recompute)
+    )
+    for recompute, stages in {Recompute.full: STAGES, Recompute.selective: (1,)}.items()
+    for stage in stages
+}
 SPREAD = {
     f"spread, {name}": replace(case, parallel=layout(ep=2))
     for name, case in (ON_THE_HOST | WITH_OPTIONS).items()
     if name[-1] in "12" and name.split()[0] in ("offload_optimizer", *OPTIONS_OF_SPREAD_MODULES)
 }
-SHORT = ("offload_optimizer 2", "offload_optimizer offload_parameters 3", "reduce_bucket_size 2", "sub_group_size 3", "spread, overlap_comm 2")  # fmt: skip
+SHORT = ("offload_optimizer 2", "offload_optimizer offload_parameters 3", "reduce_bucket_size 2", "sub_group_size 3", "spread, overlap_comm 2", "full 3")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -121,13 +128,14 @@ SHORT = ("offload_optimizer 2", "offload_optimizer offload_parameters 3", "reduc
         pytest.param(ON_THE_HOST, marks=pytest.mark.distributed_full),
         pytest.param(WITH_OPTIONS, marks=pytest.mark.distributed_full),
         pytest.param(SPREAD, marks=pytest.mark.distributed_full),
+        pytest.param(RECOMPUTED, marks=pytest.mark.distributed_full),
     ],
-    ids=["short", "host", "options", "spread"],
+    ids=["short", "host", "options", "spread", "recomputed"],
 )
-def test_where_things_lie_changes_nothing_else(
+def test_where_things_lie_and_how_they_get_there_changes_nothing_else(
     names: Iterable[str], one_process: dict[str, Result], tmp_path: Path
 ) -> None:
-    cases = {name: (ON_THE_HOST | WITH_OPTIONS | SPREAD)[name] for name in names}
+    cases = {name: (ON_THE_HOST | WITH_OPTIONS | SPREAD | RECOMPUTED)[name] for name in names}
     for config in cases.values():
         check_deepspeed(config)
     # DeepSpeed does not hand out gradients wherever they lie; norms and ten steps' weights say as much.

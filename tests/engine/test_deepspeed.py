@@ -45,7 +45,10 @@ def at_stage(stage: int, **settings: object) -> DeepSpeedConfig:
         ({"parallel": ParallelConfig(expert_model_parallel_size=2), "deepspeed": at_stage(3)}, "zero_stage=3"),
         ({"precision": Precision.fp8_emulated}, "precision is not for engine=deepspeed"),
         ({"training": replace(DEEPSPEED.training, compile=True)}, "training.compile"),
-        ({"training": replace(DEEPSPEED.training, recompute=Recompute.full)}, "training.recompute"),
+        (
+            {"training": replace(DEEPSPEED.training, recompute=Recompute.selective), "deepspeed": at_stage(2)},
+            "training.recompute=selective is not for engine=deepspeed with deepspeed.zero_stage=2",
+        ),
         ({"optimizer": replace(DEEPSPEED.optimizer, distributed_optimizer=False)}, "distributed_optimizer=false"),
         ({"deepspeed": at_stage(2, offload_parameters=True)}, "offload_parameters is not for engine=deepspeed"),
         ({"engine": EngineName.megatron, "deepspeed": at_stage(2)}, "engine is megatron"),
