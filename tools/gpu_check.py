@@ -3,7 +3,7 @@
     python tools/gpu_check.py [--output runs/gpu_check] [--only NAME ...] [--minutes 8]
     python tools/gpu_check.py --device cpu --small      # the same code on tiny models
 
-One H100 or H200 with what NGC's PyTorch image or ``pip install rmoe-megatron[train,gpu]`` has. Writes to the output folder:
+One H100 or H200 with what NGC's PyTorch image or ``pip install rmoe-megatron[train,gpu,deepspeed]`` has. Writes to the output folder:
 gpu_check.json (all figures), gpu_check.md (the row for tools/benchmark_results.md, goals, checks, dearest operations) and
 gpu_check_timeline.json (two steps, for chrome://tracing or Perfetto). The exit code is 1 if a check fails.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from gpu_check_engines import parity_deepspeed
 from gpu_check_parity import (
     grouped_products,
     parity_bf16,
@@ -72,6 +73,7 @@ CHECKS = [
     Check("timeline", timeline, 25),
     Check("synchronisations", synchronisations, 10),
     *(Check(f"fp8_{recipe.value}", partial(_fp8, recipe=recipe), 40) for recipe in CAPABILITIES),
+    Check("deepspeed", parity_deepspeed, 40),
     Check("speed_dense_compiled", partial(speed, variant="dense_compiled"), 90),
     Check("diffusers_compiled", against_diffusers, 120),
 ]

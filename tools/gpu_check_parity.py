@@ -61,14 +61,19 @@ def parity_config(precision: Precision, device: torch.device, small: bool) -> Ru
     return replace(config, recurrence=replace(recurrence, layers=[1]))
 
 
-def training_step(config: RunConfig, device: torch.device) -> Step:
-    """Take one step from weights and a batch that depend on nothing but names, shapes and the seed."""
-    modules = build_chunks(config)
+def randomise(modules: torch.nn.ModuleList) -> None:
+    """Give a model weights that depend on nothing but names and shapes."""
     with torch.no_grad():
         for name, parameter in modules.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             values = torch.randn(parameter.shape, generator=generator) * 0.05
             parameter.copy_(1 + values if "norm" in name and name.endswith("weight") else values)
+
+
+def training_step(config: RunConfig, device: torch.device) -> Step:
+    """Take one step from weights and a batch that depend on nothing but names, shapes and the seed."""
+    modules = build_chunks(config)
+    randomise(modules)
     engine = make_engine(config, modules.to(device), device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

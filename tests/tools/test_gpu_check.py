@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_check
+import gpu_check_engines
 import gpu_check_parity
 import gpu_check_speed
 import pytest
@@ -58,6 +59,17 @@ def test_what_needs_a_gpu_is_skipped_by_name_and_the_rest_runs(results: dict[str
         assert result["status"] == ("skipped" if name in NEED_A_GPU else "ok"), result
     assert any("MegatronEngine.step" in place for place in results["synchronisations"]["figures"]["places"])
     assert "Transformer Engine" in results["fp8_mxfp8"]["reason"]
+
+
+def test_the_engines_agree(
+    results: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, workplace: Workplace
+) -> None:
+    errors = [value for name, value in results["deepspeed"]["figures"].items() if name.endswith("_error")]
+    assert len(errors) == 5
+    assert max(errors) < 1e-4
+    monkeypatch.setattr(gpu_check_engines, "is_installed", lambda package: False)
+    with pytest.raises(Skipped, match="DeepSpeed is not installed"):
+        gpu_check_engines.parity_deepspeed(workplace)
 
 
 def test_steps_and_products_agree(results: dict[str, dict[str, Any]]) -> None:
