@@ -53,9 +53,16 @@ def test_torchrun_and_srun_must_not_disagree(slurm: LocalSlurm, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def test_two_nodes_train_as_one_process_does(slurm: LocalSlurm, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "engine=megatron",
+        pytest.param("engine=deepspeed deepspeed.zero_stage=3", marks=pytest.mark.slurm_full),
+    ],
+)
+def test_two_nodes_train_as_one_process_does(slurm: LocalSlurm, tmp_path: Path, engine: str) -> None:
     config = make_run(tmp_path)
-    train = f"srun {sys.executable} -m rmoe_megatron train {config} training.micro_batch_size=2 training.steps=5 training.sample_prompts=[] run_dir={tmp_path}/four"
+    train = f"srun {sys.executable} -m rmoe_megatron train {config} {engine} training.micro_batch_size=2 training.steps=5 training.sample_prompts=[] run_dir={tmp_path}/four"
     # The node's names are SLURM's alone; on a cluster the network knows them.
     output = batch(
         slurm, tmp_path / "out", train, "--nodes=2", "--ntasks-per-node=2", MASTER_ADDR="127.0.0.1"

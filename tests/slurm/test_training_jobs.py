@@ -79,13 +79,15 @@ def test_a_wrong_configuration_is_not_submitted(site: Site) -> None:
 
 
 @pytest.mark.slurm_full
-def test_an_interrupted_job_starts_anew_and_ends_as_if_it_had_not_been(site: Site) -> None:
+@pytest.mark.parametrize("engine", [[], ["engine=deepspeed", "deepspeed.zero_stage=2"]])
+def test_an_interrupted_job_starts_anew_and_ends_as_if_it_had_not_been(site: Site, engine: list[str]) -> None:
     config = make_run(site.folder)
     settings = [
         f"training.steps={STEPS}",
         "checkpoint.every=100",
         "training.sample_prompts=[]",
         "data.num_workers=1",
+        *engine,
     ]
     job = site.submit("pretrain_t2i.sh", "--nodes=1", str(config), *settings)
     run_dir = site.folder / "run"
