@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Precision, Recompute, RunConfig
 from rmoe_megatron.engine.deepspeed.library import (
@@ -19,7 +22,7 @@ from rmoe_megatron.engine.deepspeed.library import (
     check_deepspeed,
 )
 from tests.distributed.test_parity import MODELS, RECURRENT_RUN, assert_same_run, relative_errors
-from tests.support.ranks import Result, layout, run_on_ranks, train
+from tests.support.ranks import Result, batches, conditions, layout, run_on_ranks, train
 
 STAGES = (1, 2, 3)
 
@@ -142,3 +145,93 @@ def test_where_things_lie_and_how_they_get_there_changes_nothing_else(
     expected = replace(one_process["mmdit-recurrent"], gradients={})
     for result in run_on_ranks(2, cases, tmp_path, partial(train, gradients=False)).values():
         assert_same_run(result, expected)
+
+
+class SpoiltGradient(torch.autograd.Function):
+    """Passes a finite loss on and gives it a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.nan
+
+
+def finish(
+    config: RunConfig, spoilt: int | None = None
+) -> tuple[list[float], list[bool], dict[str, torch.Tensor]]:
+    """Take four steps, before which one more may be spoilt on the last rank; norms, whether a step was left out, weights."""
+    from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.engine.registry import build_engine
+    from rmoe_megatron.model.build import build_chunks
+    from rmoe_megatron.parallel import process_groups
+
+    norms, left_out = [], []
+    with process_groups(config) as device:
+        modules = build_chunks(config).to(device)
+        null = conditions(config, torch.zeros(1)).map(torch.zeros_like)
+        engine: Any = build_engine(config, modules, DiffusionLoss(config, config.seed, null))
+        loss_of = engine._loss
+        steps = list(batches(config))[:4]
+        order = [*steps[:1], *([steps[3]] if spoilt is not None else []), *steps[1:]]
+        for number, micro_batches in enumerate(order):
+            is_spoilt = spoilt is not None and number == 1
+            calls = iter(range(len(micro_batches)))
+
+            def loss(batch: Any, is_spoilt: bool = is_spoilt, calls: Any = calls) -> torch.Tensor:
+                value = loss_of(batch)
+                hit = next(calls) == spoilt and is_spoilt and dist.get_rank() == dist.get_world_size() - 1
+                return SpoiltGradient.apply(value) if hit else value
+
+            engine._loss = loss
+            outcome = engine.step(micro_batches)
+            left_out.append(outcome.suspects is not None)
+            if not is_spoilt:
+                norms.append(outcome.grad_norm)
+        weights = {name: parameter.detach().float().cpu() for name, parameter in engine.parameters.items()}
+    return norms, left_out, weights
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_and_leaves_nothing(
+    precision: Precision, tmp_path: Path
+) -> None:
+    base = replace(RECURRENT_RUN, precision=precision)
+    cases = {
+        f"{stage} {host}": under_zero(base, stage, offload_optimizer=host)
+        for stage in STAGES
+        for host in (False, True)
+    }
+    expected = run_on_ranks(2, cases, tmp_path, finish)
+    for name, found in run_on_ranks(2, cases, tmp_path, partial(finish, spoilt=1)).items():
+        assert found[1] == [False, True, False, False, False], name
+        assert found[0] == expected[name][0], name
+        assert all(torch.equal(found[2][key], weight) for key, weight in expected[name][2].items()), name
+
+
+def finite_at_the_start(config: RunConfig) -> bool:
+    """Whether every rank's shards are finite if memory is as bad as it can be."""
+    from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.engine.registry import build_engine
+    from rmoe_megatron.model.build import build_chunks
+    from rmoe_megatron.parallel import process_groups
+
+    # It fills memory that is not initialised with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with process_groups(config) as device:
+        modules = build_chunks(config).to(device)
+        null = conditions(config, torch.zeros(1)).map(torch.zeros_like)
+        engine = build_engine(config, modules, DiffusionLoss(config, config.seed, null))
+        engine.step(next(iter(batches(config))))
+        finite = torch.tensor(all(bool(each.isfinite().all()) for each in engine.parameters.values()))
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
+
+
+def test_what_fills_up_shards_is_finite(tmp_path: Path) -> None:
+    """On three ranks, which divide no parameter of the model."""
+    training = replace(RECURRENT_RUN.training, global_batch_size=6)
+    cases = {str(stage): under_zero(replace(RECURRENT_RUN, training=training), stage) for stage in STAGES}
+    assert all(run_on_ranks(3, cases, tmp_path, finite_at_the_start).values())

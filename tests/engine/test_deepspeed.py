@@ -165,6 +165,19 @@ def test_a_resumed_run_is_bitwise_the_whole_one(runs: Path, stage: int) -> None:
             assert torch.equal(found[name], weight), name
 
 
+def test_second_shards_never_outlive_the_weights_they_were_cut_from(runs: Path) -> None:
+    """zero_hpz_partition_size keeps copies of weights; validation with averages and resuming change the weights behind them."""
+    whole, option = runs / "hpz", "deepspeed.engine_options={zero_hpz_partition_size: 2}"
+    settings = ["engine=deepspeed", "deepspeed.zero_stage=3", option, f"run_dir={whole}", *QUIET]
+    code, errors = rmoe("train", str(runs / "config.yaml"), *settings, ranks=2)
+    assert code == 0, errors
+    assert losses(whole) == losses(runs / "zero3")
+    copy = rewound(whole, "hpz-resumed")
+    code, errors = rmoe("train", "--resume", str(copy), ranks=2)
+    assert code == 0, errors
+    assert losses(copy) == losses(whole)
+
+
 def test_another_stage_and_number_of_ranks_can_go_on(runs: Path) -> None:
     """A checkpoint is whole tensors, whoever cut them up."""
     copy = rewound(runs / "zero3", "other")

@@ -59,6 +59,8 @@ class DeepSpeedEngine:
             name: parameter.ds_tensor if self.partitions_parameters else parameter
             for name, parameter in trained.items()
         }
+        if self.partitions_parameters:
+            self.state.clear_padding(self.parameters)
         self.deepspeed.train()
 
     def step(
@@ -84,6 +86,9 @@ class DeepSpeedEngine:
         grad_norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device)
         loss_value, norm_value = torch.stack((mean, grad_norm.to(mean.dtype))).tolist()
         if not self.deepspeed.was_step_applied():
+            if self.config.deepspeed.offload_optimizer and not self.partitions_parameters:
+                # In bf16 DeepSpeed keeps these sums, and every later step would add to what is not finite.
+                self.optimizer.averaged_gradients.clear()
             return StepResult(loss_value, norm_value, learning_rate, find_suspects(micro_batches, losses))
         self.scheduler.step(increment=1)
         return StepResult(loss_value, norm_value, learning_rate)
@@ -122,13 +127,19 @@ class DeepSpeedEngine:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        self._forget_copies()
         self.deepspeed.eval()
         try:
             yield
         finally:
             self.deepspeed.train()
-            if self.partitions_parameters:
-                self.deepspeed.empty_partition_cache()  # nothing is to be read that is older than the shards
+            self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        """Let nothing be read that is older than the shards: whole parameters, and zero_hpz_partition_size's second shards."""
+        if self.partitions_parameters:
+            self.deepspeed.empty_partition_cache()
+            self.optimizer.invalidate_secondary_tensor()
 
     def keys(self) -> dict[str, str]:
         """Return the names in the whole model of its parts."""
@@ -142,4 +153,5 @@ class DeepSpeedEngine:
     def load_state(self, loaded: dict[str, Any], averages: dict[str, Tensor]) -> None:
         """Take over everything that was saved; learning rates, betas and eps stay those of the configuration."""
         self.state.take(loaded, self.optimizer, self.parameters, averages)
+        self._forget_copies()
         self.scheduler.load_state_dict(loaded["scheduler"])

@@ -52,6 +52,18 @@ class ZeroState:
         self.groups = {name: spread if is_module(parameter) else dense for name, parameter in trained.items()}
         self.writers = self._choose_writers()
 
+    def clear_padding(self, parameters: dict[str, Tensor]) -> None:
+        """Zero what fills up the last shards, which DeepSpeed leaves as it found the memory: it may be NaN."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        for name, part in parameters.items():
+            rest = max(0, prod(self.shapes[name]) - self.groups[name].rank() * part.numel())
+            part.detach()[rest:].zero_()
+            # What lies on the host may be handed out as a copy, so it is set and not changed in place.
+            main = safe_get_local_fp32_param(self.trained[name]).clone()
+            main[rest:].zero_()
+            self._set_optimizer_state(name, MASTER, main)
+
     def describe(
         self, optimizer: Any, parameters: dict[str, Tensor], averages: dict[str, Tensor], is_loading: bool
     ) -> dict[str, Any]:
