@@ -56,6 +56,8 @@ def main() -> None:
         "ignore", module=r"torch\.distributed"
     )  # calls of Megatron-Core's that it will rename
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # PyTorch warns of a missing GPU
+    # So does DeepSpeed, which diffusers' accelerate imports wherever it is installed.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()

@@ -69,10 +69,11 @@ def check_engine(config: RunConfig) -> None:
         return
     stage = config.deepspeed.zero_stage
     for rule in RULES:
+        others = [str(each) for each in ZERO_STAGES if each not in rule.stages]
+        other = f"deepspeed.zero_stage={' or '.join(others)}" if others else "engine=megatron"
         require(
             stage not in rule.stages or not rule.is_asked(config),
-            f"{rule.key} is not for engine=deepspeed with deepspeed.zero_stage={stage}: {rule.why}; leave it out, or set "
-            "engine=megatron.",
+            f"{rule.key} is not for engine=deepspeed with deepspeed.zero_stage={stage}: {rule.why}; leave it out, or set {other}.",
         )
 
 

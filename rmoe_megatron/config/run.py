@@ -270,7 +270,7 @@ class DeepSpeedConfig:
     offload_optimizer: bool = False  # state and update of the optimizer on the host
     offload_parameters: bool = False  # stage 3: parameters that are not in use lie on the host
     # more of DeepSpeed's zero_optimization section, for instance {reduce_bucket_size: 50000000}
-    engine_options: dict[str, Any] = field(default_factory=dict)
+    engine_options: dict[str, Any] | None = None
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 On a GPU a number that the host wants to see (``item``, ``tolist``, ``cpu``, the truth of a tensor, sizes that depend on values) stops
 the queue of kernels until it is there, and so does a copy to the device that is waited for. Between a batch, which is in pinned memory,
-and the update of the weights this happens at the places of :data:`ALLOWED` alone; :class:`Recorder` finds others, on any device.
+and the update of the weights by Megatron-Core's engine this happens at the places of :data:`ALLOWED` alone; :class:`Recorder` finds others, on any device.
 Images and captions that are encoded during training are copied to their encoders before, and waited for.
 """
 

@@ -72,9 +72,13 @@ def _listed(samples: list[dict[str, Any]]) -> str:
     return (", ".join(named) or "no sample") + more
 
 
-def _not_finite_parameters(engine: Engine) -> dict[str, list[str]]:
-    """Name the trained parameters whose values or gradients are not finite on any rank; every rank takes part."""
+def _not_finite_parameters(engine: Engine) -> dict[str, list[str] | None]:
+    """Name the trained parameters whose values or gradients are not finite on any rank; every rank takes part.
+
+    Gradients are None where the engine has given them up after the step: DeepSpeed's.
+    """
     keys, values, gradients = engine.keys(), set(), set()
+    has_gradients = any(hasattr(parameter, "main_grad") for parameter in engine.parameters.values())
     for name, parameter in engine.parameters.items():
         gradient = getattr(parameter, "main_grad", None)  # of Megatron-Core's data parallelism
         if not parameter.isfinite().all():
@@ -83,8 +87,5 @@ def _not_finite_parameters(engine: Engine) -> dict[str, list[str]]:
             gradients.add(keys[name])
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (values, gradients))
-    names = ("parameters", "gradients")
-    return {
-        name: sorted(set().union(*found))
-        for name, found in zip(names, zip(*everyone, strict=True), strict=True)
-    }
+    all_values, all_gradients = (sorted(set().union(*found)) for found in zip(*everyone, strict=True))
+    return {"parameters": all_values, "gradients": all_gradients if has_gradients else None}

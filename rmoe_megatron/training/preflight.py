@@ -56,7 +56,7 @@ def check(config: RunConfig, world_size: int) -> None:
     check_model(config)
     validate(config, world_size)
     check_device(config)
-    check_deepspeed(config)
+    check_deepspeed(config, world_size)
     check_files(config)
     check_buckets(config)
 
@@ -84,7 +84,7 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     """
     check_model(config)
     validate(config, world_size)
-    check_deepspeed(config)
+    check_deepspeed(config, world_size)
     check_files(config)
     check_buckets(config)
     if not config.model.is_class_conditional and config.encoders.text_encoder != "minilm":

@@ -50,7 +50,7 @@ def at_stage(stage: int, **settings: object) -> DeepSpeedConfig:
             "training.recompute=selective is not for engine=deepspeed with deepspeed.zero_stage=2",
         ),
         ({"optimizer": replace(DEEPSPEED.optimizer, distributed_optimizer=False)}, "distributed_optimizer=false"),
-        ({"deepspeed": at_stage(2, offload_parameters=True)}, "offload_parameters is not for engine=deepspeed"),
+        ({"deepspeed": at_stage(2, offload_parameters=True)}, "leave it out, or set deepspeed.zero_stage=3."),
         ({"engine": EngineName.megatron, "deepspeed": at_stage(2)}, "engine is megatron"),
     ],
 )  # fmt: skip
@@ -68,29 +68,41 @@ def test_what_the_engine_cannot_do_is_refused(changes: dict, complaint: str) -> 
         ({"reduce_bucket_size": "many"}, "engine_options.reduce_bucket_size is 'many'"),
         ({"reduce_bucket_size": 0}, "greater than 0"),
         ({"sub_group_size": 1000}, "sub_group_size is for stage 3"),
+        ({"reduce_bucket_size": 10**12}, "it may be at most 10000000000"),
     ],
 )
 def test_options_are_checked_by_deepspeed_s_own_configuration(options: dict, complaint: str) -> None:
-    check_deepspeed(replace(DEEPSPEED, deepspeed=at_stage(2, engine_options={"reduce_bucket_size": 1000})))
+    check_deepspeed(replace(DEEPSPEED, deepspeed=at_stage(2, engine_options={"reduce_bucket_size": 1000})), 1)
     with pytest.raises(UserError, match=re.escape(complaint)):
-        check_deepspeed(replace(DEEPSPEED, deepspeed=at_stage(2, engine_options=options)))
+        check_deepspeed(replace(DEEPSPEED, deepspeed=at_stage(2, engine_options=options)), 1)
 
 
 def test_options_go_with_stage_modules_and_device() -> None:
     third = replace(DEEPSPEED, deepspeed=at_stage(3, engine_options={"zero_quantized_weights": True}))
     with pytest.raises(UserError, match="zero_quantized_weights needs a GPU"):
-        check_deepspeed(third)
+        check_deepspeed(third, 1)
     whole = replace(DEEPSPEED, deepspeed=at_stage(2, engine_options={"reduce_scatter": False}))
-    check_deepspeed(whole)
+    check_deepspeed(whole, 1)
     with pytest.raises(UserError, match="reduce_scatter is not for parallel.expert_model_parallel_size=2"):
-        check_deepspeed(replace(whole, parallel=ParallelConfig(expert_model_parallel_size=2)))
+        check_deepspeed(replace(whole, parallel=ParallelConfig(expert_model_parallel_size=2)), 2)
+
+
+def test_second_shards_divide_the_ranks_and_null_takes_an_option_back() -> None:
+    shards = replace(DEEPSPEED, deepspeed=at_stage(3, engine_options={"zero_hpz_partition_size": 2}))
+    check_deepspeed(shards, 4)
+    for ranks in (1, 3):
+        with pytest.raises(
+            UserError, match=r"zero_hpz_partition_size \(2\) does not divide the number of ranks"
+        ):
+            check_deepspeed(shards, ranks)
+    check_deepspeed(replace(DEEPSPEED, deepspeed=at_stage(2, engine_options={"sub_group_size": None})), 1)
 
 
 def test_without_deepspeed_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "is_installed", lambda package: False)
-    check_deepspeed(tiny_config())
+    check_deepspeed(tiny_config(), 1)
     with pytest.raises(UserError, match=re.escape("rmoe-megatron[deepspeed]")):
-        check_deepspeed(DEEPSPEED)
+        check_deepspeed(DEEPSPEED, 1)
 
 
 def test_the_table_of_what_an_engine_can_do_is_that_of_the_rules() -> None:
@@ -208,6 +220,21 @@ def test_modules_that_were_spread_are_resumed(runs: Path) -> None:
     assert code == 0, errors
     assert losses(other) == pytest.approx(losses(whole), abs=1e-4)
     assert losses(whole) == pytest.approx(losses(runs / "zero2"), abs=1e-4)
+
+
+def test_options_of_one_stage_are_taken_back_for_another(runs: Path) -> None:
+    run_dir, option = runs / "options", "deepspeed.engine_options.sub_group_size"
+    short = ["training.steps=5", f"run_dir={run_dir}", *QUIET]
+    code, errors = rmoe(
+        "train", str(runs / "config.yaml"), "engine=deepspeed", "deepspeed.zero_stage=3", f"{option}=10000", *short
+    )  # fmt: skip
+    assert code == 0, errors
+    other = ["train", "--resume", str(run_dir), "training.steps=8", "deepspeed.zero_stage=2"]
+    code, errors = rmoe(*other)
+    assert code == 2
+    assert f"where the run has it set {option}=null" in errors
+    code, errors = rmoe(*other, f"{option}=null")
+    assert code == 0, errors
 
 
 def test_both_engines_find_the_same_weights_and_hold_them_alike(runs: Path) -> None:

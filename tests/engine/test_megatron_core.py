@@ -58,7 +58,7 @@ def test_megatron_core_is_imported_without_triton() -> None:
     "overrides",
     [
         [],
-        ["engine=deepspeed", "deepspeed.zero_stage=3"],
+        ["engine=deepspeed", "precision=bf16"],
         pytest.param(
             ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
             marks=pytest.mark.distributed_full,

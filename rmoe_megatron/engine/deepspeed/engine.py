@@ -1,7 +1,8 @@
 """Optimizer steps with DeepSpeed's ZeRO: stages 1, 2 and 3 over the data-parallel ranks."""
 
+import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class DeepSpeedEngine:
         self.state = ZeroState(modules, trained, self.partitions_parameters)
         adam = build_adam(config, trained)
         deepspeed = import_deepspeed(on_cpu=self.device.type == "cpu")
-        with known_to_deepspeed(model, expert_ranks, trained.values()):
+        # It prints the memory there is, whatever its log's level.
+        with known_to_deepspeed(model, expert_ranks, trained.values()), redirect_stdout(io.StringIO()):
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=adam, config=deepspeed_config(config), dist_init_required=False
             )

@@ -29,13 +29,13 @@ OPTIONS = {
 OPTIONS_OF_SPREAD_MODULES = ("allgather_bucket_size", "overlap_comm", "reduce_bucket_size")
 # Gradients in a bucket that is reduced, as in Megatron-Core. DeepSpeed's own choice of 5e8 takes 2 GB on every rank at stage 3.
 REDUCE_BUCKET_SIZE = 40_000_000
+MOST = 10**10
 QUANTIZED = ("zero_quantized_gradients", "zero_quantized_weights")
 
 
 def import_deepspeed(on_cpu: bool) -> ModuleType:
     """Return DeepSpeed for this process's device, which it looks for when it is imported."""
-    if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = "cpu" if on_cpu else "cuda"
     os.environ.setdefault("LOCAL_RANK", str(local_rank()))  # which it asks for whoever started the ranks
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed = importlib.import_module("deepspeed")
@@ -45,8 +45,8 @@ def import_deepspeed(on_cpu: bool) -> ModuleType:
     return deepspeed
 
 
-def check_deepspeed(config: RunConfig) -> None:
-    """Check that DeepSpeed is here if it is asked for, and takes the options.
+def check_deepspeed(config: RunConfig, world_size: int) -> None:
+    """Check that DeepSpeed is here if it is asked for, and takes the options on ``world_size`` ranks.
 
     Raises:
         UserError: it is not, or names the option that is wrong.
@@ -58,8 +58,14 @@ def check_deepspeed(config: RunConfig) -> None:
             f"engine=deepspeed needs DeepSpeed, which is not installed: {INSTALL}, or set engine=megatron."
         )
     cuda = runs_on_cuda(config.device)
-    for name in config.deepspeed.engine_options:
+    for name in options_of(config):
         _check_option(config, str(name), cuda)
+    second = options_of(config).get("zero_hpz_partition_size", 1)
+    require(
+        not isinstance(second, int) or second < 1 or world_size % second == 0,
+        f"deepspeed.engine_options.zero_hpz_partition_size ({second}) does not divide the number of ranks ({world_size}); "
+        "take the number of GPUs of a node.",
+    )
     import_deepspeed(not cuda)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -74,6 +80,7 @@ def check_deepspeed(config: RunConfig) -> None:
 
 
 def _check_option(config: RunConfig, name: str, cuda: bool) -> None:
+    value = options_of(config)[name]
     stage, where = config.deepspeed.zero_stage, f"deepspeed.engine_options.{name}"
     if name not in OPTIONS:
         nearest = difflib.get_close_matches(name, OPTIONS, n=1)
@@ -83,21 +90,33 @@ def _check_option(config: RunConfig, name: str, cuda: bool) -> None:
         )
     require(
         stage in OPTIONS[name],
-        f"{where} is for stage {' or '.join(map(str, OPTIONS[name]))} of ZeRO, but deepspeed.zero_stage is {stage}; leave it out.",
+        f"{where} is for stage {' or '.join(map(str, OPTIONS[name]))} of ZeRO, but deepspeed.zero_stage is {stage}; leave it out, "
+        f"or where the run has it set {where}=null.",
     )
     require(
         config.parallel.expert_model_parallel_size == 1 or name in OPTIONS_OF_SPREAD_MODULES,
         f"{where} is not for parallel.expert_model_parallel_size="
         f"{config.parallel.expert_model_parallel_size}; leave it out.",
     )
+    require(
+        not isinstance(value, int) or value <= MOST,
+        f"{where} is {value}; it may be at most {MOST}, as many numbers as a GPU's memory can hold of them.",
+    )
     require(name not in QUANTIZED or cuda, f"{where} needs a GPU, and this run has none; leave it out.")
+
+
+def options_of(config: RunConfig) -> dict[str, Any]:
+    """Return the options that are set; null takes one of a saved run's back."""
+    return {
+        name: value for name, value in (config.deepspeed.engine_options or {}).items() if value is not None
+    }
 
 
 def zero_section(config: RunConfig) -> dict[str, Any]:
     """Return DeepSpeed's section ``zero_optimization``."""
     settings = config.deepspeed
     section: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": REDUCE_BUCKET_SIZE}
-    section |= settings.engine_options
+    section |= options_of(config)
     if settings.zero_stage == 3:
         # What is written into a parameter's shards between steps is to be the parameter, so none is kept whole.
         section["stage3_param_persistence_threshold"] = 0
@@ -123,4 +142,6 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": None,
+        # It would wait for the device before every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
