@@ -146,7 +146,8 @@ def main() -> None:
     try:
         rows, config = run(arguments.config, arguments.overrides, arguments.engine, arguments.repeats)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if rank() == 0:
         show(rows, config)
 

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from benchmark_parallel import ENGINES, expected_bytes, measure
+from benchmark_parallel import ENGINES, expected_bytes, main, measure
 
 from rmoe_megatron.config.run import DeepSpeedConfig, Precision, RunConfig
 from tests.support.configurations import MODEL, RECURRENCE, tiny_config
@@ -42,3 +42,15 @@ def test_the_closed_form(name: str, precision: Precision, bytes_each: float) -> 
     bucket = 4 * 100_000 if name == "ZeRO 3" else 0
     found = expected_bytes(name, in_precision(precision), parameters=10**6, ranks=4)
     assert found == pytest.approx(bytes_each * 10**6 + bucket)
+
+
+def test_a_mistake_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["benchmark_parallel.py", "configs/shapes_tiny.yaml", "precison=bf16", "--repeats", "2"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "did you mean precision?" in capsys.readouterr().err
