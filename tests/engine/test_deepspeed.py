@@ -237,6 +237,23 @@ def test_options_of_one_stage_are_taken_back_for_another(runs: Path) -> None:
     assert code == 0, errors
 
 
+def test_stages_of_other_batches_without_clipping_train_as_with_megatron_core(runs: Path) -> None:
+    """The number of micro-batches in a step changes in the middle; a norm of 0 is none to clip to."""
+    stages = (
+        "training.stages=[{steps: 4, sample_size: 8, micro_batch_size: 4, global_batch_size: 8}, "
+        "{steps: 4, sample_size: 8, micro_batch_size: 2, global_batch_size: 16}]"
+    )
+    settings = ["training.steps=8", stages, "optimizer.clip_grad=0", "optimizer.ema_power=0.75", *QUIET]
+    for name, engine in (("whole", []), ("two", ["engine=deepspeed", "deepspeed.zero_stage=2"]), ("three", ["engine=deepspeed", "deepspeed.zero_stage=3"])):  # fmt: skip
+        run_dir = f"run_dir={runs}/stages-{name}"
+        code, errors = rmoe("train", str(runs / "config.yaml"), *settings, *engine, run_dir, ranks=2)
+        assert code == 0, errors
+    for key in ("loss", "grad_norm", "validation_loss"):
+        expected = losses(runs / "stages-whole", key)
+        assert losses(runs / "stages-two", key) == pytest.approx(expected, rel=1e-4)
+        assert losses(runs / "stages-three", key) == pytest.approx(expected, rel=1e-4)
+
+
 def test_both_engines_find_the_same_weights_and_hold_them_alike(runs: Path) -> None:
     expected = weights_of(runs / "megatron")
     for stage in (1, 2, 3):

@@ -16,11 +16,12 @@ from tests.support.configurations import one_rank, randomise, tiny_config
 STEPS = 4
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_steps_are_those_of_adamw(distributed: bool) -> None:
+@pytest.mark.parametrize(("distributed", "clip_grad"), [(True, 0.5), (False, 0.5), (True, 0.0), (False, 0.0)])
+def test_steps_are_those_of_adamw(distributed: bool, clip_grad: float) -> None:
+    """Gradients are clipped to a norm, or by 0 not at all."""
     config = tiny_config()
     settings = replace(
-        config.optimizer, weight_decay=0.1, clip_grad=0.5, warmup_steps=2, min_learning_rate=1e-4,
+        config.optimizer, weight_decay=0.1, clip_grad=clip_grad, warmup_steps=2, min_learning_rate=1e-4,
         distributed_optimizer=distributed,
     )  # fmt: skip
     config = replace(config, optimizer=settings)
@@ -47,7 +48,7 @@ def test_steps_are_those_of_adamw(distributed: bool) -> None:
             result = engine.step([make_batch(step)], look)
             norm = torch.stack([each.norm() for each in gradients.values()]).norm().item()
             assert result.grad_norm == pytest.approx(norm, rel=1e-5)
-            scale = min(1.0, settings.clip_grad / (norm + 1e-6))
+            scale = min(1.0, clip_grad / (norm + 1e-6)) if clip_grad else 1.0
             for name, weight in weights.items():
                 gradient, (first, second) = gradients[name] * scale, moments[name]
                 first.lerp_(gradient, 1 - settings.beta1)

@@ -29,8 +29,8 @@ def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
 
 @torch.no_grad()
 def clip_gradients(optimizer: MegatronOptimizer, max_norm: float, norm: float) -> None:
-    """Scale all gradients down to a norm of ``max_norm`` if their ``norm`` is larger."""
-    if norm <= max_norm:
+    """Scale all gradients down to a norm of ``max_norm`` if their ``norm`` is larger; 0 leaves them alone."""
+    if max_norm == 0 or norm <= max_norm:
         return
     for part in parts(optimizer):
         gradients = [each.grad for each in part.get_parameters() if each.grad is not None]
