@@ -18,7 +18,6 @@ from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Precision, Rec
 from rmoe_megatron.engine.deepspeed.library import (
     OPTIONS,
     OPTIONS_OF_SPREAD_MODULES,
-    QUANTIZED,
     check_deepspeed,
 )
 from tests.distributed.test_parity import MODELS, RECURRENT_RUN, assert_same_run, relative_errors
@@ -106,7 +105,6 @@ ON_THE_HOST = {
 WITH_OPTIONS = {
     f"{name} {stage}": under_zero(RECURRENT_RUN, stage, engine_options={name: VALUES[name] if stage < 3 or name != "overlap_comm" else False})
     for name, stages in OPTIONS.items()
-    if name not in QUANTIZED  # their kernels are CUDA's
     for stage in stages
 }  # fmt: skip
 RECOMPUTED = {

@@ -23,14 +23,12 @@ OPTIONS = {
     "allgather_bucket_size": (1, 2), "allgather_partitions": (1, 2), "contiguous_gradients": (1, 2), "overlap_comm": (1, 2, 3),
     "reduce_bucket_size": (1, 2, 3), "reduce_scatter": (1, 2), "round_robin_gradients": (1, 2), "stage3_max_live_parameters": (3,),
     "stage3_max_reuse_distance": (3,), "stage3_prefetch_bucket_size": (3,), "sub_group_size": (3,), "zero_hpz_partition_size": (3,),
-    "zero_quantized_gradients": (3,), "zero_quantized_weights": (3,),
 }  # fmt: skip
 # Where modules are spread over ranks, the other paths are not made for them.
 OPTIONS_OF_SPREAD_MODULES = ("allgather_bucket_size", "overlap_comm", "reduce_bucket_size")
 # Gradients in a bucket that is reduced, as in Megatron-Core. DeepSpeed's own choice of 5e8 takes 2 GB on every rank at stage 3.
 REDUCE_BUCKET_SIZE = 40_000_000
 MOST = 10**10
-QUANTIZED = ("zero_quantized_gradients", "zero_quantized_weights")
 
 
 def import_deepspeed(on_cpu: bool) -> ModuleType:
@@ -57,16 +55,15 @@ def check_deepspeed(config: RunConfig, world_size: int) -> None:
         raise UserError(
             f"engine=deepspeed needs DeepSpeed, which is not installed: {INSTALL}, or set engine=megatron."
         )
-    cuda = runs_on_cuda(config.device)
     for name in options_of(config):
-        _check_option(config, str(name), cuda)
+        _check_option(config, str(name))
     second = options_of(config).get("zero_hpz_partition_size", 1)
     require(
         not isinstance(second, int) or second < 1 or world_size % second == 0,
         f"deepspeed.engine_options.zero_hpz_partition_size ({second}) does not divide the number of ranks ({world_size}); "
         "take the number of GPUs of a node.",
     )
-    import_deepspeed(not cuda)
+    import_deepspeed(on_cpu=not runs_on_cuda(config.device))
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
@@ -79,8 +76,7 @@ def check_deepspeed(config: RunConfig, world_size: int) -> None:
         ) from error
 
 
-def _check_option(config: RunConfig, name: str, cuda: bool) -> None:
-    value = options_of(config)[name]
+def _check_option(config: RunConfig, name: str) -> None:
     stage, where = config.deepspeed.zero_stage, f"deepspeed.engine_options.{name}"
     if name not in OPTIONS:
         nearest = difflib.get_close_matches(name, OPTIONS, n=1)
@@ -98,11 +94,11 @@ def _check_option(config: RunConfig, name: str, cuda: bool) -> None:
         f"{where} is not for parallel.expert_model_parallel_size="
         f"{config.parallel.expert_model_parallel_size}; leave it out.",
     )
+    value = options_of(config)[name]
     require(
         not isinstance(value, int) or value <= MOST,
         f"{where} is {value}; it may be at most {MOST}, as many numbers as a GPU's memory can hold of them.",
     )
-    require(name not in QUANTIZED or cuda, f"{where} needs a GPU, and this run has none; leave it out.")
 
 
 def options_of(config: RunConfig) -> dict[str, Any]:

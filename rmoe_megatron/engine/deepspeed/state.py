@@ -2,7 +2,7 @@
 
 ZeRO cuts parameters and optimizer state into flat shards of its own, at stage 3 anew for every number of ranks. A checkpoint
 does not: a tensor is put together from its shards, one at a time, and kept by the rank that will write it, in its host's
-memory. So no rank ever holds more than one whole tensor and its share of the model, any stage and number of ranks can
+memory. So beside what it has anyway no rank ever holds more than one whole tensor and its share of the rest, any stage and number of ranks can
 go on from it, and weights are found where Megatron-Core's engine writes them.
 """
 
