@@ -33,7 +33,7 @@ def watch_ranks(store: dist.Store, rank: int, world_size: int) -> Iterator[None]
     Args:
         store: of the job; a connection of its own is made, so that it may be in use elsewhere.
     """
-    connection = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+    connection = store.clone()
     watch = _Watch(dist.PrefixStore("rank_watch", connection), rank, world_size)
     watch.start()
     try:

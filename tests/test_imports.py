@@ -11,7 +11,7 @@ ROOT = Path(rmoe_megatron.__file__).parent
 # Folders and files at the top, each after all that it imports from.
 ORDER = [
     "errors", "durable", "launch", "stop_signals", "work_queue", "typed_files", "refusal", "counter_rng", "pictures", "extras", "rank_watch",
-    "config", "data", "hf", "platform", "parallel", "diffusion", "model", "pretrained", "encoders", "checkpoint",
+    "config", "data", "hf", "processor", "platform", "parallel", "diffusion", "model", "pretrained", "encoders", "checkpoint",
     "engine", "training", "diagnostics", "conversion", "precompute", "show_draw", "show_run", "sampling", "evaluation", "cli_options", "cli_data", "cli_evaluation", "cli", "__main__",
 ]  # fmt: skip
 

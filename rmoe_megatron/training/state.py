@@ -19,6 +19,7 @@ from rmoe_megatron.checkpoint.folders import (
     remove_old,
 )
 from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
+from rmoe_megatron.checkpoint.unpickling import read_metadata
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.engine.protocol import Engine
@@ -134,7 +135,7 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
         )
     sharded = state.sharded_state_dict(is_loading=True)
     with refusal(f"{checkpoint.path} cannot be loaded"):
-        saved_keys = dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).keys()
+        saved_keys = read_metadata(checkpoint.path).state_dict_metadata.keys()
     sharded["rng"] = {name: tensor for name, tensor in sharded["rng"].items() if tensor.key in saved_keys}
     # A layer whose scales had no history, under another recipe, starts one.
     scales = sharded.get("fp8", {})

@@ -39,15 +39,31 @@ def build_optimizer(
         use_distributed_optimizer=optimizer.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    # Main weights in float32 are views of float32 weights. One that autograd knows of keeps, through the hooks of data
-    # parallelism, the model and the optimizer itself alive, in a circle that Python cannot see.
-    with torch.no_grad():
-        megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
+    megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
+    for part in parts(megatron_optimizer):
+        _detach_main_weights(part)
     for adam in _adam_optimizers(megatron_optimizer):
         if isinstance(adam, torch.optim.Adam):  # neither Transformer Engine's nor Apex's is here
             for group in adam.param_groups:
                 group |= FUSED
     return megatron_optimizer, build_schedule(config, megatron_optimizer)
+
+
+def _detach_main_weights(part: MegatronOptimizer) -> None:
+    """Take the main weights of a float32 model out of autograd's sight; they still share the memory of the model's weights.
+
+    Megatron-Core's are views that autograd knows of. Through the hooks of data parallelism they keep the model and the optimizer
+    itself alive, in a circle that Python cannot see, and PyTorch refuses to use them after the weights were set to others, as
+    validation and loading do.
+    """
+    detached: dict[int, torch.Tensor] = {}
+    for shards in getattr(part, "shard_fp32_groups", []):  # the distributed optimizer's alone
+        for index, shard in enumerate(shards):
+            detached[id(shard)] = shard.detach()
+            detached[id(shard)].__dict__.update(shard.__dict__)
+            shards[index] = detached[id(shard)]
+    for group in part.optimizer.param_groups:
+        group["params"] = [detached.get(id(parameter), parameter) for parameter in group["params"]]
 
 
 def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], scheduler: dict[str, Any]) -> None:
