@@ -15,6 +15,7 @@ from rmoe_megatron.cli_evaluation import eval_app
 from rmoe_megatron.cli_options import (
     Bar,
     BatchSize,
+    Dtype,
     Guidance,
     Overrides,
     ParallelOverrides,
@@ -331,6 +332,7 @@ def sample(
         typer.Option(help="WIDTHxHEIGHT in pixels; default is the model's square.", show_default=False),
     ] = None,
     batch_size: BatchSize = 64,
+    dtype: Dtype = "auto",
 ) -> None:
     """Make images from prompts."""
     check_guidance(guidance, guidance_interval)
@@ -338,9 +340,16 @@ def sample(
     prompts = read_prompts(prompt or [], prompts_file)
     durable.check_writable(out, "--out")
     from rmoe_megatron.pictures import labelled_grid, png, save_images
-    from rmoe_megatron.sampling import load_pipeline, sample_images, set_scheduler
+    from rmoe_megatron.sampling import (
+        load_pipeline,
+        place_pipeline,
+        resolve_dtype,
+        sample_images,
+        set_scheduler,
+    )
 
-    pipeline = load_pipeline(model)
+    dtype, pipeline = resolve_dtype(dtype), load_pipeline(model)
+    place_pipeline(pipeline, dtype)
     if scheduler is not None:
         set_scheduler(pipeline, scheduler)
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
@@ -351,4 +360,4 @@ def sample(
     )
     save_images(images, out, [f"{index:05d}" for index in range(len(repeated))])
     durable.write(out / "grid.png", png(labelled_grid(images, repeated)))
-    print(f"{len(images)} images and grid.png in {out}")
+    print(f"{len(images)} images and grid.png in {out}, made in {dtype}")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rmoe_megatron import durable, launch
-from rmoe_megatron.cli_options import Bar, BatchSize, Guidance, Seed, Steps, check_guidance
+from rmoe_megatron.cli_options import Bar, BatchSize, Dtype, Guidance, Seed, Steps, check_guidance
 from rmoe_megatron.errors import UserError
 
 eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score models.")
@@ -24,7 +24,6 @@ Scheduler = Annotated[
     typer.Option(help="euler, ddim, dpm or a scheduler class of diffusers; default is the folder's."),
 ]
 NegativePrompt = Annotated[str | None, typer.Option(help="What guidance leads away from.")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default is the folder's.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the transformer.")]
 ProtocolName = Annotated[str, typer.Option(help="official (bit-faithful, with its quirks) or fixed.")]
 
@@ -40,6 +39,7 @@ def eval_shapes(
     guidance: Guidance = 2.0,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
+    dtype: Dtype = "auto",
 ) -> None:
     """Score a model on the toy shapes set by GenEval's rules."""
     import numpy as np
@@ -50,14 +50,15 @@ def eval_shapes(
     check_guidance(guidance)
     durable.check_writable(out, "--out")
     LocalStore(data / "val").shards()  # a missing set is named before the model is loaded
-    from rmoe_megatron.sampling import load_pipeline, sample_images
+    from rmoe_megatron.sampling import load_pipeline, place_pipeline, resolve_dtype, sample_images
 
-    pipeline = load_pipeline(model)
+    dtype, pipeline = resolve_dtype(dtype), load_pipeline(model)
+    place_pipeline(pipeline, dtype)
 
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
         return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
 
-    sampling = {"model": str(model), "steps": steps, "guidance": guidance}
+    sampling = {"model": str(model), "steps": steps, "guidance": guidance, "dtype": dtype}
     evaluate_shapes(
         generate, data, out, sampling, images_per_prompt, limit, seed, progress=Bar("eval shapes", "image")
     )
@@ -89,7 +90,7 @@ def eval_geneval(
     negative_prompt: NegativePrompt = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
 ) -> None:
     """GenEval: objects, counts, colours, positions; with torchrun or srun all ranks share the work."""
@@ -97,6 +98,7 @@ def eval_geneval(
     from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
     from rmoe_megatron.evaluation.geneval.prompts import make_prompts, read_metadata
     from rmoe_megatron.evaluation.protocol import Protocol
+    from rmoe_megatron.sampling import resolve_dtype
 
     check_guidance(guidance, guidance_interval)
     durable.check_writable(out, "--out")
@@ -110,7 +112,7 @@ def eval_geneval(
         guidance_interval,
         scheduler,
         negative_prompt,
-        dtype,
+        resolve_dtype(dtype),
         compile,
     )
     settings = Settings(out, images_per_prompt, Protocol(_one_of(protocol)), detector, clip)
@@ -134,7 +136,7 @@ def eval_geneval2(
     negative_prompt: NegativePrompt = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
 ) -> None:
     """GenEval 2: Soft-TIFA by skill and atomicity; with torchrun or srun all ranks share the work."""
@@ -142,6 +144,7 @@ def eval_geneval2(
     from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
     from rmoe_megatron.evaluation.geneval2.prompts import read_prompts
     from rmoe_megatron.evaluation.protocol import Protocol
+    from rmoe_megatron.sampling import resolve_dtype
 
     check_guidance(guidance, guidance_interval)
     durable.check_writable(out, "--out")
@@ -154,7 +157,7 @@ def eval_geneval2(
         guidance_interval,
         scheduler,
         negative_prompt,
-        dtype,
+        resolve_dtype(dtype),
         compile,
     )
     settings = Settings(out, Protocol(_one_of(protocol)), answerer)
@@ -179,7 +182,7 @@ def eval_dpg(
     negative_prompt: NegativePrompt = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
 ) -> None:
     """DPG-Bench: long prompts by proposition and category; with torchrun or srun all ranks share the work."""
@@ -187,6 +190,7 @@ def eval_dpg(
     from rmoe_megatron.evaluation.dpg.questions import read_items
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.protocol import Protocol
+    from rmoe_megatron.sampling import resolve_dtype
 
     check_guidance(guidance, guidance_interval)
     durable.check_writable(out, "--out")
@@ -202,7 +206,7 @@ def eval_dpg(
         guidance_interval,
         scheduler,
         negative_prompt,
-        dtype,
+        resolve_dtype(dtype),
         compile,
     )
     settings = Settings(out, images_per_prompt, rules, answerer)
@@ -231,17 +235,27 @@ def eval_imagenet(
     scheduler: Scheduler = None,
     seed: Seed = 0,
     batch_size: BatchSize = 50,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
 ) -> None:
     """ImageNet 256: FID, sFID, Inception score, precision, recall; with torchrun or srun all ranks share the work."""
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.imagenet.evaluate import Settings, evaluate_imagenet
+    from rmoe_megatron.sampling import resolve_dtype
 
     check_guidance(guidance, guidance_interval)
     durable.check_writable(out, "--out")
     sampling = Sampling(
-        model, steps, guidance, seed, batch_size, guidance_interval, scheduler, None, dtype, compile
+        model,
+        steps,
+        guidance,
+        seed,
+        batch_size,
+        guidance_interval,
+        scheduler,
+        None,
+        resolve_dtype(dtype),
+        compile,
     )
     settings = Settings(out, reference, inception, num_images, balanced=balanced)
     evaluate_imagenet(sampling, settings, _bars())

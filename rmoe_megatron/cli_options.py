@@ -20,6 +20,9 @@ ParallelOverrides = Annotated[
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the first image's noise.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Of the sampler.")]
 Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (bf16 on a GPU, on a CPU the faster of bf16 and fp32), fp32, fp16 or bf16.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
 
 

@@ -19,8 +19,11 @@ import torch
 from rmoe_megatron.config.run import Device, Precision
 from rmoe_megatron.errors import UserError
 
-PARAMS_DTYPE = {
-    precision: torch.float32 if precision is Precision.fp32 else torch.bfloat16 for precision in Precision
+# Of every precision but auto, which is one of the others before anything is built.
+PARAMS_DTYPE: dict[Precision, torch.dtype] = {
+    precision: torch.float32 if precision is Precision.fp32 else torch.bfloat16
+    for precision in Precision
+    if precision is not Precision.auto
 }
 
 # Dense bf16 throughput in FLOP/s of the devices whose data sheets state it; anything else has no known peak.

@@ -1,6 +1,7 @@
 """Images from prompts or class labels with a diffusers pipeline: its sampler, guidance interval and per-image noise."""
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +18,47 @@ from diffusers import (
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.launch import local_rank
 from rmoe_megatron.pretrained.pipeline_folder import load_pipeline
+from rmoe_megatron.processor import bf16_is_fast, product_seconds
 from rmoe_megatron.refusal import refusal
 
-__all__ = ["load_pipeline", "sample_images", "set_scheduler"]
+__all__ = ["load_pipeline", "place_pipeline", "resolve_dtype", "sample_images", "set_scheduler"]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # StableDiffusion3Pipeline drops the unconditional half at a scale of 1 and cannot take it up again.
 ALMOST_NO_GUIDANCE = 1.0 + 1.0e-6
+
+
+def resolve_dtype(name: str) -> str:
+    """Return the data type that images are made in: ``auto`` is bf16 on a GPU, on a CPU the faster of bf16 and fp32.
+
+    Raises:
+        UserError: it is none of auto, fp32, fp16 and bf16.
+    """
+    if name == "auto":
+        return "bf16" if torch.cuda.is_available() or bf16_is_fast() else "fp32"
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name} must be auto, fp32, fp16 or bf16.")
+    if name == "bf16" and not torch.cuda.is_available() and not bf16_is_fast():
+        slower = product_seconds().bf16 / product_seconds().fp32
+        logger.warning(
+            "--dtype bf16 is slow here: a matrix product takes %.0f times as long as in fp32; --dtype auto would take fp32.",
+            slower,
+        )
+    return name
+
+
+def place_pipeline(pipeline: DiffusionPipeline, dtype: str) -> None:
+    """Convert all of a pipeline's models to a data type of :func:`resolve_dtype`, and move them to this rank's GPU if it has one."""
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            # Not the pipeline's own to(), which warns once a model about layers to keep in float32, of which there are none.
+            torch.nn.Module.to(component, device, DTYPES[dtype])
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:

@@ -3,7 +3,7 @@
     python tools/benchmark_attention.py [--repeats 9]
 
 On a CPU ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`` before the command hold a newer
-processor to an older one's instructions. The rule is :func:`rmoe_megatron.model.core_attention.way_to_attend`.
+processor to an older one's instructions. The rule is :func:`rmoe_megatron.model.softmax_attention.way_to_attend`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rmoe_megatron.config.run import Device
-from rmoe_megatron.model.core_attention import attend_by_products, attend_fused, way_to_attend
+from rmoe_megatron.model.softmax_attention import attend_by_products, attend_fused, way_to_attend
 from rmoe_megatron.platform import select_device, synchronize
 from rmoe_megatron.processor import bf16_is_fast, describe_processor
 

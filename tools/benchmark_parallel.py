@@ -29,6 +29,7 @@ from rmoe_megatron.engine.deepspeed.library import check_deepspeed, zero_section
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import rank, world_size
+from rmoe_megatron.model.backend import resolve_precision
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
 from rmoe_megatron.parallel import process_groups
@@ -156,7 +157,7 @@ def run(
     path: Path, overrides: list[str], engine: str, repeats: int
 ) -> tuple[list[dict[str, float | str]], RunConfig]:
     """Check a configuration and measure; returns the rows and what was measured."""
-    config = load_config(path, overrides)
+    config = resolve_precision(load_config(path, overrides))
     training = replace(config.training, global_batch_size=config.training.micro_batch_size * world_size())
     config = replace(config, training=training)
     for name in ENGINES[engine]:

@@ -4,12 +4,13 @@
 
 Two questions, answered in one process with interleaved measurements, medians over repeats:
 1. Is a step of the dense model (forward, backward, AdamW) as fast as the same step of diffusers'
-   SD3Transformer2DModel of the same size with PyTorch's AdamW, in the same precision? Goal: ratio <= 1.
-2. Does recurrence (M=5, T=2) cost what its FLOPs say? Goal: time ratio <= 1.25 x FLOP ratio.
+   SD3Transformer2DModel of the same size with PyTorch's AdamW, in the same precision?
+2. Does recurrence (M=5, T=2) cost what its FLOPs say?
+
+The goals are those of ``tools/benchmark_goals.py`` for this processor.
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from benchmark_goals import dense_goal, judged, recurrence_goal
 from diffusers import SD3Transformer2DModel
 from tqdm import tqdm
 
@@ -29,11 +31,13 @@ from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.engine.registry import build_engine
+from rmoe_megatron.model.backend import resolve_precision
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.platform import PARAMS_DTYPE, compiled, synchronize
 from rmoe_megatron.pretrained.architecture import transformer_arguments
+from rmoe_megatron.processor import bf16_is_fast, describe_processor
 
 Step = Callable[[int], None]
 
@@ -121,7 +125,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("overrides", nargs="*", help="key=value settings")
     arguments = parser.parse_intermixed_args()
-    config = load_config(arguments.config, arguments.overrides)
+    config = resolve_precision(load_config(arguments.config, arguments.overrides))
     training = replace(
         config.training, micro_batch_size=arguments.batch, global_batch_size=arguments.batch, steps=10_000
     )
@@ -140,17 +144,21 @@ def main() -> None:
             arguments.repeats,
             device,
         )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {config.precision.value}")
+    print(
+        f"{describe_processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, {config.precision.value}"
+    )
     print(f"batch {arguments.batch}, median of {arguments.repeats}")
     for step, seconds in medians.items():
         print(f"  {step:10} {seconds * 1e3:8.1f} ms  {arguments.batch / seconds:7.1f} samples/s")
     flop_ratio = training_flops_per_sample(recurrent) / training_flops_per_sample(dense)
     time_ratio = medians["recurrent"] / medians["dense"]
-    print(f"dense / diffusers: {medians['dense'] / medians['diffusers']:.3f} (goal: at most 1)")
+    width, is_cpu = config.model.hidden_size, device.type == "cpu"
+    over_diffusers = medians["dense"] / medians["diffusers"]
+    goal = dense_goal(width, config.precision, bf16_is_fast()) if is_cpu else None
+    print(f"dense / diffusers: {judged(over_diffusers, goal)}")
+    over_flops = judged(time_ratio / flop_ratio, recurrence_goal(width) if is_cpu else None)
     print(
-        f"recurrent / dense: {time_ratio:.3f} in time, {flop_ratio:.3f} in FLOPs, "
-        f"{time_ratio / flop_ratio:.3f} of what FLOPs predict (goal: at most 1.25)"
+        f"recurrent / dense: {time_ratio:.3f} in time, {flop_ratio:.3f} in FLOPs; over what FLOPs predict: {over_flops}"
     )
 
 

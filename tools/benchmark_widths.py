@@ -5,17 +5,17 @@
 A dense MM-DiT (heads of 64, 77 tokens of text) takes the same step four ways, in turns: this project's trainer and diffusers'
 SD3Transformer2DModel with PyTorch's AdamW, each eager and through torch.compile. Beside them the same process measures the
 product of the MLP's first layer alone: *of the rate* is FLOPs of the step (matrix products only) over what that product
-reaches. --profile says where the time of this project's eager step goes.
+reaches. Below a row stand the ratios to diffusers' steps and their goals (``tools/benchmark_goals.py``). --profile says where the time of this project's eager step goes.
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
 from dataclasses import replace
 
 import torch
+from benchmark_goals import compiled_goal, dense_goal, judged
 from benchmark_step import Step, diffusers_step, measure, megatron_step
 from torch._inductor.exc import InductorError
 from torch.profiler import ProfilerActivity, profile
@@ -25,7 +25,8 @@ from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import DataConfig, Device, OptimizerConfig, Precision, RunConfig, TrainingConfig
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.platform import PARAMS_DTYPE, synchronize
+from rmoe_megatron.platform import PARAMS_DTYPE, select_device, synchronize
+from rmoe_megatron.processor import bf16_is_fast, describe_processor
 
 HEAD_DIM, TEXT_LENGTH, WAYS = 64, 77, ("eager", "compiled", "diffusers eager", "diffusers compiled")
 # Of an operation's name, in this order; what is none of them passes over memory once and computes little.
@@ -108,6 +109,21 @@ def where_time_goes(step: Step) -> dict[str, float]:
     return {kind: spent / total for kind, spent in shares.items()}
 
 
+def ratios(medians: dict[str, float], width: int, precision: Precision, device: torch.device) -> list[str]:
+    """Return a line for our step over diffusers', eager and compiled, with the goal of this device."""
+    is_cpu, found = device.type == "cpu", []
+    goals = {
+        "eager": dense_goal(width, precision, bf16_is_fast()) if is_cpu else None,
+        "compiled": compiled_goal(precision, bf16_is_fast()) if is_cpu else None,
+    }
+    for way, goal in goals.items():
+        if way in medians and f"diffusers {way}" in medians:
+            found.append(
+                f"{way} / diffusers {way}: {judged(medians[way] / medians[f'diffusers {way}'], goal)}"
+            )
+    return found
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(
@@ -122,8 +138,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.layers} blocks")
+    where = select_device(Device[arguments.device])
+    print(
+        f"{describe_processor(where)}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.layers} blocks"
+    )
     print(
         f"| width | tokens | batch | precision | product GFLOP/s |{' | '.join(f' {way} ms (of the rate)' for way in WAYS)} |"
     )
@@ -151,6 +169,8 @@ def main() -> None:
             f"| {width} | {tokens} | {batch} | {precision.value} | {rate / 1e9:.0f} | {' | '.join(cells)} |",
             flush=True,
         )
+        for line in ratios(medians, width, precision, where):
+            print(f"  {line}", flush=True)
         if shares:
             print(
                 "  eager: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()), flush=True

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rmoe_megatron.config.requirements import require
-from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Precision, Recompute, RunConfig
+from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Recompute, RunConfig
 
 ZERO_STAGES = (1, 2, 3)
 
@@ -40,7 +40,7 @@ RULES = (
         "every stage of ZeRO shards its state",
     ),
     Rule(
-        "FP8 and NVFP4, emulated or not", "precision", lambda config: config.precision not in (Precision.fp32, Precision.bf16),
+        "FP8 and NVFP4, emulated or not", "precision", lambda config: config.precision.is_below_bf16,
         _NOT_TESTED,
     ),
     Rule("compiled blocks", "training.compile", lambda config: config.training.compile, _NOT_TESTED),

@@ -12,7 +12,7 @@ def check_precision(config: RunConfig) -> None:
         UserError: says which two exclude each other.
     """
     precision, parallel, fp8 = config.precision, config.parallel, config.fp8
-    if precision in (Precision.fp32, Precision.bf16):
+    if not precision.is_below_bf16:
         require(
             fp8 == Fp8Config(),
             f"The section fp8 is for the precisions of eight and four bits, but precision is {precision.value}; leave it out.",

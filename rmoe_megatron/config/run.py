@@ -16,11 +16,14 @@ from rmoe_megatron.config.model import ModelDescription
 class Precision(Enum):
     """Data type of parameters and activations; the optimizer's main parameters are always float32.
 
+    ``auto``: bf16 on a GPU, on a CPU the faster of bf16 and fp32. It is decided when a run starts and written into the run's
+    configuration (:func:`rmoe_megatron.model.backend.resolve_precision`).
     ``fp8``: bf16, but matrix products of the blocks' linear layers take operands of eight bits (Transformer Engine).
     ``fp8_emulated``, ``nvfp4_emulated``: the same in ordinary arithmetic on any device, to see what it does to a model before
     there is hardware for it.
     """
 
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     fp8 = "fp8"
@@ -33,9 +36,14 @@ class Precision(Enum):
         return self in (Precision.fp8_emulated, Precision.nvfp4_emulated)
 
     @property
+    def is_below_bf16(self) -> bool:
+        """Whether operands of matrix products have eight or four bits, emulated or not."""
+        return self is Precision.fp8 or self.is_emulated
+
+    @property
     def parameter_bytes(self) -> int:
-        """Bytes of a parameter."""
-        return 4 if self is Precision.fp32 else 2
+        """Bytes of a parameter, at most: those of ``auto`` are not known before the run starts."""
+        return 4 if self in (Precision.fp32, Precision.auto) else 2
 
 
 class Backend(Enum):

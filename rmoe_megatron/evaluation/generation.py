@@ -17,14 +17,13 @@ from pydantic import TypeAdapter
 
 from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.launch import rank, world_size
 from rmoe_megatron.pictures import png
-from rmoe_megatron.sampling import load_pipeline, sample_images, set_scheduler
+from rmoe_megatron.sampling import load_pipeline, place_pipeline, sample_images, set_scheduler
 from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.work_queue import WorkQueue
 
 Progress = Callable[[int, int], None]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MADE_BY = "made_by.json"
 DESCRIPTION = TypeAdapter(dict[str, Any])
 MODEL_INDEX = "model_index.json"  # what a diffusers folder has and a folder of images has not
@@ -34,7 +33,7 @@ MODEL_INDEX = "model_index.json"  # what a diffusers folder has and a folder of 
 class Sampling:
     """How images are made; all of it is part of a result.
 
-    ``dtype`` is fp32, fp16 or bf16, None that of the folder.
+    ``dtype`` is fp32, fp16 or bf16; see :func:`rmoe_megatron.sampling.resolve_dtype`.
     """
 
     model: str
@@ -45,7 +44,7 @@ class Sampling:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     scheduler: str | None = None
     negative_prompt: str | None = None
-    dtype: str | None = None
+    dtype: str = "fp32"
     compile: bool = False
 
     def described(self) -> dict[str, Any]:
@@ -78,15 +77,10 @@ def build_pipeline(sampling: Sampling) -> Any:
     Raises:
         UserError: the folder or a setting is wrong.
     """
-    if sampling.dtype is not None and sampling.dtype not in DTYPES:
-        raise UserError(f"--dtype {sampling.dtype} must be fp32, fp16 or bf16.")
     pipeline = load_pipeline(Path(sampling.model))
     if sampling.scheduler is not None:
         set_scheduler(pipeline, sampling.scheduler)
-    if sampling.dtype is not None:
-        pipeline.to(DTYPES[sampling.dtype])
-    if torch.cuda.is_available():
-        pipeline.to(torch.device("cuda", local_rank()))
+    place_pipeline(pipeline, sampling.dtype)
     if sampling.compile:
         pipeline.transformer = torch.compile(pipeline.transformer)
     return pipeline

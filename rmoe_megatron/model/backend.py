@@ -3,12 +3,18 @@
 Nothing heavy is imported: these checks also take place where a job is submitted.
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from rmoe_megatron.config.run import Backend, EngineName, Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.config.stages import stages_of
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.platform import runs_on_cuda
+from rmoe_megatron.model.softmax_attention import Way, way_to_attend
+from rmoe_megatron.platform import PARAMS_DTYPE, runs_on_cuda
+from rmoe_megatron.processor import bf16_instructions, bf16_is_fast, describe_bf16, product_seconds
 
 INSTALL = "pip install 'rmoe-megatron[gpu]'"
 
@@ -18,6 +24,26 @@ def is_installed(package: str, part: str = "") -> bool:
     found = find_spec(package)
     return found is not None and any(
         part == "" or Path(folder, part).is_dir() for folder in found.submodule_search_locations or ()
+    )
+
+
+def resolve_precision(config: RunConfig) -> RunConfig:
+    """Return the configuration with the precision that ``auto`` stands for on the device of this run; others stay."""
+    if config.precision is not Precision.auto:
+        return config
+    is_bf16 = runs_on_cuda(config.device) or bf16_is_fast()
+    return replace(config, precision=Precision.bf16 if is_bf16 else Precision.fp32)
+
+
+def warn_of_slow_precision(config: RunConfig) -> str | None:
+    """Return a line for a run in bf16 on a processor that multiplies fp32 faster; None where that is not so."""
+    if config.precision is Precision.fp32 or runs_on_cuda(config.device) or bf16_is_fast():
+        return None
+    slower = product_seconds().bf16 / product_seconds().fp32
+    why = "does not use its instructions for it" if bf16_instructions() else "has no instructions for it"
+    return (
+        f"precision={config.precision.value} multiplies in bf16 and this processor {why}: a matrix product takes {slower:.0f} "
+        "times as long as in fp32; precision=auto would take fp32."
     )
 
 
@@ -77,11 +103,31 @@ def describe_backend(config: RunConfig) -> str:
             why = "rounded each by itself" if rounded else "grouped_mm needs a GPU"
         products = "grouped_mm" if cuda and fits else f"batched ({why})"
         modules = f", modules {products} in all-to-all dispatch (DeepEP is not used: modules return 3 H)"
+    precision = config.precision.value if cuda else f"{config.precision.value} ({describe_bf16()})"
     compiled = "compiled" if config.training.compile else "not compiled (training.compile)"
     return (
-        f"layers: linear {linear}, attention fused (PyTorch's scaled_dot_product_attention), norms PyTorch's without weights, "
+        f"precision {precision}; layers: linear {linear}, attention {_attention(config, cuda)}, norms PyTorch's without weights, "
         f"Adam fused ({_adam(config, cuda)}){modules}, blocks {compiled}."
     )
+
+
+def _attention(config: RunConfig, cuda: bool) -> str:
+    """Say how attention is computed at the sizes of this run; see :mod:`rmoe_megatron.model.softmax_attention`."""
+    model, parallel, dtype = config.model, config.parallel, PARAMS_DTYPE[config.precision]
+    device, ranks = (
+        torch.device("cuda" if cuda else "cpu"),
+        parallel.tensor_model_parallel_size * parallel.context_parallel_size,
+    )
+    ways = set()
+    for stage in stages_of(config):
+        tokens = model.text_length + (stage.sample_size // model.patch_size) ** 2
+        rows = stage.micro_batch_size * model.num_attention_heads * tokens // ranks
+        ways.add(way_to_attend(device, dtype, rows, tokens, dtype is torch.bfloat16 and bf16_is_fast()))
+    names = {
+        Way.fused: "fused (PyTorch's scaled_dot_product_attention)",
+        Way.products: "by batched products (the faster way here; scores are kept)",
+    }
+    return " or ".join(names[way] for way in Way if way in ways)
 
 
 def _adam(config: RunConfig, cuda: bool) -> str:

@@ -16,7 +16,7 @@ from rmoe_megatron import durable
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.engine.protocol import StepResult
-from rmoe_megatron.model.backend import describe_backend
+from rmoe_megatron.model.backend import describe_backend, warn_of_slow_precision
 from rmoe_megatron.pictures import png
 from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.interruption import Interruption, StopRequest
@@ -58,6 +58,9 @@ class TrainingLoop:
             run_dir, self.config.logging, training.steps, progress.step, is_rank0=dist.get_rank() == 0
         )
         self.log.announce(describe_backend(self.config))
+        slow = warn_of_slow_precision(self.config)
+        if slow is not None:
+            self.log.announce(f"warning: {slow}")
         self.grid = None
         if training.sample_prompts:
             prompts = self.source.encode_prompts(training.sample_prompts)

@@ -9,11 +9,12 @@ import torch
 
 from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, list_checkpoints, read_state
 from rmoe_megatron.config.loading import load_config, save_config
-from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import Interrupted, RunError, UserError
 from rmoe_megatron.launch import rank, ranks_on_host, world_size
+from rmoe_megatron.model.backend import resolve_precision
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import check_memory
 from rmoe_megatron.parallel import process_groups
@@ -38,6 +39,7 @@ def train(config: RunConfig) -> None:
         UserError: the configuration is wrong, or the folder already holds a run.
         Interrupted: the run was asked to stop and has saved.
     """
+    config = resolve_precision(config)
     preflight.check(config, world_size())
     run_dir = Path(config.run_dir)
     if list_checkpoints(run_dir):
@@ -71,6 +73,8 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
         )
     saved = load_config(checkpoint.path / "config.yaml", [])
     config = load_config(checkpoint.path / "config.yaml", [*overrides, f"run_dir={run_dir}"])
+    if config.precision is Precision.auto:
+        config.precision = saved.precision  # it was decided when the run started
     if config.fine_tuning and saved.fine_tuning:
         saved.fine_tuning.base = config.fine_tuning.base  # it may have moved; its fingerprint is checked
     for section in ("model", "recurrence", "lora", "fine_tuning"):

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.generation import ImageRequest, Sampling, generate, image_seed
+from rmoe_megatron.evaluation.generation import ImageRequest, Sampling, build_pipeline, generate, image_seed
+from rmoe_megatron.processor import ProductSeconds
+from rmoe_megatron.sampling import resolve_dtype
 from tests.hf.test_pipelines import recurrent_dit
 from tests.support.sd3_pipeline import save_pipeline
 
@@ -71,5 +73,43 @@ def test_what_a_model_does_not_take_is_refused(models: Path, tmp_path: Path) -> 
     make(tmp_path / "heun", replace(flow, scheduler="FlowMatchHeunDiscreteScheduler"), ["a cat"])
     with pytest.raises(UserError, match="none of rectified flow"):
         make(tmp_path / "ddpm", replace(flow, scheduler="DDPMScheduler"), ["a cat"])
-    with pytest.raises(UserError, match="--dtype fp8"):
-        make(tmp_path / "dtype", replace(dit, dtype="fp8"), ["1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "bf16_is_fast", "expected"),
+    [
+        ("auto", True, False, "bf16"),
+        ("auto", False, True, "bf16"),
+        ("auto", False, False, "fp32"),
+        ("fp16", False, False, "fp16"),
+        ("bf16", False, False, "bf16"),
+    ],
+)
+def test_images_are_made_in_the_faster_data_type(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    gpu: bool,
+    bf16_is_fast: bool,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("rmoe_megatron.sampling.bf16_is_fast", lambda: bf16_is_fast)
+    monkeypatch.setattr("rmoe_megatron.sampling.product_seconds", lambda: ProductSeconds(fp32=0.25, bf16=7.0))
+    assert resolve_dtype(name) == expected
+    is_slow = name == "bf16"
+    assert ("28 times as long as in fp32; --dtype auto would take fp32" in caplog.text) is is_slow
+
+
+def test_a_data_type_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UserError, match="--dtype fp8 must be auto, fp32, fp16 or bf16"):
+        resolve_dtype("fp8")
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_all_models_of_a_pipeline_are_converted(models: Path, dtype: str, expected: torch.dtype) -> None:
+    pipeline = build_pipeline(Sampling(str(models / "sd3"), 1, 7.0, 0, 1, dtype=dtype))
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            assert {parameter.dtype for parameter in component.parameters()} <= {expected}
+    assert pipeline.transformer.dtype is expected

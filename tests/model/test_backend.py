@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from rmoe_megatron.config.run import Backend, Device, Fp8Config, Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.config.validation import validate
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model import backend
 from rmoe_megatron.model.backend import (
@@ -15,9 +16,12 @@ from rmoe_megatron.model.backend import (
     describe_backend,
     fits_grouped_mm,
     is_installed,
+    resolve_precision,
     uses_transformer_engine,
+    warn_of_slow_precision,
 )
 from rmoe_megatron.model.transformer_config import transformer_config
+from rmoe_megatron.processor import ProductSeconds
 from rmoe_megatron.training.preflight import check_device
 from tests.support.configurations import RECURRENCE, one_rank, tiny_config
 
@@ -101,6 +105,68 @@ def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bo
     compiled = replace(CONFIG, training=replace(CONFIG.training, compile=True))
     assert line().endswith("blocks not compiled (training.compile).")
     assert line(compiled).endswith("blocks compiled.")
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "bf16_is_fast", "expected"),
+    [
+        (Precision.auto, True, False, Precision.bf16),
+        (Precision.auto, False, True, Precision.bf16),
+        (Precision.auto, False, False, Precision.fp32),
+        (Precision.bf16, False, False, Precision.bf16),
+        (Precision.fp32, True, True, Precision.fp32),
+        (Precision.fp8_emulated, False, False, Precision.fp8_emulated),
+    ],
+)
+def test_auto_is_the_faster_precision(
+    machine: dict[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Precision,
+    gpu: bool,
+    bf16_is_fast: bool,
+    expected: Precision,
+) -> None:
+    machine["gpu"] = gpu
+    monkeypatch.setattr(backend, "bf16_is_fast", lambda: bf16_is_fast)
+    config = replace(CONFIG, precision=asked)
+    validate(config, world_size=1)
+    assert resolve_precision(config) == replace(config, precision=expected)
+
+
+def test_slow_bf16_is_told(machine: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine["gpu"] = False
+    monkeypatch.setattr(backend, "bf16_is_fast", lambda: False)
+    monkeypatch.setattr(backend, "product_seconds", lambda: ProductSeconds(fp32=0.25, bf16=7.0))
+    for precision in (Precision.bf16, Precision.fp8_emulated):
+        line = warn_of_slow_precision(replace(CONFIG, precision=precision))
+        assert line is not None
+        assert f"precision={precision.value} multiplies in bf16" in line
+        assert "takes 28 times as long as in fp32" in line
+    assert warn_of_slow_precision(replace(CONFIG, precision=Precision.fp32)) is None
+    machine["gpu"] = True
+    assert warn_of_slow_precision(CONFIG) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "micro_batch", "expected"),
+    [
+        # The tiny model has 16 patches and 5 tokens of text, and 2 heads.
+        ({"precision": Precision.fp32}, 4, "by batched products (the faster way here; scores are kept)"),
+        ({"precision": Precision.fp32}, 32768, "fused (PyTorch's scaled_dot_product_attention)"),
+        ({"precision": Precision.bf16}, 4, "fused (PyTorch's scaled_dot_product_attention)"),
+    ],
+)
+def test_the_line_says_how_attention_is_computed(
+    machine: dict[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict,
+    micro_batch: int,
+    expected: str,
+) -> None:
+    machine["gpu"] = False
+    monkeypatch.setattr(backend, "bf16_is_fast", lambda: False)
+    training = replace(CONFIG.training, micro_batch_size=micro_batch, global_batch_size=micro_batch)
+    assert f"attention {expected}, norms" in describe_backend(replace(CONFIG, training=training, **changes))
 
 
 def test_what_is_installed_is_found_without_importing_it(

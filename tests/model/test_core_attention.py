@@ -7,9 +7,9 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from rmoe_megatron.model.core_attention import (
+from rmoe_megatron.model.core_attention import ScaledDotProductAttention
+from rmoe_megatron.model.softmax_attention import (
     MOST_KEPT_BYTES,
-    ScaledDotProductAttention,
     Way,
     attend_by_products,
     attend_fused,

@@ -77,6 +77,31 @@ def test_delayed_scales_are_resumed(tmp_path: Path) -> None:
     assert code == 0, errors
 
 
+def test_precision_is_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor whose instructions for bf16 are left unused, as on one without any, ``auto`` is fp32, and stays it."""
+    config, run_dir = str(make_run(tmp_path)), tmp_path / "run"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    code, errors = rmoe("train", config, "precision=auto", "training.steps=5", "training.sample_prompts=[]")
+    assert code == 0, errors
+    assert "precision fp32 (bf16 " in errors
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    code, errors = rmoe("train", "--resume", str(run_dir), "precision=auto", "training.steps=7")
+    assert code == 0, errors
+    assert "precision: fp32\n" in (run_dir / "config.yaml").read_text()
+    assert len(losses(run_dir)) == 7
+
+
+def test_bf16_on_a_processor_without_it_says_what_it_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = str(make_run(tmp_path))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    code, errors = rmoe("train", config, "precision=bf16", "training.steps=3", "training.sample_prompts=[]")
+    assert code == 0, errors
+    assert "times as long as in fp32; precision=auto would take fp32." in errors
+    assert "precision: bf16\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_half_written_checkpoint_is_passed_over(finished_run: Path) -> None:
     run_dir = finished_run / "damaged"
     shutil.copytree(finished_run / "whole", run_dir)
