@@ -256,10 +256,11 @@ def _grouped_against_packed(workplace: Workplace, precision: Precision, rank: in
     counts = torch.tensor(
         [tokens // 2, 0, tokens // 4, tokens // 8, tokens - tokens * 7 // 8]
     )  # one has none
-    packing = Packing(counts, tokens, device)
+    packing = Packing(counts)
+    rows = packing.rows_of_sorted(counts, tokens, device)
 
     def packed(experts: Experts, tokens: Tensor) -> Tensor:
-        return packing.unpack(experts._project_packed(packing.pack(tokens)))
+        return packing.unpack(experts._project_packed(packing.pack(tokens, rows)), rows)
 
     def grouped(experts: Experts, tokens: Tensor) -> Tensor:
         return experts._project_grouped(tokens, counts)

@@ -11,32 +11,37 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from rmoe_megatron.model.rms_norm import rms_norm
 from rmoe_megatron.model.sequence import gather_context, mark_partial
 
 QK_NORM_EPS = 1.0e-6
 
 
 class QueryKeyValue(NamedTuple):
-    """Queries, keys and values of one stream, each [S / CP, B, heads / TP, head_dim]."""
+    """Normalised queries, keys and values of one stream, each [S / CP, B, heads / TP, head_dim]."""
 
     query: Tensor
     key: Tensor
     value: Tensor
 
-    @classmethod
-    def from_parts(cls, projected: Tensor, head_dim: int) -> "QueryKeyValue":
-        """Split [S, B, 3 H] with q, k and v side by side into heads."""
-        return cls(*(part.unflatten(-1, (-1, head_dim)) for part in projected.chunk(3, dim=-1)))
 
-    def __add__(self, other: "QueryKeyValue") -> "QueryKeyValue":  # type: ignore[override]
-        return QueryKeyValue(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+def split_heads(projected: Tensor, head_dim: int) -> Tensor:
+    """View [S, B, 3 H] with q, k and v side by side as heads [S, B, heads, 3, head_dim]."""
+    return projected.unflatten(-1, (3, -1, head_dim)).transpose(-3, -2)
+
+
+def join_streams(text: Tensor, vision: Tensor) -> Tensor:
+    """Put two streams of heads together, [L, B, heads, head_dim] and [S, B, heads, head_dim] to [L + S, B, heads, head_dim].
+
+    In memory the result is [B, heads, L + S, head_dim], as kernels of attention want it: a copy less for each of q, k and v.
+    """
+    return torch.cat((text.permute(1, 2, 0, 3), vision.permute(1, 2, 0, 3)), dim=2).permute(2, 0, 1, 3)
 
 
 class QueryKeyNorm(nn.Module):
@@ -48,11 +53,13 @@ class QueryKeyNorm(nn.Module):
         self.key_weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype))
         mark_partial(self, config)
 
-    def forward(self, qkv: QueryKeyValue) -> QueryKeyValue:
-        """Normalise query and key; the value is returned as it is."""
-        query = F.rms_norm(qkv.query, self.query_weight.shape, self.query_weight, QK_NORM_EPS)
-        key = F.rms_norm(qkv.key, self.key_weight.shape, self.key_weight, QK_NORM_EPS)
-        return QueryKeyValue(query, key, qkv.value)
+    def forward(self, qkv: Tensor) -> QueryKeyValue:
+        """Normalise queries and keys of heads [S, B, heads / TP, 3, head_dim] together; values are returned as they are."""
+        query_key, value = qkv.split((2, 1), dim=-2)
+        weight = torch.stack((self.query_weight, self.key_weight))
+        normalised = rms_norm(query_key, weight, QK_NORM_EPS)
+        query, key = normalised.unbind(dim=-2)
+        return QueryKeyValue(query, key, value.squeeze(-2))
 
 
 @dataclass
@@ -121,17 +128,21 @@ class Attention(MegatronModule):
             is_expert=False,
         )
 
-    def project_vision(self, hidden_states: Tensor) -> QueryKeyValue:
-        """Project this rank's vision tokens [S / (CP TP), B, H] with the block's own weights; not normalised yet."""
-        return self.split_heads(self.linear_qkv(hidden_states)[0])
+    def project_vision(self, hidden_states: Tensor) -> Tensor:
+        """Project this rank's vision tokens [S / (CP TP), B, H] with the block's own weights.
 
-    def split_heads(self, mixed: Tensor) -> QueryKeyValue:
-        """Split [S, B, 3 H / TP] whose rows are ordered (head, q|k|v, head_dim), so that TP splits whole heads."""
-        return QueryKeyValue(*mixed.view(*mixed.shape[:-1], -1, 3, self.head_dim).unbind(dim=-2))
+        Returns:
+            Heads [S / CP, B, heads / TP, 3, head_dim] of q, k and v, not normalised yet.
+        """
+        return self.project(self.linear_qkv, hidden_states)
 
-    def normalise_and_gather(self, qkv: QueryKeyValue, norm: QueryKeyNorm | None) -> QueryKeyValue:
+    def project(self, linear_qkv: MegatronModule, hidden_states: Tensor) -> Tensor:
+        """Project tokens to heads; rows of the weight are ordered (head, q|k|v, head_dim), so that TP splits whole heads."""
+        return linear_qkv(hidden_states)[0].unflatten(-1, (-1, 3, self.head_dim))
+
+    def normalise_and_gather(self, qkv: Tensor, norm: QueryKeyNorm | None) -> QueryKeyValue:
         """Return normalised queries of this rank's tokens [S / CP, ...] with keys and values of all tokens [S, ...]."""
-        query, key, value = norm(qkv) if norm else qkv
+        query, key, value = norm(qkv) if norm else qkv.unbind(dim=-2)
         return QueryKeyValue(query, gather_context(key, self.config), gather_context(value, self.config))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -140,11 +151,11 @@ class Attention(MegatronModule):
             return checkpoint(self.core_attention, False, query, key, value, None)
         return self.core_attention(query, key, value, attention_mask=None)
 
-    def attend_vision(self, vision: QueryKeyValue, text: QueryKeyValue | None) -> Tensor:
+    def attend_vision(self, vision: Tensor, text: QueryKeyValue | None) -> Tensor:
         """Attend from the vision tokens alone, to themselves and to text where there is any.
 
         Args:
-            vision: not normalised; the QK norm acts on the sum of base and module projections.
+            vision: heads [S / CP, B, heads / TP, 3, head_dim], not normalised; the QK norm acts on the sum of base and module projections.
             text: from :meth:`JointAttention.project_text`.
 
         Returns:
@@ -152,7 +163,7 @@ class Attention(MegatronModule):
         """
         query, key, value = self.normalise_and_gather(vision, self.qk_norm)
         if text is not None:
-            key, value = torch.cat((text.key, key)), torch.cat((text.value, value))
+            key, value = join_streams(text.key, key), join_streams(text.value, value)
         return self.linear_proj(self.attend(query, key, value))[0]
 
 
@@ -168,7 +179,7 @@ class SelfAttention(Attention):
         self.core_attention = self._core_attention(layer_number)
         self.linear_proj = self._linear_proj()
 
-    def forward(self, vision: QueryKeyValue, text: QueryKeyValue | None = None) -> tuple[Tensor, None]:
+    def forward(self, vision: Tensor, text: QueryKeyValue | None = None) -> tuple[Tensor, None]:
         """Return the attention output of vision [S / (CP TP), B, H] and None for the text that there is not."""
         return self.attend_vision(vision, text), None
 
@@ -207,7 +218,7 @@ class JointAttention(Attention):
         Returns:
             Normalised queries of this rank's tokens [L_pad / CP, ...], keys and values of all text [L, ...].
         """
-        qkv = self.split_heads(self.linear_qkv_context(hidden_states)[0])
+        qkv = self.project(self.linear_qkv_context, hidden_states)
         query, key, value = self.normalise_and_gather(qkv, self.qk_norm_context)
         if self.linear_proj_context is None and self.qk_norm_context is not None:
             # Nothing asks with the last block's text queries. A gradient of zero instead of none tells overlapped
@@ -215,11 +226,11 @@ class JointAttention(Attention):
             key = key.addcmul(self.qk_norm_context.query_weight, key.new_zeros(()))
         return QueryKeyValue(query, key[: self.text_length], value[: self.text_length])
 
-    def forward(self, vision: QueryKeyValue, text: QueryKeyValue) -> tuple[Tensor, Tensor | None]:
+    def forward(self, vision: Tensor, text: QueryKeyValue) -> tuple[Tensor, Tensor | None]:
         """Attend over both streams.
 
         Args:
-            vision: not normalised; the QK norm acts on the sum of base and module projections.
+            vision: heads [S / CP, B, heads / TP, 3, head_dim], not normalised; the QK norm acts on the sum of base and module projections.
             text: from :meth:`project_text`.
 
         Returns:
@@ -228,7 +239,7 @@ class JointAttention(Attention):
         """
         if self.linear_proj_context is None:
             return self.attend_vision(vision, text), None
-        vision = self.normalise_and_gather(vision, self.qk_norm)
-        joint = QueryKeyValue(*(torch.cat(parts) for parts in zip(text, vision, strict=True)))
+        normalised = self.normalise_and_gather(vision, self.qk_norm)
+        joint = [join_streams(*parts) for parts in zip(text, normalised, strict=True)]
         output_text, output_vision = self.attend(*joint).tensor_split([text.query.shape[0]])
         return self.linear_proj(output_vision)[0], self.linear_proj_context(output_text)[0]

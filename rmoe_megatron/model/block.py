@@ -132,4 +132,4 @@ class Block(MegatronModule, BaseTransformerLayer):
     ) -> Tensor:
         """Return hidden_states [S, B, H] after the modulated MLP and its residual connection."""
         output, bias = mlp(modulate(hidden_states, shift, scale, self.settings.mlp_norm_eps))
-        return hidden_states.addcmul(gate, output + bias)
+        return hidden_states.addcmul(gate, output if bias is None else output + bias)

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from rmoe_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from rmoe_megatron.model.quantization import DelayedScaling, Recipe, Rounding
 from rmoe_megatron.model.recurrence.experts import Experts
 

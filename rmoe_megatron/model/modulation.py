@@ -3,13 +3,13 @@
 import copy
 
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.init import zeros_
 
+from rmoe_megatron.model.linear import ColumnParallelLinear
 from rmoe_megatron.model.transformer_config import LAYER_NORM_EPS
 
 

@@ -190,7 +190,8 @@ def test_straight_through_gradient_equals_autograd_of_the_closed_form() -> None:
         gate = Gate(
             transformer_config(config), config.recurrence, 1, ProcessGroupCollection.use_mpu_process_groups()
         )
-        weights, routing_map = gate(state, conditioning, keys, 0)
+        noise = gate.draw_noise(keys, len(state), 1)[0] if gate.training else None
+        weights, routing_map = gate(state, conditioning, noise)
         # Dispatch hands on the weight of the picked module alone.
         (weights.masked_select(routing_map) * values.masked_select(routing_map)).sum().backward()
     noise = gumbel(derive(keys, Purpose.gumbel, 1, 0), 24).view(2, 6, 4).transpose(0, 1).double()

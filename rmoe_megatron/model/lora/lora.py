@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from rmoe_megatron.config.model import LoraConfig
-from rmoe_megatron.model.attention import Attention, QueryKeyValue
+from rmoe_megatron.model.attention import Attention, split_heads
 
 
 def lora_spec(lora: LoraConfig) -> ModuleSpec:
@@ -57,13 +57,13 @@ class Lora(MegatronModule):
         text_qkv = None if text is None else attention.project_text(text)
         return attention(attention.project_vision(vision) + self.project(vision), text_qkv)
 
-    def project(self, hidden_states: Tensor) -> QueryKeyValue:
-        """Project this rank's vision tokens [S / (CP TP), B, H] to its heads of [S / CP] tokens."""
+    def project(self, hidden_states: Tensor) -> Tensor:
+        """Project this rank's vision tokens [S / (CP TP), B, H] to its heads [S / CP, B, heads / TP, 3, head_dim]."""
         reduced = nn.functional.linear(hidden_states, self.down)
         if self.config.sequence_parallel:
             reduced = gather_from_sequence_parallel_region(reduced, group=self.tp_group)
         projected = torch.einsum("sbkr,khr->sbkh", reduced.unflatten(-1, (3, -1)), self.up).flatten(-2)
-        return QueryKeyValue.from_parts(projected, self.head_dim)
+        return split_heads(projected, self.head_dim)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -38,13 +38,13 @@ class RecurrenceAddition(Addition[RecurrenceConfig]):
         )
 
     def multiply_adds(self, model: ModelConfig, section: RecurrenceConfig, vision: int) -> float:
-        """Return modules, gate and modulation of every latent step, and the attention of all but the last."""
+        """Return modules and gate of every latent step, the attention of all but the last, and the one modulation."""
         text, hidden = model.text_length, model.hidden_size
         module = 3 * hidden**2 if section.rank is None else 6 * hidden * section.rank
         gate = section.num_modules * hidden if "tokens" in section.gate_inputs else 0
-        step = vision * (module + gate) + (2 * hidden**2 if section.modulation else 0)
+        step, modulation = vision * (module + gate), 2 * hidden**2 if section.modulation else 0
         intermediate = vision * hidden**2 + attention_multiply_adds(vision, vision + text, hidden)
-        return section.steps * step + (section.steps - 1) * intermediate
+        return section.steps * step + modulation + (section.steps - 1) * intermediate
 
     def parameters(self, model: ModelConfig, section: RecurrenceConfig) -> int:
         """Return the number of parameters of gate and modulation."""

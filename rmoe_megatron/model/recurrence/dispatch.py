@@ -1,11 +1,11 @@
 """Token dispatch of the recurrence: Megatron-Core's all-to-all, with Q, K and V coming back for every token."""
 
-from collections.abc import Callable
-
 import torch
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
+
+from rmoe_megatron.model.recurrence.experts import Experts
 
 
 class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
@@ -22,7 +22,7 @@ class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
 
     def apply(
         self,
-        experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+        experts: Experts,
         tokens: Tensor,
         routing_map: Tensor,
         weights: Tensor,
@@ -30,7 +30,7 @@ class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
         """Send every token to the rank of its module, apply the module there, and bring the result back.
 
         Args:
-            experts: takes tokens sorted by module, their number by module and their weights; see ``Experts``.
+            experts: the modules on this rank.
             tokens: this rank's, [S, B, H].
             routing_map: bool [S * B, M], where a token goes.
             weights: float32 [S * B, M], with which weight.
@@ -58,13 +58,17 @@ class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
 
     def _apply_here(
         self,
-        experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+        experts: Experts,
         tokens: Tensor,
         routing_map: Tensor,
         weights: Tensor,
     ) -> Tensor:
         """Do the same where all modules are on this rank: nothing is sent, so the host need not know how much would be."""
         states = tokens.flatten(0, 1)
+        if not experts.sorts(states):
+            picked = torch.where(routing_map, weights, 0).sum(dim=1)
+            projected = experts(states, routing_map.sum(dim=0), picked, routing_map)
+            return projected.view(*tokens.shape[:-1], -1)
         sorted_states, sorted_weights, order, *_ = permute(
             states,
             routing_map,

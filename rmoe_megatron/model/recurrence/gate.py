@@ -53,34 +53,44 @@ class Gate(TopKRouter):
             config.init_method(self.conditioning_weight)
         mark_partial(self, config)
 
+    @torch.compiler.disable  # integers that wrap are not what the compiler writes fast code for
+    def draw_noise(self, keys: Tensor, tokens: int, steps: int) -> Tensor:
+        """Return Gumbel noise float32 [T, S, B, M] for this rank's S tokens in T latent steps.
+
+        Args:
+            keys: int64 [B], the samples' keys of the counter-based random numbers.
+        """
+        base = derive(keys, Purpose.gumbel, self.layer_number)
+        by_step = torch.stack([derive(base, step) for step in range(steps)])
+        count = tokens * self.num_experts
+        noise = gumbel(by_step, count, first=shard_index(self.config) * count)
+        return noise.unflatten(-1, (tokens, self.num_experts)).transpose(1, 2)
+
     def gating(self, input: Tensor, conditioning: Tensor) -> Tensor:
         """Return float32 logits [S, B, M] from this rank's token states [S, B, H] and conditioning [1, B, H]."""
-        logits = torch.zeros((*input.shape[:-1], self.num_experts), dtype=torch.float32, device=input.device)
+        logits: list[Tensor] = []
         if self.weight is not None:
-            logits = logits + router_gating_linear(input, self.weight, None, torch.float32)
+            logits.append(router_gating_linear(input, self.weight, None, torch.float32))
         if self.conditioning_weight is not None:
             # Each rank's tokens give a part of the conditioning's gradient; its embedding wants the sum.
             conditioning = copy_to_tensor_model_parallel_region(conditioning, self.tp_group)
-            logits = logits + F.linear(conditioning.float(), self.conditioning_weight.float())
-        return logits
+            logits.append(F.linear(conditioning.float(), self.conditioning_weight.float()))
+        return sum(logits[1:], start=logits[0]).expand(*input.shape[:-1], self.num_experts)
 
-    def forward(self, input: Tensor, conditioning: Tensor, keys: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, conditioning: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Pick a module for every token.
 
         Args:
             input: this rank's token states [S, B, H].
             conditioning: [1, B, H], after SiLU.
-            keys: int64 [B], the samples' keys of the counter-based random numbers.
-            step: latent step, from 0.
+            noise: in training float32 [S, B, M], a latent step of :meth:`draw_noise`.
 
         Returns:
             Weights float32 [S * B, M] and the routing map bool [S * B, M], both zero where a module is not picked.
         """
-        logits = self.gating(input, conditioning)
-        noise = self._gumbel(logits, keys, step) if self.training else torch.zeros_like(logits)
-        logits, noise = logits.flatten(0, 1), noise.flatten(0, 1)
+        logits = self.gating(input, conditioning).flatten(0, 1)
         logits = self.apply_z_loss(logits)
-        perturbed = logits + noise
+        perturbed = logits if noise is None else logits + noise.flatten(0, 1)
         # Not F.one_hot, which asks on the host whether there are so many classes.
         modules = torch.arange(self.num_experts, device=perturbed.device)
         routing_map = perturbed.argmax(dim=-1, keepdim=True) == modules
@@ -91,10 +101,3 @@ class Gate(TopKRouter):
         if self.training and torch.is_grad_enabled():
             weights = self._apply_aux_loss(weights, torch.softmax(logits, dim=-1), routing_map)
         return weights, routing_map
-
-    def _gumbel(self, logits: Tensor, keys: Tensor, step: int) -> Tensor:
-        sequence, batch, modules = logits.shape
-        keys = derive(keys, Purpose.gumbel, self.layer_number, step)
-        count = sequence * modules
-        noise = gumbel(keys, count, first=shard_index(self.config) * count)
-        return noise.view(batch, sequence, modules).transpose(0, 1)

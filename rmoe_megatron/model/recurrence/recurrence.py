@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from rmoe_megatron.config.model import RecurrenceConfig
-from rmoe_megatron.model.attention import Attention, QueryKeyValue
+from rmoe_megatron.model.attention import Attention, QueryKeyValue, split_heads
 from rmoe_megatron.model.modulation import Modulation, layer_norm, modulate
 from rmoe_megatron.model.recurrence.dispatch import QueryKeyValueDispatcher
 from rmoe_megatron.model.recurrence.experts import Experts
@@ -83,36 +83,48 @@ class Recurrence(MegatronModule):
             keys: int64 [B], the samples' keys of the counter-based random numbers.
         """
         text_qkv = None if text is None else attention.project_text(text)
+        noise = self.gate.draw_noise(keys, len(vision), self.steps) if self.training else [None] * self.steps
+        # What the latent steps have in common.
+        scale, shift = self.modulation(conditioning) if self.modulation is not None else (None, None)
+        shared = (conditioning, scale, shift)
 
-        def latent_step(step: int, state: Tensor, conditioning: Tensor, *text: Tensor) -> Tensor:
-            module_qkv = self.apply_modules(attention, state, conditioning, keys, step)
-            return attention.attend_vision(module_qkv, QueryKeyValue(*text) if text else None)
+        def latent_step(step: int, state: Tensor, *inputs: Tensor | None) -> Tensor:
+            module_qkv = self.apply_modules(attention, state, noise[step], *inputs[: len(shared)])
+            text = inputs[len(shared) :]
+            return attention.attend_vision(module_qkv, QueryKeyValue(*text) if text else None)  # type: ignore[arg-type]
 
         state = vision
         for step in range(self.steps - 1):
-            inputs = (state, conditioning, *(text_qkv or ()))
+            inputs = (state, *shared, *(text_qkv or ()))
             if self.recompute and self.training:
                 attended = checkpoint(partial(latent_step, step), False, *inputs)
             else:
                 attended = latent_step(step, *inputs)
             state = vision + attended
-        module_qkv = self.apply_modules(attention, state, conditioning, keys, self.steps - 1)
+        module_qkv = self.apply_modules(attention, state, noise[-1], *shared)
         return attention(module_qkv + attention.project_vision(vision), text_qkv)
 
     @torch.compiler.disable  # how many tokens a module gets is known on the host only
     def apply_modules(
-        self, attention: Attention, state: Tensor, conditioning: Tensor, keys: Tensor, step: int
-    ) -> QueryKeyValue:
+        self,
+        attention: Attention,
+        state: Tensor,
+        noise: Tensor | None,
+        conditioning: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+    ) -> Tensor:
         """Project token states [S, B, H] with the module that the gate picks for each.
 
         With sequence parallelism a rank gates and dispatches its own tokens [S / TP, B, H]; an all-to-all then turns
-        all heads of these tokens into this rank's heads of all tokens.
+        all heads of these tokens into this rank's heads of all tokens, [S, B, heads / TP, 3, head_dim].
+
+        Args:
+            noise: of the gate in this latent step, float32 [S, B, M]; None in evaluation.
+            conditioning: [1, B, H], after SiLU.
+            scale: step modulation [1, B, H], as shift; None without it.
         """
-        weights, routing_map = self.gate(state, conditioning, keys, step)
-        if self.modulation is None:
-            tokens = layer_norm(state)
-        else:
-            scale, shift = self.modulation(conditioning)
-            tokens = modulate(state, shift, scale)
+        weights, routing_map = self.gate(state, conditioning, noise)
+        tokens = layer_norm(state) if scale is None or shift is None else modulate(state, shift, scale)
         projected = self.dispatcher.apply(self.experts, tokens, routing_map, weights)
-        return QueryKeyValue.from_parts(sequence_to_heads(projected), attention.head_dim)
+        return split_heads(sequence_to_heads(projected), attention.head_dim)
