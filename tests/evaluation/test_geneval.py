@@ -291,7 +291,7 @@ def test_the_whole_with_two_ranks_again_and_from_a_folder(models: Path, tmp_path
     command = [
         "eval", "geneval", str(models / "model"), "--out", str(tmp_path / "two"), "--metadata", str(models / "prompts.jsonl"),
         "--detector", str(models / "detector"), "--clip", str(models / "clip"), "--steps", "1", "--images-per-prompt", "2",
-        "--batch-size", "3",
+        "--batch-size", "3", "--dtype", "fp32",
     ]  # fmt: skip
     # Ranks of a job, started by hand: they share nothing but the folder.
     shared = {
