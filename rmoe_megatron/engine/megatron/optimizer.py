@@ -39,7 +39,10 @@ def build_optimizer(
         use_distributed_optimizer=optimizer.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
+    # A main weight that autograd knows of keeps, through the hooks of data parallelism, the model and the optimizer itself alive,
+    # in a circle that Python cannot see.
+    with torch.no_grad():
+        megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
     for part in parts(megatron_optimizer):
         _detach_main_weights(part)
     for adam in _adam_optimizers(megatron_optimizer):
@@ -52,14 +55,13 @@ def build_optimizer(
 def _detach_main_weights(part: MegatronOptimizer) -> None:
     """Take the main weights of a float32 model out of autograd's sight; they still share the memory of the model's weights.
 
-    Megatron-Core's are views that autograd knows of. Through the hooks of data parallelism they keep the model and the optimizer
-    itself alive, in a circle that Python cannot see, and PyTorch refuses to use them after the weights were set to others, as
+    Megatron-Core's are views. PyTorch refuses to use those, which were made without autograd, once the weights were set to others, as
     validation and loading do.
     """
     detached: dict[int, torch.Tensor] = {}
     for shards in getattr(part, "shard_fp32_groups", []):  # the distributed optimizer's alone
         for index, shard in enumerate(shards):
-            detached[id(shard)] = shard.detach()
+            detached[id(shard)] = shard.data  # not detach(), whose result still refers to the weight
             detached[id(shard)].__dict__.update(shard.__dict__)
             shards[index] = detached[id(shard)]
     for group in part.optimizer.param_groups:
