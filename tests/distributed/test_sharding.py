@@ -124,9 +124,8 @@ def test_collectives_move_what_the_table_says(
     blocks = 2
     gathered = scattered = exchanged = 0
     if tensor > 1:
-        modulations = (
-            (6 + 6) + (6 + 2) + 2 + 2 * steps
-        )  # each block's, the output's, and that of each latent step
+        # Each block's, the output's, and the one that all latent steps share.
+        modulations = (6 + 6) + (6 + 2) + 2 + (2 if steps else 0)
         gathered += modulations * vector
         gathered += blocks * (vision + text) + blocks * vision + text  # before Q/K/V and before the MLPs
         gathered += patches
