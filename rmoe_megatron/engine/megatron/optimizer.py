@@ -64,9 +64,9 @@ def _detach_main_weights(part: MegatronOptimizer) -> None:
             detached[id(shard)] = shard.data  # not detach(), whose result still refers to the weight
             detached[id(shard)].__dict__.update(shard.__dict__)
             shards[index] = detached[id(shard)]
-    for group in (
-        part.optimizer.param_groups if part.optimizer is not None else ()
-    ):  # nothing of this part may be trained
+    if part.optimizer is None:  # nothing of this part is trained
+        return
+    for group in part.optimizer.param_groups:
         group["params"] = [detached.get(id(parameter), parameter) for parameter in group["params"]]
 
 
