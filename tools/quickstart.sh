@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job end to end on the toy set: data, training, export, samples, scores.
 #   bash tools/quickstart.sh [--short] [FOLDER]      (default: quickstart, or quickstart-short)
-# It is meant to take 12 minutes on 2 cores, so a processor without instructions for bf16 takes fewer training steps.
+# It is meant to take about 12 minutes on 2 cores, so a processor without instructions for bf16 takes fewer training steps.
 # --short passes every stage quickly with a model that is hardly trained. Finished stages are skipped when it is run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
