@@ -13,8 +13,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from megatron.core.dist_checkpointing import load_plain_tensors
+import torch.distributed.checkpoint as distributed_checkpoint
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rmoe_megatron import stop_signals
 from rmoe_megatron.checkpoint.folders import list_checkpoints, read_state
@@ -45,11 +47,14 @@ def records(run_dir: Path) -> list[dict[str, float]]:
 
 def outcome(run_dir: Path) -> tuple[Any, ...]:
     """Records, tensors of the last checkpoint (weights, averages, optimizer) and pictures of a run, to the bit."""
-    with one_rank(tiny_config()):
-        tensors = load_plain_tensors(str(run_dir / "checkpoints" / "step-00000003"))
-    states = {
-        name: each.numpy().tobytes() for name, each in tensors.items() if isinstance(each, torch.Tensor)
+    reader = FileSystemReader(run_dir / "checkpoints" / "step-00000003")
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
     }
+    distributed_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    states = {name: each.numpy().tobytes() for name, each in tensors.items()}
     return records(run_dir), states, [file.read_bytes() for file in sorted((run_dir / "samples").iterdir())]
 
 
