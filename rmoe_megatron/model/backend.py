@@ -100,7 +100,7 @@ def describe_backend(config: RunConfig) -> str:
         fits = fits_grouped_mm(hidden, rank, config.precision.parameter_bytes) and not rounded
         why = f"grouped_mm needs multiples of 16 bytes, not H={hidden}, rank={rank}"
         if rounded or not cuda:
-            why = "rounded each by itself" if rounded else "grouped_mm needs a GPU"
+            why = "rounded each by itself" if rounded else "faster than grouped_mm on a CPU"
         products = "grouped_mm" if cuda and fits else f"batched ({why})"
         modules = f", modules {products} in all-to-all dispatch (DeepEP is not used: modules return 3 H)"
     precision = config.precision.value if cuda else f"{config.precision.value} ({describe_bf16()})"

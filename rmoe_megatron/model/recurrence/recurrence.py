@@ -120,7 +120,7 @@ class Recurrence(MegatronModule):
         all heads of these tokens into this rank's heads of all tokens, [S, B, heads / TP, 3, head_dim].
 
         Args:
-            noise: of the gate in this latent step, float32 [S, B, M]; None in evaluation.
+            noise: Gumbel noise that the gate adds in this latent step, float32 [S, B, M]; None in evaluation.
             conditioning: [1, B, H], after SiLU.
             scale: step modulation [1, B, H], as shift; None without it.
         """
