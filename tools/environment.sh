@@ -45,6 +45,14 @@ END
     return 2
 }
 
+install_packages() { # install this folder and what it needs; uv takes a third of pip's time
+    local requirements=(--quiet --constraint "$constraints" --editable "${root}[dev]")
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" uv &&
+        "$venv/bin/uv" pip install --python "$venv/bin/python" --compile-bytecode "${requirements[@]}" && return
+    echo "uv could not install the packages, so pip tries, which knows of mirrors and certificates in its own settings." >&2
+    "$venv/bin/pip" install --disable-pip-version-check "${requirements[@]}"
+}
+
 wanted=$(sha256sum "$root/pyproject.toml" "$constraints")
 if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
     # An environment of a supported Python is brought up to date with that Python, any other is made anew.
@@ -58,8 +66,7 @@ if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
         fi
         "$python" -m venv "$venv"
     fi
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" \
-        --editable "${root}[dev]" || exit 1
+    install_packages || exit 1
     echo "$wanted" > "$stamp"
 fi
 # shellcheck source=/dev/null

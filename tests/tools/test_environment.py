@@ -82,12 +82,18 @@ def test_an_environment_of_another_version_is_made_anew(bare_machine: dict[str, 
     assert venv.exists()
 
 
+def write_installer(path: Path, status: int = 0) -> None:
+    """A stand-in for pip or uv that says how it was called."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!{shutil.which("bash")}\necho "{path.name} $*"\nexit {status}\n')
+    path.chmod(0o755)
+
+
 def test_what_is_installed_follows_bounds_and_pins(bare_machine: dict[str, str], tmp_path: Path) -> None:
     """A change of pyproject.toml or of the pins, or another checkout, installs again; nothing else does."""
-    pip = tmp_path / "venv" / "bin" / "pip"
     write_python(tmp_path / "venv" / "bin" / "python", works=True)
-    pip.write_text(f'#!{shutil.which("bash")}\necho "pip $*"\n')
-    pip.chmod(0o755)
+    for name in ("pip", "uv"):
+        write_installer(tmp_path / "venv" / "bin" / name)
     (tmp_path / "venv" / "bin" / "activate").touch()
     checkout, other = tmp_path / "checkout", tmp_path / "other"
     for name in ("pyproject.toml", "tools/environment.sh", "tools/constraints.txt"):
@@ -103,6 +109,22 @@ def test_what_is_installed_follows_bounds_and_pins(bare_machine: dict[str, str],
         assert source(bare_machine, checkout).stdout == ""
     shutil.copytree(checkout, other)
     assert f"--editable {other}[dev]" in source(bare_machine, other).stdout
+
+
+def test_pip_installs_where_uv_cannot(bare_machine: dict[str, str], tmp_path: Path) -> None:
+    """A mirror or a certificate that only pip is told of: pip takes the same requirements and pins."""
+    write_python(tmp_path / "venv" / "bin" / "python", works=True)
+    (tmp_path / "venv" / "bin" / "activate").touch()
+    write_installer(tmp_path / "venv" / "bin" / "pip")
+    write_installer(tmp_path / "venv" / "bin" / "uv", status=2)
+    result = source(bare_machine)
+    assert result.returncode == 0
+    pip, uv, fallback = [line for line in result.stdout.splitlines() if line.startswith(("pip", "uv"))]
+    assert pip.endswith(" uv")
+    requirements = f"--constraint {ROOT}/tools/constraints.txt --editable {ROOT}[dev]"
+    assert uv.endswith(requirements)
+    assert fallback.startswith("pip install") and fallback.endswith(requirements)
+    assert "pip tries" in result.stderr
 
 
 def test_an_installation_that_fails_is_tried_again(bare_machine: dict[str, str], tmp_path: Path) -> None:
