@@ -7,7 +7,7 @@ Two questions, answered in one process with interleaved measurements, medians ov
    SD3Transformer2DModel of the same size with PyTorch's AdamW, in the same precision?
 2. Does recurrence (M=5, T=2) cost what its FLOPs say?
 
-The goals are those of ``tools/benchmark_goals.py`` for this processor.
+Beside them the rate of one matrix product alone: a ratio that holds where another library's speed changes. The goals are those of ``tools/benchmark_goals.py`` for this processor.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import ledger
 import torch
 from benchmark_goals import dense_goal, judged, recurrence_goal
 from diffusers import SD3Transformer2DModel
@@ -40,6 +41,15 @@ from rmoe_megatron.pretrained.architecture import transformer_arguments
 from rmoe_megatron.processor import bf16_is_fast, describe_processor
 
 Step = Callable[[int], None]
+
+# Code that the figures of a training step depend on.
+DEPENDS_ON = (
+    "rmoe_megatron/diffusion",
+    "rmoe_megatron/engine",
+    "rmoe_megatron/model",
+    "rmoe_megatron/platform.py",
+    "tools/benchmark_step.py",
+)
 
 
 def make_batch(config: RunConfig, index: int, device: torch.device) -> Batch:
@@ -115,6 +125,41 @@ def measure(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def product_rate(config: RunConfig, device: torch.device, repeats: int) -> float:
+    """Return FLOP/s of the product of all vision tokens with the weight of the MLP's first layer."""
+    model, dtype = config.model, PARAMS_DTYPE[config.precision]
+    rows = config.training.micro_batch_size * (model.sample_size // model.patch_size) ** 2
+    tokens = torch.randn(rows, model.hidden_size, dtype=dtype, device=device)
+    weight = torch.randn(4 * model.hidden_size, model.hidden_size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(3 + repeats):
+        started = time.perf_counter()
+        torch.nn.functional.linear(tokens, weight)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * rows * weight.numel() / statistics.median(seconds[3:])
+
+
+def figures_of(
+    medians: dict[str, float], dense: RunConfig, recurrent: RunConfig, rate: float
+) -> dict[str, float]:
+    """Return the figures of a measurement in milliseconds, and their ratios.
+
+    Args:
+        rate: FLOP/s of the MLP's product alone.
+    """
+    flops, batch = training_flops_per_sample(dense), dense.training.micro_batch_size
+    flop_ratio = training_flops_per_sample(recurrent) / flops
+    return {
+        "batch": batch,
+        **{f"{step}_ms": seconds * 1e3 for step, seconds in medians.items()},
+        "dense_over_diffusers": medians["dense"] / medians["diffusers"],
+        "flop_ratio": flop_ratio,
+        "over_flops": medians["recurrent"] / medians["dense"] / flop_ratio,
+        "dense_over_products": medians["dense"] * rate / (flops * batch),
+    }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -123,6 +168,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/shapes_tiny.yaml"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=10)
+    ledger.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", help="key=value settings")
     arguments = parser.parse_intermixed_args()
     config = resolve_precision(load_config(arguments.config, arguments.overrides))
@@ -135,6 +181,7 @@ def main() -> None:
     dense = replace(config, training=training, recurrence=None, diffusion=velocity)
     recurrent = replace(dense, recurrence=recurrence)
     with process_groups(config) as device:
+        rate = product_rate(dense, device, arguments.repeats)
         medians = measure(
             {
                 "diffusers": diffusers_step(dense, device),
@@ -144,22 +191,33 @@ def main() -> None:
             arguments.repeats,
             device,
         )
+        rate = max(rate, product_rate(dense, device, arguments.repeats))
+    found = figures_of(medians, dense, recurrent, rate)
+    report(found, config, device)
+    ledger.write(arguments, found, (*DEPENDS_ON, *_in_repository(arguments.config)), device)
+
+
+def report(found: dict[str, float], config: RunConfig, device: torch.device) -> None:
+    """Print the figures, with the goals of this processor."""
     print(
         f"{describe_processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, {config.precision.value}"
     )
-    print(f"batch {arguments.batch}, median of {arguments.repeats}")
-    for step, seconds in medians.items():
-        print(f"  {step:10} {seconds * 1e3:8.1f} ms  {arguments.batch / seconds:7.1f} samples/s")
-    flop_ratio = training_flops_per_sample(recurrent) / training_flops_per_sample(dense)
-    time_ratio = medians["recurrent"] / medians["dense"]
+    for step in ("diffusers", "dense", "recurrent"):
+        milliseconds = found[f"{step}_ms"]
+        print(f"  {step:10} {milliseconds:8.1f} ms  {found['batch'] / milliseconds * 1e3:7.1f} samples/s")
     width, is_cpu = config.model.hidden_size, device.type == "cpu"
-    over_diffusers = medians["dense"] / medians["diffusers"]
     goal = dense_goal(width, config.precision, bf16_is_fast()) if is_cpu else None
-    print(f"dense / diffusers: {judged(over_diffusers, goal)}")
-    over_flops = judged(time_ratio / flop_ratio, recurrence_goal(width) if is_cpu else None)
+    print(f"dense / diffusers: {judged(float(found['dense_over_diffusers']), goal)}")
+    over_flops = judged(found["over_flops"], recurrence_goal(width) if is_cpu else None)
     print(
-        f"recurrent / dense: {time_ratio:.3f} in time, {flop_ratio:.3f} in FLOPs; over what FLOPs predict: {over_flops}"
+        f"recurrent / dense: {found['flop_ratio']:.3f} in FLOPs; over what FLOPs predict in time: {over_flops}"
     )
+    print(f"dense / its FLOPs at the rate of the MLP's product alone: {found['dense_over_products']:.3f}")
+
+
+def _in_repository(config: Path) -> list[str]:
+    path = config.resolve()
+    return [str(path.relative_to(ledger.ROOT))] if path.is_relative_to(ledger.ROOT) else []
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ reaches. Below a row stand the ratios to diffusers' steps and their goals (``too
 """
 
 import argparse
-import statistics
 import sys
-import time
 from dataclasses import replace
 
 import torch
 from benchmark_goals import compiled_goal, dense_goal, judged
-from benchmark_step import Step, diffusers_step, measure, megatron_step
+from benchmark_step import Step, diffusers_step, measure, megatron_step, product_rate
 from torch._inductor.exc import InductorError
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -25,7 +23,7 @@ from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import DataConfig, Device, OptimizerConfig, Precision, RunConfig, TrainingConfig
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.platform import PARAMS_DTYPE, select_device, synchronize
+from rmoe_megatron.platform import select_device
 from rmoe_megatron.processor import bf16_is_fast, describe_processor
 
 HEAD_DIM, TEXT_LENGTH, WAYS = 64, 77, ("eager", "compiled", "diffusers eager", "diffusers compiled")
@@ -51,21 +49,6 @@ def make_config(arguments: argparse.Namespace, width: int, tokens: int, precisio
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1),
         training=TrainingConfig(steps=10_000, micro_batch_size=batch, global_batch_size=batch),
     )  # fmt: skip
-
-
-def product_rate(config: RunConfig, device: torch.device, repeats: int) -> float:
-    """Return FLOP/s of the product of all vision tokens with the weight of the MLP's first layer."""
-    model, dtype = config.model, PARAMS_DTYPE[config.precision]
-    rows = config.training.micro_batch_size * (model.sample_size // model.patch_size) ** 2
-    tokens = torch.randn(rows, model.hidden_size, dtype=dtype, device=device)
-    weight = torch.randn(4 * model.hidden_size, model.hidden_size, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(3 + repeats):
-        started = time.perf_counter()
-        torch.nn.functional.linear(tokens, weight)
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * rows * weight.numel() / statistics.median(seconds[3:])
 
 
 def steps_of(config: RunConfig, device: torch.device) -> dict[str, Step]:

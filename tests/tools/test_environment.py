@@ -123,7 +123,8 @@ def test_pip_installs_where_uv_cannot(bare_machine: dict[str, str], tmp_path: Pa
     assert pip.endswith(" uv")
     requirements = f"--constraint {ROOT}/tools/constraints.txt --editable {ROOT}[dev]"
     assert uv.endswith(requirements)
-    assert fallback.startswith("pip install") and fallback.endswith(requirements)
+    assert fallback.startswith("pip install")
+    assert fallback.endswith(requirements)
     assert "pip tries" in result.stderr
 
 
