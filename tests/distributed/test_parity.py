@@ -1,10 +1,12 @@
 """Every parallel layout trains as one process does.
 
 Compared are outputs, gradients of randomised weights before clipping, their norms, the losses of ten clipped steps, and
-the whole model's weights and averages after them.
+the whole model's weights and averages after them. In the layout the run is saved after five steps and goes on as another
+engine that has loaded it; the one process goes through.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,24 @@ from torch import Tensor
 
 from rmoe_megatron.config.model import LoraConfig
 from rmoe_megatron.config.run import Fp8Config, Fp8Recipe, ParallelConfig, Precision, Recompute, RunConfig
-from tests.support.ranks import DIT, MMDIT, RECURRENT, STEPS, Result, configuration, layout, run_on_ranks
+from tests.support.ranks import (
+    DIT,
+    MMDIT,
+    RECURRENT,
+    STEPS,
+    Result,
+    configuration,
+    layout,
+    run_on_ranks,
+    train,
+)
 
 MODELS = {
     "mmdit": configuration(MMDIT, recurrent=False),
     "mmdit-recurrent": configuration(MMDIT, recurrent=True),
     "mmdit-full-rank": configuration(MMDIT, recurrent=True, recurrence=replace(RECURRENT, rank=None)),
+    # In a pipeline only the last stage has modules.
+    "mmdit-last-block": configuration(MMDIT, recurrent=True, recurrence=replace(RECURRENT, layers=[3])),
     "mmdit-lora": configuration(MMDIT, recurrent=False, lora=LoraConfig(layers=[0, 2], rank=4)),
     "dit": configuration(DIT, recurrent=False),
     "dit-recurrent": configuration(DIT, recurrent=True),
@@ -46,6 +60,9 @@ LAYOUTS = {
     "TP2-PP2-EP2": (8, layout(tp=2, pp=2, ep=2)),
     "TP2-CP2-PP2-EP4": (8, layout(tp=2, cp=2, pp=2, ep=4)),
 }
+
+
+RESUMED = partial(train, resumes=True)
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +109,25 @@ def fitting(models: dict[str, RunConfig], parallel: ParallelConfig) -> dict[str,
     [
         ("TP2", ["mmdit-recurrent", "dit"]),
         ("CP2", ["mmdit-recurrent", "dit"]),
-        ("PP2", ["mmdit-recurrent", "dit"]),
+        ("PP2", ["mmdit-recurrent", "mmdit-last-block", "dit"]),
         ("PP2-interleaved", ["mmdit-recurrent"]),
         ("DP2", ["mmdit-recurrent", "mmdit-lora"]),
         ("EP2", ["mmdit-full-rank", "dit-recurrent"]),
         ("EP2-over-TP2", ["mmdit-recurrent"]),
+        ("EP2-over-CP2", ["mmdit-recurrent"]),
         ("TP4", ["mmdit"]),
-        ("EP2-PP2", ["mmdit-recurrent"]),
+        ("PP4", ["mmdit-recurrent"]),
+        ("EP4", ["mmdit-recurrent"]),
+        ("EP4-over-TP4", ["dit-recurrent"]),
+        ("EP2-TP2", ["mmdit-full-rank"]),
+        ("EP4-TP2", ["mmdit-recurrent"]),
+        ("EP2-PP2", ["mmdit-last-block"]),
+        ("EP2-PP2-interleaved", ["dit-recurrent"]),
+        ("DP2-EP2", ["mmdit-recurrent"]),
+        ("CP2-TP2", ["mmdit-recurrent"]),
+        ("CP2-PP2", ["mmdit-lora"]),
         ("TP2-PP2-EP2", ["mmdit-recurrent"]),
+        ("TP2-CP2-PP2-EP4", ["mmdit-recurrent"]),
     ],
 )
 def test_a_layout_trains_as_one_process(
@@ -107,7 +135,7 @@ def test_a_layout_trains_as_one_process(
 ) -> None:
     ranks, parallel = LAYOUTS[name]
     chosen = {model: MODELS[model] for model in models}
-    for model, result in run_on_ranks(ranks, fitting(chosen, parallel), tmp_path).items():
+    for model, result in run_on_ranks(ranks, fitting(chosen, parallel), tmp_path, RESUMED).items():
         assert_same_run(result, one_process[model])
 
 
@@ -117,7 +145,7 @@ def test_every_model_trains_in_a_layout_as_in_one_process(
     name: str, one_process: dict[str, Result], tmp_path: Path
 ) -> None:
     ranks, parallel = LAYOUTS[name]
-    for model, result in run_on_ranks(ranks, fitting(MODELS, parallel), tmp_path).items():
+    for model, result in run_on_ranks(ranks, fitting(MODELS, parallel), tmp_path, RESUMED).items():
         assert_same_run(result, one_process[model])
 
 
@@ -167,7 +195,7 @@ def test_compiled_blocks_train_as_one_process(
     ranks, parallel = LAYOUTS.get(name, (1, layout()))
     training = replace(MODELS[model].training, compile=True)
     compiled = replace(MODELS[model], parallel=parallel, training=training)
-    assert_same_run(run_on_ranks(ranks, {model: compiled}, tmp_path)[model], one_process[model])
+    assert_same_run(run_on_ranks(ranks, {model: compiled}, tmp_path, RESUMED)[model], one_process[model])
 
 
 RECURRENT_RUN = MODELS["mmdit-recurrent"]
@@ -196,7 +224,7 @@ def test_switches_train_as_one_process(name: str, one_process: dict[str, Result]
     cases = {
         switch: replace(RECURRENT_RUN, parallel=parallel, **changes) for switch, changes in SWITCHES.items()
     }
-    for result in run_on_ranks(ranks, cases, tmp_path).values():
+    for result in run_on_ranks(ranks, cases, tmp_path, RESUMED).values():
         assert_same_run(result, one_process["mmdit-recurrent"])
 
 

@@ -2,6 +2,8 @@
 
 import math
 import os
+import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -115,11 +117,12 @@ def _rank_main(
         torch.save(results, folder / "results.pt")
 
 
-def train(config: RunConfig, gradients: bool = True) -> Result:
+def train(config: RunConfig, gradients: bool = True, resumes: bool = False) -> Result:
     """Take ``STEPS`` optimizer steps from weights that are all different from zero.
 
     Args:
         gradients: those of the first step are reported.
+        resumes: after half of the steps the run is saved, thrown away, built anew from other weights and loaded.
     """
     from rmoe_megatron.diffusion.loss import DiffusionLoss
     from rmoe_megatron.engine.registry import build_engine
@@ -137,11 +140,17 @@ def train(config: RunConfig, gradients: bool = True) -> Result:
         engine = build_engine(config, modules, DiffusionLoss(config, config.seed, null))
         ema = ExponentialMovingAverage(engine.parameters, 0.9)
         for number, micro_batches in enumerate(batches(config)):
+            is_resumed = resumes and number == STEPS // 2
+            if is_resumed:
+                engine.gather_parameters()
+                ema.update(number - 1)
+                engine, ema, modules = saved_and_resumed(engine, ema, config)
+                places = places_of(modules)
 
-            def before_update(number: int = number) -> None:
+            def before_update(number: int = number, is_resumed: bool = is_resumed) -> None:
                 if number == 0 and gradients:
                     result.gradients = gathered(places, whole_gradients(engine))
-                if number > 0:
+                if number > 0 and not is_resumed:
                     ema.update(number - 1)
 
             outcome = engine.step(micro_batches, before_update)
@@ -159,6 +168,30 @@ def train(config: RunConfig, gradients: bool = True) -> Result:
             denoised = engine.denoise(latents, timestep, keys, conditions(config, torch.arange(3)))
             result.denoised.append(denoised)
     return result
+
+
+def saved_and_resumed(engine: Any, ema: Any, config: RunConfig) -> tuple[Any, Any, Any]:
+    """Save a run and load it into one of other weights; returns its engine, averages and modules."""
+    from rmoe_megatron.checkpoint.folders import list_checkpoints
+    from rmoe_megatron.engine.registry import build_engine
+    from rmoe_megatron.model.build import build_chunks
+    from rmoe_megatron.training.ema import ExponentialMovingAverage
+    from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint, save_checkpoint
+
+    folders = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folders)
+    folder = Path(folders[0])
+    save_checkpoint(TrainingState(engine, ema, Progress(step=STEPS // 2)), config, folder)
+    modules = build_chunks(replace(config, seed=config.seed + 1)).to(engine.device)
+    engine = build_engine(config, modules, engine.loss)
+    ema = ExponentialMovingAverage(engine.parameters, ema.decay)
+    (checkpoint,) = list_checkpoints(folder)
+    progress = Progress()
+    load_checkpoint(TrainingState(engine, ema, progress), checkpoint)
+    assert progress.step == STEPS // 2
+    dist.barrier()
+    shutil.rmtree(folder, ignore_errors=True)
+    return engine, ema, modules
 
 
 def conditions(config: RunConfig, draws: Tensor) -> Conditions:

@@ -134,6 +134,10 @@ class MegatronEngine:
         model = model_state(self.modules)
         create_adam_state(self.optimizer)  # before the first update, or after steps that were all left out
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+        for part in optimizer.values():
+            # What a rank without parameters of a part has of their moments: Megatron-Core would take it for state of all ranks.
+            if isinstance(part, dict) and not part.get("param_state", True):
+                del part["param_state"]
         state = {"model": model, "ema": averages_state(model, averages)}
         state |= {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
         scales = sharded_scales(self.modules)

@@ -19,6 +19,9 @@ OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained
 # One kernel over a parameter and its moments instead of one an operation; PyTorch's Adam does not choose it by itself.
 FUSED = {"fused": True, "foreach": False}
 
+# Where the state of an optimizer of no parameter of this rank has its counter of updates.
+WITHOUT_PARAMETERS = "without parameters"
+
 
 def build_optimizer(
     config: RunConfig, model: ModelChunks
@@ -84,13 +87,20 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], schedule
         group.update(values)
     for adam in _adam_optimizers(optimizer):
         for parameter, state in adam.state.items():
+            if parameter is WITHOUT_PARAMETERS:
+                continue
             # Megatron-Core gives all parameters the same counter, which each of them would then advance, on the host.
             state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def create_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give PyTorch's Adam the state it makes at its first update: Megatron-Core saves and loads what is there."""
-    for adam in _adam_optimizers(optimizer):
+    """Give PyTorch's Adam the state it makes at its first update: Megatron-Core saves and loads what is there.
+
+    An optimizer of no parameter of this rank (a pipeline stage without modules, a shard that is padding only) gets the counter of
+    updates alone: Megatron-Core asks every rank for it, and saves that of the first. A collective.
+    """
+    adams = _adam_optimizers(optimizer)
+    for adam in adams:
         for group in adam.param_groups:
             for parameter in group["params"]:
                 if parameter not in adam.state:
@@ -99,6 +109,16 @@ def create_adam_state(optimizer: MegatronOptimizer) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+    counters = [
+        state["step"] for adam in adams for key, state in adam.state.items() if key is not WITHOUT_PARAMETERS
+    ]
+    updates = torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device())
+    if counters:
+        updates += counters[0].to(updates.device)
+    torch.distributed.all_reduce(updates, torch.distributed.ReduceOp.MAX)
+    for adam in adams:
+        if not any(group["params"] for group in adam.param_groups):
+            adam.state[WITHOUT_PARAMETERS] = {"step": updates.clone()}  # type: ignore[index]
 
 
 def _adam_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
