@@ -147,10 +147,15 @@ def train(config: RunConfig, gradients: bool = True, resumes: bool = False) -> R
                 engine, ema, modules = saved_and_resumed(engine, ema, config)
                 places = places_of(modules)
 
-            def before_update(number: int = number, is_resumed: bool = is_resumed) -> None:
+            def before_update(
+                number: int = number,
+                engine: Any = engine,
+                places: Any = places,
+                ema: Any = None if is_resumed or number == 0 else ema,
+            ) -> None:
                 if number == 0 and gradients:
                     result.gradients = gathered(places, whole_gradients(engine))
-                if number > 0 and not is_resumed:
+                if ema is not None:
                     ema.update(number - 1)
 
             outcome = engine.step(micro_batches, before_update)
