@@ -3,14 +3,14 @@
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
 from rmoe_megatron.config.run import RunConfig
 
 
 def forget_losses() -> None:
-    """Clear Megatron-Core's tracker, which adds up and is the process's: other steps and other models have run in it before."""
-    get_moe_metrics_tracker().clear()
+    """Begin with an empty tracker: Megatron-Core's adds up and is the process's, as long as the first model that used it is deep."""
+    destroy_moe_metrics_tracker()
 
 
 def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch.device) -> dict[str, float]:

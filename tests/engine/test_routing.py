@@ -1,0 +1,73 @@
+"""The load-balancing loss that a run logs: 1 where tokens spread evenly, M where one module has all, in every layout."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.diffusion.loss import DiffusionLoss
+from tests.model.test_compile import make_batch
+from tests.support.configurations import MODEL, RECURRENCE, one_rank, tiny_config
+from tests.support.ranks import MMDIT, batches, conditions, configuration, layout, run_on_ranks
+
+
+def logged(config: RunConfig, favourite: float) -> float:
+    """The loss after a step in which the logits of module 2 are ``favourite`` and the others' 0."""
+    from rmoe_megatron.engine.registry import build_engine
+    from rmoe_megatron.model.build import build_chunks
+    from rmoe_megatron.model.recurrence.gate import Gate
+    from rmoe_megatron.parallel import process_groups
+
+    def gating(gate: Gate, input: Tensor, conditioning: Tensor) -> Tensor:
+        found = original(gate, input, conditioning) * 0
+        return found + favourite * (torch.arange(gate.num_experts) == 2)
+
+    original, Gate.gating = Gate.gating, gating  # type: ignore[method-assign]
+    try:
+        with process_groups(config) as device:
+            modules = build_chunks(config).to(device)
+            null = conditions(config, torch.zeros(1)).map(torch.zeros_like)
+            engine = build_engine(config, modules, DiffusionLoss(config, config.seed, null))
+            for micro_batches in list(batches(config))[:2]:  # the second step's has nothing of the first's
+                engine.step(micro_batches)
+            return engine.routing_metrics()["load_balancing_loss"]
+    finally:
+        Gate.gating = original  # type: ignore[method-assign]
+
+
+LAYOUTS = {
+    "DP2": layout(), "TP2": layout(tp=2), "CP2": layout(cp=2), "PP2": layout(pp=2), "PP2-interleaved": layout(pp=2, vpp=2),
+    "EP2": layout(ep=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("favourite", "expected"), [(0.0, 1.0), (1000.0, 4.0)], ids=["even", "collapsed"])
+def test_even_is_one_and_collapsed_is_the_number_of_modules(
+    favourite: float, expected: float, tmp_path: Path
+) -> None:
+    model = configuration(MMDIT, recurrent=True)
+    job = partial(logged, favourite=favourite)
+    assert run_on_ranks(1, {"one": model}, tmp_path, job)["one"] == pytest.approx(expected, rel=1e-5)
+    cases = {name: replace(model, parallel=parallel) for name, parallel in LAYOUTS.items()}
+    for name, found in run_on_ranks(2, cases, tmp_path, job).items():
+        assert found == pytest.approx(expected, rel=1e-5), name
+
+
+@pytest.mark.parametrize("depths", [(2, 5), (5, 2)])
+def test_a_second_model_of_a_process_may_be_of_another_depth(depths: tuple[int, int]) -> None:
+    """Megatron-Core keeps what it counts in a tensor of one entry a block."""
+    from rmoe_megatron.engine.registry import build_engine
+    from rmoe_megatron.model.build import build_chunks
+
+    for depth in depths:
+        last = replace(RECURRENCE, layers=[depth - 1])
+        config = tiny_config(last, model=replace(MODEL, num_layers=depth))
+        with one_rank(config):
+            null = make_batch(0).conditions.map(lambda tensor: tensor[:1])
+            engine = build_engine(config, build_chunks(config), DiffusionLoss(config, config.seed, null))
+            engine.step([make_batch(1)])
+            assert 0.5 < engine.routing_metrics()["load_balancing_loss"] < 4
