@@ -183,6 +183,7 @@ class TensorScales:
 class DelayedScaling(nn.Module):
     """Scales of a layer's operands from their past (Transformer Engine's recipe of this name), 1 as long as there is none.
 
+    What is not finite is not remembered: the scale stays as it was, as Transformer Engine's does.
     Every rank of a pipeline stage has the same history: amaxes are the largest of all its data- and context-parallel ranks.
 
     Attributes:
@@ -218,12 +219,14 @@ class DelayedScaling(nn.Module):
 
     def _remember(self, operand: int, values: Tensor) -> None:
         amax = values.detach().abs().amax().float()
+        amax = torch.where(amax.isfinite(), amax, torch.inf)  # of NaN, which a largest of several ranks may miss
         group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
         if group.size() > 1:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
-        history = self.amax_history[operand].roll(1)
+        known = self.amax_history[operand]
+        history = known.roll(1)
         history[0] = amax
-        self.amax_history[operand] = history
+        self.amax_history[operand] = torch.where(amax.isfinite(), history, known)
 
 
 RECIPES = {

@@ -181,6 +181,24 @@ def test_delayed_scales_are_those_of_the_calls_before(monkeypatch: pytest.Monkey
             seen.append(amax)
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_delayed_scale_outlives_what_is_not_finite(bad: float) -> None:
+    """Transformer Engine keeps the last scale; what is saved of the history is finite."""
+    with one_rank(tiny_config()):
+        recipe = DelayedScaling()
+        values = torch.tensor([[1.0, 3.5], [-7.0, 0.25]])
+        spoilt = torch.tensor([[1.0, bad], [-70.0, 0.25]])
+        for tensor in (values, spoilt):
+            recipe.of_call(tensor, tensor, trains=True).gradients(tensor, -1)
+        rounding = recipe.of_call(values, values, trains=True)
+        assert rounding.input_scale == rounding.weight_scale == 448 / 7
+        assert rounding.gradient_scale(values) == 57344 / 7
+        assert recipe.amax_history.isfinite().all()
+        larger = 2 * values
+        recipe.of_call(larger, larger, trains=True)
+        assert recipe.of_call(values, values, trains=True).input_scale == 448 / 14
+
+
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), NVFP4])
 def test_a_product_multiplies_rounded_operands(recipe: Recipe) -> None:
     """Each of the three products has both operands rounded along what it adds up; sums are those of float64."""
