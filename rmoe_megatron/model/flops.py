@@ -26,8 +26,10 @@ def training_flops_per_sample(config: RunConfig, vision: int | None = None) -> f
     total = outer_multiply_adds(config, vision) * 2
     for layer in layers:
         base = family_of(config).block_multiply_adds(config.model, layer, vision)
-        total += base * (2 if layer >= min(trained) else 1) + added_multiply_adds(config, layer, vision) * 3
-        total += base if layer in trained and fine_tuning.trainable is Trainable.blocks else 0
+        added = added_multiply_adds(config, layer, vision)
+        total += (base + added) * (2 if layer >= min(trained) else 1)
+        if layer in trained:
+            total += added + (base if fine_tuning.trainable is Trainable.blocks else 0)
     return 2 * total
 
 

@@ -12,7 +12,7 @@ from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
 from rmoe_megatron.model.build import build_transformer
 from rmoe_megatron.model.flops import forward_flops_per_sample, training_flops_per_sample
 from rmoe_megatron.training.fine_tuning import freeze
-from tests.support.configurations import MODEL, one_rank, randomise, tiny_config
+from tests.support.configurations import MODEL, RECURRENCE, one_rank, randomise, tiny_config
 
 DIT = ModelConfig(
     architecture=Architecture.dit, sample_size=8, patch_size=2, in_channels=3, num_layers=3, hidden_size=32,
@@ -57,3 +57,20 @@ def test_training_with_frozen_blocks_is_close_to_the_counter(blocks: list[int]) 
         with FlopCounterMode(display=False) as counter:
             run(config, model).sum().backward()
     assert training_flops_per_sample(config) == pytest.approx(counter.get_total_flops() / BATCH, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "factors"), [([1], (3, 2)), ([2], (1, 3)), ([1, 2], (3, 3)), ([0], (2, 2))]
+)
+def test_frozen_modules_cost_their_forward_pass_and_the_way_back_to_what_is_trained(
+    blocks: list[int], factors: tuple[int, int]
+) -> None:
+    """Modules in blocks 1 and 2 multiply as much as each other: once forward, once for inputs, once for weights."""
+    fine_tuning = FineTuningConfig(base="", trainable=Trainable.blocks, blocks=blocks)
+    with_modules, without = (
+        replace(tiny_config(recurrence), fine_tuning=fine_tuning) for recurrence in (RECURRENCE, None)
+    )
+    one_block = (forward_flops_per_sample(with_modules) - forward_flops_per_sample(without)) / 2
+    assert one_block > 0
+    found = training_flops_per_sample(with_modules) - training_flops_per_sample(without)
+    assert found == pytest.approx(sum(factors) * one_block, rel=1e-9)
