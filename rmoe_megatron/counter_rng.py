@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     guidance_dropout = 3
     gumbel = 4
     caption = 5
+    samples = 6  # the noise that the pictures of a run start from
 
 
 def _signed(value: int) -> int:

@@ -41,7 +41,7 @@ def sample_latents(model: Denoiser, prompts: Prompts, config: RunConfig, height:
     """
     shape = (config.model.in_channels, height, width)
     count, device = len(prompts.captions), prompts.conditions.device
-    keys = sample_keys(config.seed, torch.arange(count, device=device))
+    keys = derive(sample_keys(config.seed, torch.arange(count, device=device)), Purpose.samples)
     latents = normal(derive(keys, Purpose.noise), math.prod(shape)).view(count, *shape)
     conditions = prompts.conditions.combine(
         prompts.null_conditions, lambda values, empty: torch.cat((values, empty.expand_as(values)))
