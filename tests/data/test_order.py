@@ -64,6 +64,16 @@ def test_every_epoch_is_another_permutation_and_every_seed() -> None:
     assert [orders[0][draw] for draw in reversed(range(1000))] == list(reversed(epochs[0]))
 
 
+@pytest.mark.parametrize("size", [10, 1000, 1 << 18])
+def test_a_data_set_that_fits_one_window_has_another_order_in_every_epoch(size: int) -> None:
+    order = GlobalOrder(size, shuffle=True, seed=4)
+    first = range(min(size, 100))
+    epochs = [[order[epoch * size + position] for position in first] for epoch in range(3)]
+    assert all(
+        sum(a == b for a, b in zip(*pair, strict=True)) < 8 for pair in itertools.combinations(epochs, 2)
+    )
+
+
 def test_unshuffled_draws_count() -> None:
     order = GlobalOrder(7, shuffle=False, seed=3)
     assert [order[draw] for draw in range(16)] == [draw % 7 for draw in range(16)]

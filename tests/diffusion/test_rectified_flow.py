@@ -55,6 +55,19 @@ def test_uniform_density() -> None:
     assert stats.kstest(sigma.numpy(), "uniform").pvalue > 1e-3
 
 
+@pytest.mark.parametrize("values", [1, 2, 7])
+def test_timestep_and_noise_know_nothing_of_each_other(values: int) -> None:
+    """Neither the noise of a sample nor its size tells anything of the sample's timestep."""
+    config = DiffusionConfig(timestep_density=TimestepDensity.uniform)
+    example = RectifiedFlow(config).add_noise(
+        torch.zeros(20_000, 1, 1, values), sample_keys(3, torch.arange(20_000))
+    )
+    noise, sigma = example.target.flatten(1).double(), example.timestep.double()
+    seen = [*noise.T, *noise.abs().T, noise.norm(dim=1)]
+    seen += [noise[:, 0] / noise[:, -1]] if values > 1 else []
+    assert all(stats.spearmanr(each, sigma).pvalue > 1e-4 for each in seen)
+
+
 def sigma_of(config: DiffusionConfig, sample_size: int = 8) -> torch.Tensor:
     latents = torch.zeros(100, 1, sample_size, sample_size)
     example = RectifiedFlow(config).add_noise(latents, sample_keys(0, torch.arange(100)))

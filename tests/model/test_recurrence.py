@@ -209,6 +209,50 @@ def test_straight_through_gradient_equals_autograd_of_the_closed_form() -> None:
     assert_close(gate.weight.grad, token.grad, "gradient of the gate")
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25], ids=["one micro-batch", "one of four"])
+def test_the_load_balancing_loss_is_that_of_the_switch_transformer(scale: float) -> None:
+    """Value and gradient of ``coefficient * M * sum_m (share of tokens of m) * (mean probability of m)`` (Fedus et al., 2021).
+
+    Probabilities are those of logits without noise; shares are of what was picked with it, and have no gradient.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from rmoe_megatron.engine.routing import forget_losses
+    from rmoe_megatron.model.recurrence.gate import Gate
+    from rmoe_megatron.model.transformer_config import transformer_config
+
+    coefficient, modules = 0.3, 4
+    config = tiny_config(replace(RECURRENCE, aux_loss_coeff=coefficient))
+    generator = torch.Generator().manual_seed(6)
+    state = torch.randn(6, 2, HIDDEN, generator=generator)
+    conditioning = torch.randn(1, 2, HIDDEN, generator=generator)
+    with one_rank(config):
+        gate = Gate(
+            transformer_config(config), config.recurrence, 1, ProcessGroupCollection.use_mpu_process_groups()
+        )
+        randomise(gate, seed=2, std=0.5)
+        noise = gate.draw_noise(sample_keys(0, torch.arange(2)), len(state), 1)[0]
+        forget_losses()
+        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), scale))
+        weights, routing_map = gate(state, conditioning, noise)
+        (weights * 0).sum().backward()  # nothing but the loss has a gradient
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+        value = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum().item()
+    token, given = (
+        weight.detach().double().requires_grad_() for weight in (gate.weight, gate.conditioning_weight)
+    )
+    probability = (state.double() @ token.T + conditioning.double() @ given.T).softmax(-1).flatten(0, 1)
+    share = routing_map.double().mean(0)
+    assert (share > 0).sum() > 1
+    expected = modules * (share * probability.mean(0)).sum()
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    (scale * coefficient * expected).backward()
+    assert_close(gate.weight.grad, token.grad, "gradient of the token's weight")
+    assert_close(gate.conditioning_weight.grad, given.grad, "gradient of the conditioning's weight")
+
+
 def test_a_module_without_tokens_gets_zero_gradients() -> None:
     recurrence = replace(RECURRENCE, num_modules=5, aux_loss_coeff=0.0, gate_inputs=["conditioning"])
     with one_rank(tiny_config()):

@@ -21,5 +21,20 @@ def test_averages_equal_diffusers(power: float | None) -> None:
                 parameter.add_(torch.randn_like(parameter))
         ours.update(step)
         theirs.step(model.parameters())
-    for actual, expected in zip(ours.averages.values(), theirs.shadow_params, strict=True):
-        torch.testing.assert_close(actual, expected)
+        for actual, expected in zip(ours.averages.values(), theirs.shadow_params, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_the_first_averages_by_hand() -> None:
+    """Weights 1, 3, 5, 9: the first update forgets where the run began, the next keep 2/11 and 3/12 of what was."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    average = ExponentialMovingAverage({"weight": weight}, decay=0.2)
+    found = []
+    for step, value in enumerate((3.0, 5.0, 9.0)):
+        weight.data.fill_(value)
+        average.update(step)
+        found.append(average.averages["weight"].item())
+    second = 2 / 11 * 3 + 9 / 11 * 5
+    assert found == pytest.approx(
+        [3, second, 0.2 * second + 0.8 * 9], rel=1e-6
+    )  # 3/12 is above the decay of 0.2
