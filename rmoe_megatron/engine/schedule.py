@@ -1,10 +1,20 @@
-"""The schedule of learning rate and weight decay, Megatron-Core's, whatever the engine."""
+"""The schedule of learning rate and weight decay, Megatron-Core's, and what decays, whatever the engine."""
 
 from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from rmoe_megatron.config.run import RunConfig
+
+
+def decays(parameter: Tensor, name: str) -> bool:
+    """Return whether weight decay shrinks a parameter: all but biases and vectors, as in Megatron-LM.
+
+    So the gates, the embeddings of timestep and text and the table of labels decay as every other matrix does. The trainers of
+    DiT (whose decay is 0) and of SD3 in diffusers leave no matrix out either.
+    """
+    return parameter.dim() > 1 and not name.endswith(".bias")
 
 
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:

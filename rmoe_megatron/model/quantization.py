@@ -219,7 +219,8 @@ class DelayedScaling(nn.Module):
 
     def _remember(self, operand: int, values: Tensor) -> None:
         amax = values.detach().abs().amax().float()
-        amax = torch.where(amax.isfinite(), amax, torch.inf)  # of NaN, which a largest of several ranks may miss
+        # The largest of several ranks may miss a NaN, but no infinity.
+        amax = torch.where(amax.isfinite(), amax, torch.inf)
         group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
         if group.size() > 1:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import tarfile
 from dataclasses import replace
@@ -17,11 +18,13 @@ from rmoe_megatron.config.run import CheckpointConfig
 from rmoe_megatron.data.batch import TextConditions
 from rmoe_megatron.data.order import GlobalOrder
 from rmoe_megatron.diffusion.loss import DiffusionLoss
+from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import RunError
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.training.ema import ExponentialMovingAverage
-from rmoe_megatron.training.state import Progress, TrainingState, save_checkpoint
+from rmoe_megatron.training.health import Health
+from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint, save_checkpoint
 from tests.support.commands import rmoe
 from tests.support.configurations import one_rank, tiny_config
 from tests.support.runs import losses, make_run
@@ -146,3 +149,56 @@ def test_a_run_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
     assert code == 0, errors
     assert "has no checkpoint yet; it starts anew" in errors
     assert list(losses(tmp_path / "run")) == [1, 2, 3]
+
+
+def test_only_steps_in_a_row_end_a_run(tmp_path: Path) -> None:
+    """Of a limit of three: two bad ones, a good one and two bad ones again pass; a third in a row does not."""
+    bad, good = StepResult(math.nan, 1.0, 0.1, []), StepResult(1.0, 1.0, 0.1)
+    with one_rank(tiny_config()):
+        health = Health(tmp_path, NoEngine(), lambda draw: {}, limit=3)  # type: ignore[arg-type]
+        for step, result in enumerate((bad, bad, good, bad, bad), start=1):
+            health.check(step, result)
+        with pytest.raises(RunError, match="3 steps in a row, up to step 6"):
+            health.check(6, bad)
+    diagnosis = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert [record["step"] for record in diagnosis["skipped"]] == [4, 5, 6]
+
+
+class NoEngine:
+    parameters: dict[str, torch.Tensor] = {}  # noqa: RUF012
+
+    def keys(self) -> dict[str, str]:
+        return {}
+
+
+def test_what_a_run_has_skipped_is_known_after_a_resume(tmp_path: Path) -> None:
+    config = replace(tiny_config(), run_dir=str(tmp_path))
+    progress = Progress(step=7, samples=56, skipped_steps=3, pending=["samples"])
+    with one_rank(config) as device:
+        modules = build_chunks(config).to(device)
+        null = TextConditions(torch.zeros(1, 5, 12), torch.zeros(1, 10))
+        engine = build_engine(config, modules, DiffusionLoss(config, 0, null))
+        averages = ExponentialMovingAverage(engine.parameters, 0.9)
+        save_checkpoint(TrainingState(engine, averages, progress), config, tmp_path)
+        resumed = TrainingState(engine, averages, Progress())
+        load_checkpoint(resumed, list_checkpoints(tmp_path)[0])
+    assert resumed.progress == Progress(step=7, samples=56, skipped_steps=3, pending=["samples"])
+
+
+def test_a_run_that_was_taken_over_publishes_nothing(tmp_path: Path) -> None:
+    """The fence is asked when all is written; what was published before stays."""
+    config = replace(tiny_config(), run_dir=str(tmp_path))
+
+    def taken_over() -> None:
+        assert list(tmp_path.rglob("metadata.json"))  # the checkpoint is there under its temporary name
+        raise RunError("another process has taken over the run")
+
+    with one_rank(config) as device:
+        modules = build_chunks(config).to(device)
+        null = TextConditions(torch.zeros(1, 5, 12), torch.zeros(1, 10))
+        engine = build_engine(config, modules, DiffusionLoss(config, 0, null))
+        averages = ExponentialMovingAverage(engine.parameters, 0.9)
+        save_checkpoint(TrainingState(engine, averages, Progress(step=1)), config, tmp_path)
+        with pytest.raises(RunError, match="taken over"):
+            save_checkpoint(TrainingState(engine, averages, Progress(step=2)), config, tmp_path, taken_over)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1]

@@ -8,18 +8,19 @@ from torch import Tensor
 
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.engine.deepspeed.expert_groups import is_module
+from rmoe_megatron.engine.schedule import decays
 
 
 def build_adam(config: RunConfig, parameters: Mapping[str, Tensor]) -> torch.optim.AdamW:
-    """Return AdamW with Megatron-Core's groups: no weight decay of vectors and biases, and modules that are spread apart.
+    """Return AdamW with Megatron-Core's groups: what decays and what does not, and modules that are spread apart.
 
     One kernel updates a shard of a group with its moments, so that NVIDIA's fused Adam (Apex) would have nothing to gain.
     """
     settings = config.optimizer
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        decays, spread = parameter.dim() > 1 and not name.endswith("bias"), is_module(parameter)
-        group = groups.setdefault((spread, decays), {"params": [], "wd_mult": float(decays)})
+        decay, spread = decays(parameter, name), is_module(parameter)
+        group = groups.setdefault((spread, decay), {"params": [], "wd_mult": float(decay)})
         if spread:
             group |= {"moe": True, "name": parameter.group_name}  # type: ignore[attr-defined]
         group["params"].append(parameter)

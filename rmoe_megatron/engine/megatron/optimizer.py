@@ -3,13 +3,20 @@
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.engine.megatron.chunks import ModelChunks
 from rmoe_megatron.engine.megatron.gradient_norm import parts
-from rmoe_megatron.engine.schedule import build_schedule
+from rmoe_megatron.engine.schedule import build_schedule, decays
 from rmoe_megatron.platform import PARAMS_DTYPE
 
 # Megatron-Core's format that can be loaded under any other parallel layout.
@@ -18,6 +25,13 @@ OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained
 
 # One kernel over a parameter and its moments instead of one an operation; PyTorch's Adam does not choose it by itself.
 FUSED = {"fused": True, "foreach": False}
+
+# What weight decay leaves alone.
+STAYS = ParamKey(
+    with_name_predicate=ParamWithNamePredicate(
+        name="stays", fn=lambda parameter, name: not decays(parameter, name)
+    )
+)
 
 # Where the state of an optimizer of no parameter of this rank has its counter of updates.
 WITHOUT_PARAMETERS = "without parameters"
@@ -45,7 +59,9 @@ def build_optimizer(
     # A main weight that autograd knows of keeps, through the hooks of data parallelism, the model and the optimizer itself alive,
     # in a circle that Python cannot see.
     with torch.no_grad():
-        megatron_optimizer = get_megatron_optimizer(settings, model.wrapped)
+        megatron_optimizer = get_megatron_optimizer(
+            settings, model.wrapped, {STAYS: ParamGroupOverride(wd_mult=0.0)}
+        )
     for part in parts(megatron_optimizer):
         _detach_main_weights(part)
     for adam in _adam_optimizers(megatron_optimizer):
