@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.engine.suspects import Suspect
@@ -22,6 +23,20 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     suspects: list[Suspect] | None = None
+
+
+@dataclass(frozen=True)
+class MainWeight:
+    """What this rank keeps of the float32 weight behind a parameter of fewer bits, which is that weight rounded.
+
+    Attributes:
+        start: where ``values``, flat float32, begin in the flattened parameter.
+        group: the ranks that keep the rest; None if all of it is here.
+    """
+
+    start: int
+    values: Tensor
+    group: ProcessGroup | None
 
 
 class Engine(Protocol):
@@ -55,6 +70,13 @@ class Engine(Protocol):
 
     def denoise(self, latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions) -> Tensor:
         """Return the model's output float32 [B, C or 2 C, height, width] on every rank; every rank gives the same."""
+        ...
+
+    def main_weights(self) -> dict[str, MainWeight]:
+        """Return the float32 weights that the optimizer updates of ``parameters`` that are not float32; others are their own.
+
+        The values are those of the moment, on the device where the optimizer is.
+        """
         ...
 
     def gather_parameters(self) -> None:

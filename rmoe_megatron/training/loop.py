@@ -153,7 +153,7 @@ class TrainingLoop:
         }
 
     def update_averages(self) -> None:
-        """Let the averages see the parameters of the last update, once these are here."""
+        """Let the averages see the weights of the last update, once its parameters are here."""
         if self.averages_due is not None:
             self.state.ema.update(self.averages_due)
             self.averages_due = None

@@ -144,7 +144,8 @@ def _build(config: RunConfig, checkpoint: CheckpointFolder | None, device: torch
     fingerprint = start_from_base(modules, config) if config.fine_tuning is not None else None
     loss = DiffusionLoss(config, config.seed, source.null_conditions)
     engine = build_engine(config, modules.to(device), loss)
-    ema = ExponentialMovingAverage(engine.parameters, config.optimizer.ema_decay, config.optimizer.ema_power)
+    decay, power = config.optimizer.ema_decay, config.optimizer.ema_power
+    ema = ExponentialMovingAverage(engine.parameters, decay, power, engine.main_weights)
     state = TrainingState(engine, ema, Progress(), fingerprint)
     loop = TrainingLoop(config, state, source, device)
     if checkpoint is not None:

@@ -89,6 +89,7 @@ def save_checkpoint(
     Raises:
         RunError: weights or averages are not finite; nothing is published and nothing removed.
     """
+    state.ema.complete()
     check_finite([*state.engine.parameters.items(), *state.ema.averages.items()], state.progress.step)
     final, is_rank0 = checkpoint_path(run_dir, state.progress.step), dist.get_rank() == 0
     with new_checkpoint(final, before_publishing) as partial:

@@ -64,7 +64,7 @@ def test_modules_that_are_spread_train_as_on_one_process(
         f"{model} {stage}": replace(under_zero(config, stage), parallel=layout(ep=expert_ranks))
         for model, config in MODELS.items()
         for stage in (1, 2)
-        if config.recurrence is not None
+        if config.recurrence is not None and model != "mmdit-last-block"
     }
     assert len(cases) == 6
     for name, result in run_on_ranks(ranks, cases, tmp_path).items():

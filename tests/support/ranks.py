@@ -28,7 +28,7 @@ from tests.support.configurations import MODEL, RECURRENCE, tiny_config
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 STEPS = 10
-TIMEOUT = 300
+TIMEOUT = 600
 
 # Six tokens of text are padded by two under TP4; the last block has no text output.
 MMDIT = replace(MODEL, num_layers=4, num_attention_heads=4, text_length=6, dual_attention_layers=[0])
@@ -138,14 +138,13 @@ def train(config: RunConfig, gradients: bool = True, resumes: bool = False) -> R
         result.initial = gathered(places, dict(modules.named_parameters()))
         perturb(modules)
         engine = build_engine(config, modules, DiffusionLoss(config, config.seed, null))
-        ema = ExponentialMovingAverage(engine.parameters, 0.9)
+        ema = ExponentialMovingAverage(engine.parameters, 0.9, main_weights=engine.main_weights)
         for number, micro_batches in enumerate(batches(config)):
             is_resumed = resumes and number == STEPS // 2
             if is_resumed:
                 engine.gather_parameters()
                 ema.update(number - 1)
-                engine, ema, modules = saved_and_resumed(engine, ema, config)
-                places = places_of(modules)
+                engine, ema, places = saved_and_resumed(engine, ema, config)
 
             def before_update(
                 number: int = number,
@@ -163,6 +162,7 @@ def train(config: RunConfig, gradients: bool = True, resumes: bool = False) -> R
             result.grad_norms.append(outcome.grad_norm)
         engine.gather_parameters()
         ema.update(STEPS - 1)
+        ema.complete()
         result.final = gathered(places, whole(engine, engine.parameters))
         result.averages = gathered(places, whole(engine, ema.averages))
         result.validation_loss = engine.evaluate(next(batches(config)))
@@ -176,7 +176,7 @@ def train(config: RunConfig, gradients: bool = True, resumes: bool = False) -> R
 
 
 def saved_and_resumed(engine: Any, ema: Any, config: RunConfig) -> tuple[Any, Any, Any]:
-    """Save a run and load it into one of other weights; returns its engine, averages and modules."""
+    """Save a run and load it into one of other weights; returns its engine, averages and places."""
     from rmoe_megatron.checkpoint.folders import list_checkpoints
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
@@ -188,15 +188,16 @@ def saved_and_resumed(engine: Any, ema: Any, config: RunConfig) -> tuple[Any, An
     folder = Path(folders[0])
     save_checkpoint(TrainingState(engine, ema, Progress(step=STEPS // 2)), config, folder)
     modules = build_chunks(replace(config, seed=config.seed + 1)).to(engine.device)
+    places = places_of(modules)  # before ZeRO's third stage takes the parameters away
     engine = build_engine(config, modules, engine.loss)
-    ema = ExponentialMovingAverage(engine.parameters, ema.decay)
+    ema = ExponentialMovingAverage(engine.parameters, ema.decay, main_weights=engine.main_weights)
     (checkpoint,) = list_checkpoints(folder)
     progress = Progress()
     load_checkpoint(TrainingState(engine, ema, progress), checkpoint)
     assert progress.step == STEPS // 2
     dist.barrier()
     shutil.rmtree(folder, ignore_errors=True)
-    return engine, ema, modules
+    return engine, ema, places
 
 
 def conditions(config: RunConfig, draws: Tensor) -> Conditions:

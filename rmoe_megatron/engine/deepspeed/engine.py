@@ -19,7 +19,7 @@ from rmoe_megatron.engine.deepspeed.library import deepspeed_config, import_deep
 from rmoe_megatron.engine.deepspeed.optimizer import build_adam, create_adam_state
 from rmoe_megatron.engine.deepspeed.state import ZeroState
 from rmoe_megatron.engine.prefetching import prefetched
-from rmoe_megatron.engine.protocol import StepResult
+from rmoe_megatron.engine.protocol import MainWeight, StepResult
 from rmoe_megatron.engine.routing import forget_losses, load_balancing_loss
 from rmoe_megatron.engine.schedule import build_schedule
 from rmoe_megatron.engine.suspects import find_suspects
@@ -108,6 +108,10 @@ class DeepSpeedEngine:
         with self._evaluating():
             output: Tensor = self.deepspeed(**model_arguments(latents, timestep, keys, conditions))
         return output
+
+    def main_weights(self) -> dict[str, MainWeight]:
+        """Return the optimizer's float32 weights, which ZeRO spreads over ranks; at stage 3 as it does the parameters."""
+        return self.state.main_weights(self.parameters)
 
     def gather_parameters(self) -> None:
         """Return at once: a step ends with the parameters of its update where they belong."""

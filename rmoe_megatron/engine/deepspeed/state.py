@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rmoe_megatron.checkpoint.model_state import full_state, model_state
 from rmoe_megatron.engine.deepspeed.expert_groups import is_module
 from rmoe_megatron.engine.deepspeed.optimizer import flat_parameters
+from rmoe_megatron.engine.protocol import MainWeight
 
 # Of a parameter, in float32: itself, and Adam's moments under their names in its state.
 MASTER = "fp32_param"
@@ -63,6 +64,29 @@ class ZeroState:
             main = safe_get_local_fp32_param(self.trained[name]).clone()
             main[rest:].zero_()
             self._set_optimizer_state(name, MASTER, main)
+
+    def main_weights(self, parameters: dict[str, Tensor]) -> dict[str, MainWeight]:
+        """Return what this rank keeps in float32 of the parameters that are not, by their names.
+
+        Args:
+            parameters: this rank's parts of the trained parameters.
+        """
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        found = {}
+        for name, part in parameters.items():
+            if part.dtype is torch.float32:
+                continue
+            if self.partitions_parameters:
+                found[name] = MainWeight(0, safe_get_local_fp32_param(self.trained[name]).view(-1), None)
+                continue
+            fragment = getattr(
+                self.trained[name], "_hp_mapping", None
+            )  # None if nothing of it is in this rank's shard
+            start = fragment.lp_fragment_address.start if fragment is not None else 0
+            values = fragment.hp_fragment if fragment is not None else torch.empty(0, device=part.device)
+            found[name] = MainWeight(start, values, self.groups[name])
+        return found
 
     def describe(
         self, optimizer: Any, parameters: dict[str, Tensor], averages: dict[str, Tensor], is_loading: bool

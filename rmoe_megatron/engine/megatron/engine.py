@@ -21,10 +21,11 @@ from rmoe_megatron.engine.megatron.optimizer import (
     build_optimizer,
     create_adam_state,
     load_optimizer,
+    main_weights,
 )
 from rmoe_megatron.engine.megatron.scales import load_scales, sharded_scales
 from rmoe_megatron.engine.prefetching import prefetched
-from rmoe_megatron.engine.protocol import StepResult
+from rmoe_megatron.engine.protocol import MainWeight, StepResult
 from rmoe_megatron.engine.routing import forget_losses, load_balancing_loss
 from rmoe_megatron.engine.suspects import find_suspects
 from rmoe_megatron.model.sequence import num_shards, padded_length
@@ -116,6 +117,11 @@ class MegatronEngine:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(output, last, group=parallel_state.get_pipeline_model_parallel_group())
         return output[: len(latents)]
+
+    def main_weights(self) -> dict[str, MainWeight]:
+        """Return the optimizer's float32 weights of parameters that are not; the distributed optimizer spreads them over ranks."""
+        is_sharded = self.config.optimizer.distributed_optimizer
+        return main_weights(self.optimizer, self.parameters, is_sharded)
 
     def gather_parameters(self) -> None:
         """Wait until the parameters of the last update have come from the other ranks."""

@@ -1,8 +1,10 @@
 """AdamW, its schedule, and what a checkpoint holds of them, from Megatron-Core's parts."""
 
+from itertools import chain
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -16,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.engine.megatron.chunks import ModelChunks
 from rmoe_megatron.engine.megatron.gradient_norm import parts
+from rmoe_megatron.engine.protocol import MainWeight
 from rmoe_megatron.engine.schedule import build_schedule, decays
 from rmoe_megatron.platform import PARAMS_DTYPE
 
@@ -107,6 +110,37 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], schedule
                 continue
             # Megatron-Core gives all parameters the same counter, which each of them would then advance, on the host.
             state["step"] = state["step"].to(parameter.device, copy=True)
+
+
+def main_weights(
+    optimizer: MegatronOptimizer, parameters: dict[str, torch.Tensor], is_sharded: bool
+) -> dict[str, MainWeight]:
+    """Return what this rank's optimizer keeps in float32 of the parameters that are not, by their names.
+
+    Args:
+        is_sharded: the optimizer is the distributed one.
+    """
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+    for part in parts(optimizer):
+        rounded = chain(*getattr(part, "model_float16_groups" if is_sharded else "float16_groups", []))
+        mains = chain(*getattr(part, f"{'shard_' if is_sharded else ''}fp32_from_float16_groups", []))
+        for parameter, main in zip(rounded, mains, strict=True):
+            start = part._get_model_param_range_map(parameter)["param"].start if is_sharded else 0
+            kept[id(parameter)] = start, main.detach().view(-1)
+    found = {}
+    for name, parameter in parameters.items():
+        if parameter.dtype is not torch.float32:
+            # Nothing of it may be in this rank's shard.
+            start, values = kept.get(id(parameter), (0, torch.empty(0, device=parameter.device)))
+            found[name] = MainWeight(start, values, _sharing_ranks(parameter) if is_sharded else None)
+    return found
+
+
+def _sharing_ranks(parameter: torch.Tensor) -> torch.distributed.ProcessGroup:
+    """Return the ranks over which the distributed optimizer spreads a parameter: Megatron-Core's mark of modules decides."""
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return parallel_state.get_expert_data_parallel_group()
 
 
 def create_adam_state(optimizer: MegatronOptimizer) -> None:
