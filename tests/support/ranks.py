@@ -1,5 +1,6 @@
 """Several ranks on this machine that train tiny models from random weights, and report them whole."""
 
+import gc
 import math
 import os
 import shutil
@@ -107,6 +108,7 @@ def _rank_main(
     folder: Path,
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: checkpoints collect garbage several times, half a second each with it
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     results = []

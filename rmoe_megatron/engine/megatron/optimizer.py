@@ -37,7 +37,7 @@ STAYS = ParamKey(
 )
 
 # Where the state of an optimizer of no parameter of this rank has its counter of updates.
-WITHOUT_PARAMETERS = "without parameters"
+WITHOUT_PARAMETERS: Any = "without parameters"
 
 
 def build_optimizer(
@@ -168,7 +168,7 @@ def create_adam_state(optimizer: MegatronOptimizer) -> None:
     torch.distributed.all_reduce(updates, torch.distributed.ReduceOp.MAX)
     for adam in adams:
         if not any(group["params"] for group in adam.param_groups):
-            adam.state[WITHOUT_PARAMETERS] = {"step": updates.clone()}  # type: ignore[index]
+            adam.state[WITHOUT_PARAMETERS] = {"step": updates.clone()}
 
 
 def _adam_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
