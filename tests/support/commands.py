@@ -6,9 +6,9 @@ environment, what importing prints) only a fresh one shows.
 """
 
 import contextlib
+import gc
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import psutil
 from torch import multiprocessing
+from torch.distributed import TCPStore
 
 PRELOADED = [
     "rmoe_megatron.cli", "rmoe_megatron.training.run", "rmoe_megatron.conversion.importing", "rmoe_megatron.conversion.export",
@@ -37,6 +38,7 @@ _LAUNCHED = (
     "GROUP_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
 )
 
 
@@ -154,17 +156,22 @@ def _run(
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = ["rmoe", *arguments]
+    gc.freeze()  # what was imported stays: checkpoints collect garbage several times, half a second each with it
     if ranks == 1:
         _main()
-    port = _free_port()
-    children = {}
+    children, readers, writers = {}, *zip(*(os.pipe() for _ in range(ranks)), strict=True)
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            values = (rank, rank, ranks, ranks, 0, "127.0.0.1", port)
+            port = int(os.read(readers[rank], 16))
+            values = (rank, rank, ranks, ranks, 0, "127.0.0.1", port, True)
             os.environ.update(zip(_LAUNCHED, map(str, values), strict=True))
             _main()
         children[child] = rank
+    # As torchrun's agent does, this process holds the store, of a port that nobody else can take; its threads come after the forks.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for writer in writers:
+        os.write(writer, str(store.port).encode())
     sys.exit(_wait_for(children))
 
 
@@ -200,9 +207,3 @@ def _wait_for(children: dict[int, int]) -> int:
         else:
             time.sleep(0.02)
     return failed
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

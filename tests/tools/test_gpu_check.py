@@ -1,6 +1,7 @@
 """The GPU checks on tiny models on the CPU: what they find, what they skip and say so, what a failing one does."""
 
 import json
+import logging
 import time
 import warnings
 import weakref
@@ -258,6 +259,12 @@ def test_nothing_of_a_trainer_remains_after_a_step_that_fails(
     config = speed_config(workplace, "m2_t2")
     with one_rank(config):
         assert remains_of(workplace, config, steps) == []
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept_by_log_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest keeps the records of a test, and those of the compiler hold what it compiled."""
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", False)
 
 
 def remains_of(workplace: Workplace, config: RunConfig, steps: Callable[[Step], None]) -> list[str]:
