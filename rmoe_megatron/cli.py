@@ -1,4 +1,4 @@
-"""The command line: ``rmoe data / train / inspect / convert / sample / eval``. Thin: every command calls one function."""
+"""The command line: ``rmoe data / train / inspect / diagnose / convert / sample / eval``. Thin: every command calls one function."""
 
 import logging
 import os
@@ -54,11 +54,18 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings(
+        "ignore", category=SyntaxWarning, module=r".*[\\/]megatron[\\/]"
+    )  # as it is compiled
+    warnings.filterwarnings(
         "ignore", module=r"torch\.distributed"
     )  # calls of Megatron-Core's that it will rename
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # PyTorch warns of a missing GPU
     # So does DeepSpeed, which diffusers' accelerate imports wherever it is installed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
+    # transformers tells of image processors that diffusers imports and nobody here uses.
+    logging.getLogger("transformers.utils.import_utils").addFilter(
+        lambda record: "requires torchvision" not in record.getMessage()
+    )
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()

@@ -2,6 +2,9 @@
 
 import io
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,8 @@ from PIL import Image
 
 from tests.support.commands import rmoe
 from tests.support.runs import losses, make_run, write_shard
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -102,3 +107,41 @@ def test_the_whole_chain_on_a_tiny_model(tmp_path: Path) -> None:
     assert results["detector_accuracy_on_ground_truth"] == 1.0
     assert (tmp_path / "run" / "samples" / "step-00000004.png").is_file()
     assert (tmp_path / "run" / "curves.png").is_file()
+
+
+def test_the_readme_has_a_row_for_every_folder_and_names_what_is_there() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| where | what |") :].split("\n\n")[0]
+    named = [
+        word.strip("`") for row in table.splitlines() for word in re.findall(r"`[\w./*]+`", row.split("|")[1])
+    ]
+    package = ROOT / "rmoe_megatron"
+    folders = {path.name for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders <= {name.rstrip("/").removeprefix("rmoe_megatron/") for name in named}
+    for name in named:
+        places = [place for root in (ROOT, package) for place in root.glob(name.rstrip("/"))]
+        assert places, name
+        assert all(place.is_dir() == name.endswith("/") for place in places), name
+
+
+LOUD = """
+import importlib.util, pathlib, sys
+from rmoe_megatron.cli import main
+sys.argv = ["rmoe", "sample", "/nowhere", "--prompt", "a", "--out", "/nowhere"]
+try:
+    main()
+except SystemExit:
+    pass
+import transformers
+transformers.SiglipImageProcessor
+(megatron,) = importlib.util.find_spec("megatron").submodule_search_locations
+file = pathlib.Path(megatron, "core", "inference", "contexts", "kv_block_allocator.py")
+compile(file.read_text(), str(file), "exec")
+"""
+
+
+def test_commands_say_nothing_of_what_other_libraries_lack() -> None:
+    """transformers warns of an image processor without torchvision, Python of escapes in a string of Megatron-Core."""
+    done = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True, timeout=240)
+    assert done.stderr.startswith("error: /nowhere")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
