@@ -162,3 +162,21 @@ def test_a_set_that_holds_out_nothing_is_scored_on_seen_pairs_alone(tmp_path: Pa
     results = evaluate_shapes(blank, tmp_path / "shapes", tmp_path / "scores", {}, images_per_prompt=1)
     assert list(results["splits"]) == ["seen"]
     assert results["splits"]["seen"]["images"] == 6
+
+
+def test_the_standard_error_counts_a_prompt_once() -> None:
+    """Two images a prompt. Shares by prompt are 1 and 1/2 in one skill, 0 and 1/2 in the other: variances of 1/8, of the means 1/16."""
+    from rmoe_megatron.evaluation.shapes.evaluate import JudgedImage, score
+    from rmoe_megatron.evaluation.shapes.rules import Verdict
+
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    prompts = [("counting", (1, 1)), ("counting", (1, 0)), ("colors", (0, 0)), ("colors", (0, 1))]
+    judged = [
+        JudgedImage("seen", skill, "", image, Verdict(bool(right), ""))
+        for skill, images in prompts
+        for right in images
+    ]
+    found = score(judged, images_per_prompt=2)
+    assert found["overall"] == pytest.approx((3 / 4 + 1 / 4) / 2)
+    assert found["standard_error"] == pytest.approx((1 / 16 + 1 / 16) ** 0.5 / 2)
+    assert score(judged[:2], images_per_prompt=2)["standard_error"] is None

@@ -78,19 +78,42 @@ def evaluate_shapes(
         "images_per_prompt": images_per_prompt,
         "seed": seed,
         "detector_accuracy_on_ground_truth": detector_right / detector_total,
-        "splits": {split: score([item for item in judged if item.split == split]) for split in scenes},
+        "splits": {
+            split: score([item for item in judged if item.split == split], images_per_prompt)
+            for split in scenes
+        },
     }
     write_report(results, judged, out)
     return results
 
 
-def score(judged: list[JudgedImage]) -> dict[str, Any]:
-    """Return the share of right images per skill and their mean over skills, as GenEval defines them."""
+def score(judged: list[JudgedImage], images_per_prompt: int = 1) -> dict[str, Any]:
+    """Return the share of right images per skill and their mean over skills, as GenEval defines them, with its standard error.
+
+    The error says how far the mean would move with other prompts of the same skills and other noise: images of a prompt are right
+    or wrong together, so a prompt counts as one observation. None where a skill has a single prompt.
+
+    Args:
+        judged: the images of a prompt one after the other.
+    """
     right: dict[str, list[bool]] = defaultdict(list)
     for item in judged:
         right[item.skill].append(item.verdict.correct)
     skills = {skill.value: float(np.mean(right[skill])) for skill in Skill if right[skill]}
-    return {"overall": float(np.mean(list(skills.values()))), "skills": skills, "images": len(judged)}
+    prompts: dict[str, list[float]] = defaultdict(list)
+    for first in range(0, len(judged), images_per_prompt):
+        of_prompt = judged[first : first + images_per_prompt]
+        prompts[of_prompt[0].skill].append(float(np.mean([item.verdict.correct for item in of_prompt])))
+    error = None
+    if min(map(len, prompts.values())) > 1:
+        variances = [np.var(shares, ddof=1) / len(shares) for shares in prompts.values()]
+        error = float(np.sqrt(np.sum(variances))) / len(prompts)
+    return {
+        "overall": float(np.mean(list(skills.values()))),
+        "standard_error": error,
+        "skills": skills,
+        "images": len(judged),
+    }
 
 
 def _select(samples: ShardDataset, limit: int | None) -> list[dict[str, Any]]:

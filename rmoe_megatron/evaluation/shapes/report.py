@@ -46,7 +46,7 @@ def table(results: dict[str, Any]) -> str:
     skills = list(dict.fromkeys(skill for split in splits.values() for skill in split["skills"]))
     header = ["toy shapes", "overall", *skills, "images"]
     rows = [
-        [name, f"{split['overall']:.3f}"]
+        [name, _with_error(split["overall"], split["standard_error"])]
         + [f"{split['skills'][skill]:.3f}" if skill in split["skills"] else "-" for skill in skills]
         + [str(split["images"])]
         for name, split in splits.items()
@@ -56,6 +56,10 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
         f"\n\nDetector accuracy on the ground-truth images: {accuracy:.4f}\n"
     )
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 def examples(judged: Sequence[JudgedImage]) -> Image.Image:
