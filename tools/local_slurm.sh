@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # A real SLURM on this host, to try slurm/ before a cluster sees it: slurmctld and some slurmd, all state in one folder.
-#   bash tools/local_slurm.sh start FOLDER [NODES] [CPUS_PER_NODE]     (default: 2 nodes of 2 CPUs; about a second)
+#   bash tools/local_slurm.sh start FOLDER [NODES] [CPUS_PER_NODE] [GPUS_PER_NODE]
+#                                          (default: 2 nodes of 2 CPUs, no GPU; about a second; GPUs are in name only)
 #   export SLURM_CONF=FOLDER/slurm.conf                                sbatch, squeue, scontrol ... then ask this one
 #   bash tools/local_slurm.sh stop FOLDER
 # Needs Debian's or Ubuntu's slurm-wlm; no root, systemd, cgroups or /etc. RMOE_SLURM_PORT is the first of NODES + 1 ports.
 set -euo pipefail
 
 usage() {
-    echo "error: $* run tools/local_slurm.sh start FOLDER [NODES] [CPUS_PER_NODE], or stop FOLDER." >&2
+    echo "error: $* run tools/local_slurm.sh start FOLDER [NODES] [CPUS_PER_NODE] [GPUS_PER_NODE], or stop FOLDER." >&2
     exit 2
 }
 
-write_configuration() { # write_configuration FOLDER NODES CPUS_PER_NODE
-    local folder=$1 nodes=$2 cpus=$3 user node host
+write_configuration() { # write_configuration FOLDER NODES CPUS_PER_NODE GPUS_PER_NODE
+    local folder=$1 nodes=$2 cpus=$3 gpus=$4 user node host device
     local port=${RMOE_SLURM_PORT:-17817}
     user=$(id -un) host=$(hostname -s)
     cat > "$folder/slurm.conf" <<END
@@ -61,12 +62,22 @@ END
     for ((node = 1; node <= nodes; node++)); do
         mkdir -p "$folder/spool/n$node"
         echo "NodeName=n$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + node)) CPUs=$cpus Boards=1" \
-            "SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=1000" >> "$folder/slurm.conf"
+            "SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=1000" \
+            "$([[ $gpus == 0 ]] || echo "Gres=gpu:$gpus")" >> "$folder/slurm.conf"
     done
+    if [[ $gpus != 0 ]]; then
+        echo "GresTypes=gpu" >> "$folder/slurm.conf"
+        : > "$folder/gres.conf"
+        # SLURM wants a device for each GPU, whatever it is.
+        local devices=(/dev/null /dev/zero /dev/full /dev/urandom)
+        for device in "${devices[@]:0:gpus}"; do
+            echo "NodeName=n[1-$nodes] Name=gpu File=$device" >> "$folder/gres.conf"
+        done
+    fi
 }
 
-start() { # start FOLDER [NODES] [CPUS_PER_NODE]
-    local folder nodes=${2:-2} cpus=${3:-2} node command
+start() { # start FOLDER [NODES] [CPUS_PER_NODE] [GPUS_PER_NODE]
+    local folder nodes=${2:-2} cpus=${3:-2} gpus=${4:-0} node command
     export PATH=$PATH:/usr/sbin
     for command in munged slurmctld slurmd sinfo; do
         if ! command -v "$command" > /dev/null; then
@@ -75,6 +86,7 @@ start() { # start FOLDER [NODES] [CPUS_PER_NODE]
         fi
     done
     [[ $nodes =~ ^[1-9][0-9]?$ && $cpus =~ ^[1-9][0-9]?$ ]] || usage "$nodes nodes of $cpus CPUs are no numbers below 100;"
+    [[ $gpus =~ ^[0-4]$ ]] || usage "$gpus GPUs a node is no number below 5;"
     folder=$(mkdir -p "$1" && cd "$1" && pwd)
     mkdir -p "$folder"/{state,log,run,spool}
     # munged insists on folders that only their owner can write to; its key and socket are ours alone.
@@ -85,7 +97,7 @@ start() { # start FOLDER [NODES] [CPUS_PER_NODE]
     munged --force --key-file="$folder/munge.key" --socket="$folder/run/munge.socket" \
         --pid-file="$folder/run/munged.pid" --log-file="$folder/log/munged.log" \
         --seed-file="$folder/state/munged.seed" 2> "$folder/log/munged.stderr"
-    write_configuration "$folder" "$nodes" "$cpus"
+    write_configuration "$folder" "$nodes" "$cpus" "$gpus"
     export SLURM_CONF=$folder/slurm.conf
     slurmctld -i
     for ((node = 1; node <= nodes; node++)); do
@@ -132,7 +144,7 @@ stop() { # stop FOLDER: end what start began, by the process numbers written the
     done
 }
 
-[[ $# -ge 2 && $# -le 4 ]] || usage "$# arguments are not understood;"
+[[ $# -ge 2 && $# -le 5 ]] || usage "$# arguments are not understood;"
 case $1 in
     start) start "${@:2}" ;;
     stop) stop "$2" ;;

@@ -1,10 +1,13 @@
 """What slurm/job.sh does with a job: signals handed on, restarts counted, comments; with a stand-in for rmoe."""
 
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support import local_slurm
 from tests.support.local_slurm import ROOT, LocalSlurm
 
 # Says where the run lies, notes how it was called, then does what the test asks for.
@@ -171,6 +174,45 @@ def test_an_evaluation_has_a_task_for_every_gpu(site: Site) -> None:
         f"rank {rank} of 4" for rank in range(4)
     ]
     assert site.calls() == ["0 eval geneval --help", "0 eval geneval models/x --out scores"]
+
+
+def test_tasks_and_gpus_of_a_node_are_as_many_where_there_are_gpus() -> None:
+    """Training and evaluation ask SLURM for the GPUs of whole nodes, and every task sees those of its node."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    slurm = local_slurm.start(folder, nodes=2, cpus=2, gpus=2)
+    try:
+        site = GpuSite(slurm, folder / "site")
+        site.folder.mkdir()
+        (site.folder / "c.yaml").write_text("")
+        site.stand_in("echo rank $SLURM_PROCID of $SLURM_NTASKS sees $CUDA_VISIBLE_DEVICES")
+        for script, arguments in (
+            ("pretrain_t2i.sh", ["c.yaml"]), ("eval_geneval.sh", ["models/x", "--out", "scores"]),
+        ):  # fmt: skip
+            job = site.submit(script, "--nodes=2", *arguments)
+            assert slurm.wait(job) == "COMPLETED", site.log()
+            assert slurm.describe(job)["TresPerNode"] == "gres:gpu:2"
+            log = (site.folder / "logs" / f"{script.removesuffix('.sh')}-{job}.log").read_text()
+            assert sorted(line for line in log.splitlines() if line.startswith("rank")) == [
+                f"rank {rank} of 4 sees 0,1" for rank in range(4)
+            ]
+        # One task takes one GPU, not a node's.
+        job = site.submit("eval_shapes.sh", "models/x", "--data", "data")
+        assert slurm.wait(job) == "COMPLETED", site.log()
+        assert slurm.describe(job)["TresPerNode"] == "gres:gpu:1"
+        assert "rank 0 of 1 sees 0\n" in (site.folder / "logs" / f"eval_shapes-{job}.log").read_text()
+    finally:
+        local_slurm.stop(slurm)
+        shutil.rmtree(folder)
+
+
+class GpuSite(Site):
+    """The same on nodes with two GPUs each."""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        settings = super().settings | {"SITE_GPUS_PER_NODE": "2"}
+        del settings["SITE_TASKS_PER_NODE"]  # a task for every GPU
+        return settings
 
 
 def test_a_stage_that_fails_cancels_those_after_it(site: Site) -> None:

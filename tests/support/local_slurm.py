@@ -118,11 +118,11 @@ class LocalSlurm:
         raise AssertionError(f"{node} did not come up")
 
 
-def start(folder: Path, nodes: int = 2, cpus: int = 2) -> LocalSlurm:
-    """Start a cluster whose state lies in ``folder``."""
+def start(folder: Path, nodes: int = 2, cpus: int = 2, gpus: int = 0) -> LocalSlurm:
+    """Start a cluster whose state lies in ``folder``; its GPUs are in name only."""
     port = free_port(nodes + 1)
     subprocess.run(
-        ["bash", str(SCRIPT), "start", str(folder), str(nodes), str(cpus)],
+        ["bash", str(SCRIPT), "start", str(folder), str(nodes), str(cpus), str(gpus)],
         env={**os.environ, "RMOE_SLURM_PORT": str(port)}, check=True, timeout=60,
     )  # fmt: skip
     return LocalSlurm(folder, nodes)
