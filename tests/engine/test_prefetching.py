@@ -8,6 +8,7 @@ import torch
 
 from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.engine.prefetching import prefetched
+from rmoe_megatron.platform import use_cpu
 from tests.model.test_compile import make_batch
 
 
@@ -38,12 +39,25 @@ def test_the_next_batch_is_copied_while_one_is_used(monkeypatch: pytest.MonkeyPa
         done.append("use")
         assert torch.equal(batch.latents, expected.latents)
         assert torch.equal(batch.sample_index, expected.sample_index)
-    copy, wait = ["side waits for compute", "copy on side"], ["compute waits for side"]
-    # A batch is used only after its own copy, and the next is under way by then.
-    assert done == [*copy, *wait, *copy, "use", *wait, *copy, "use", *wait, "use"]
+
+    def places(event: str) -> list[int]:
+        return [place for place, each in enumerate(done) if each == event]
+
+    copies, uses = places("copy on side"), places("use")
+    assert len(copies) == len(uses) == 3
+    for number, use in enumerate(uses):
+        # A batch is used only after its own copy: computing has waited for the copies after that one was asked for, ...
+        assert any(copies[number] < wait < use for wait in places("compute waits for side"))
+        # ... and the next copy is under way by then, but no other: two batches are on the device at a time.
+        assert [copy < use for copy in copies] == [other <= number + 1 for other in range(3)]
+    for number, copy in enumerate(copies):
+        # What a copy writes to may have been read by what was computed before, which it waits for.
+        previous = copies[number - 1] if number else -1
+        assert any(previous < wait < copy for wait in places("side waits for compute"))
 
 
 def test_what_is_stored_in_half_is_float32_on_the_device() -> None:
+    use_cpu()
     half = make_batch(0).latents.half()
     (batch,) = prefetched([Batch(half, make_batch(0).conditions, torch.arange(2))], torch.device("cpu"))
     assert torch.equal(batch.latents, half.float())
