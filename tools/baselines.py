@@ -8,6 +8,7 @@ recording it anew (``tools/benchmark_step.py ... --record NAME``), with the reas
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,31 +30,32 @@ class Check:
     """A short benchmark whose ratios are judged; smaller is better in all of them."""
 
     name: str  # of its record
-    command: tuple[str, ...]  # of a script in this folder
+    command: str  # if there is no record, which has its own
     ratios: tuple[str, ...]
-
-
-STEP_RATIOS = ("dense_over_diffusers", "over_flops", "dense_over_products")
 
 
 def checks() -> Iterator[Check]:
     """Yield what is checked on this processor, in the precision that ``precision=auto`` takes here."""
     precision = "bf16" if bf16_is_fast() else "fp32"
+    ratios = ("dense_over_diffusers", "over_flops", "dense_over_products")
     for config in ("shapes_tiny", "shapes_small"):
-        command = ("benchmark_step.py", f"configs/{config}.yaml", "--repeats", "8", f"precision={precision}")
-        yield Check(f"step-{config}-{precision}", command, STEP_RATIOS)
+        command = f"tools/benchmark_step.py configs/{config}.yaml --repeats 8 precision={precision}"
+        # diffusers' own step in bf16 is up to 1.6 times as fast in some processes as in others (tools/benchmark_results.md). Of the
+        # smaller model the slowest known ratio is the baseline, of the larger one not enough is known.
+        is_steady = precision == "fp32" or config == "shapes_tiny"
+        yield Check(f"step-{config}-{precision}", command, ratios if is_steady else ratios[1:])
 
 
-def measure(check: Check) -> Record:
+def measure(check: Check, command: str) -> Record:
     """Run the benchmark in a process of its own and return what it records.
 
     Raises:
         CalledProcessError: it failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        script, *arguments = check.command
+        script, *arguments = shlex.split(command)
         subprocess.run(
-            [sys.executable, str(ledger.ROOT / "tools" / script), *arguments, "--record", check.name, "--records", folder],
+            [sys.executable, str(ledger.ROOT / script), *arguments, "--record", check.name, "--records", folder],
             cwd=ledger.ROOT, check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         (record,) = ledger.load(Path(folder)).values()
@@ -89,7 +91,7 @@ def main() -> None:
         baseline = known["figures"] if known else {}
         tries: list[Mapping[str, Figure]] = []
         while not tries or (len(tries) < most and too_slow(check.ratios, tries, baseline)):
-            tries.append(measure(check)["figures"])
+            tries.append(measure(check, known["command"] if known else check.command)["figures"])
         slow = too_slow(check.ratios, tries, baseline)
         for ratio in check.ratios:
             verdict = "no baseline for this kind of machine"

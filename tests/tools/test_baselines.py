@@ -26,11 +26,11 @@ def run(
     monkeypatch: pytest.MonkeyPatch, known: dict[str, Record], measured: list[dict[str, float]]
 ) -> tuple[int, int]:
     """Run the command on a machine that measures ``measured`` one after the other; returns exit code and tries."""
-    check = baselines.Check("step", ("benchmark_step.py",), ("dense", "over_flops"))
+    check = baselines.Check("step", "tools/benchmark_step.py", ("dense", "over_flops"))
     left = iter(measured)
     tries: list[Any] = []
     monkeypatch.setattr(baselines, "checks", lambda: iter([check]))
-    monkeypatch.setattr(baselines, "measure", lambda _: (tries.append(1), record(**next(left)))[1])
+    monkeypatch.setattr(baselines, "measure", lambda *_: (tries.append(1), record(**next(left)))[1])
     monkeypatch.setattr(ledger, "load", lambda: known)
     monkeypatch.setattr(ledger, "machine", lambda _: record()["machine"])
     monkeypatch.setattr(sys, "argv", ["baselines.py"])
