@@ -49,6 +49,16 @@ def pack_command(
     if packed.left_out:
         name, reason = packed.left_out[0]
         print(f"{len(packed.left_out)} left out ({out / LEFT_OUT}), the first: {name}: {reason}")
+    for column, kind in packed.dropped_columns.items():
+        print(f"values of the column {column} are dropped: JSON holds no {kind}")
+    if packed.with_several_captions:
+        print(
+            f"{packed.with_several_captions} samples have several captions; data.captions=[json:{caption_column}] draws one of them, "
+            "the default takes the first"
+        )
+    if packed.beside:
+        more = f" and {len(packed.beside) - 5} more" if len(packed.beside) > 5 else ""
+        print(f"not taken, beside the pictures: {', '.join(packed.beside[:5])}{more}")
 
 
 @data_app.command("check")

@@ -7,7 +7,7 @@ import typer
 from tqdm import tqdm
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import read_text
+from rmoe_megatron.typed_files import lines_of, read_text
 
 Overrides = Annotated[
     list[str] | None,
@@ -82,7 +82,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
         UserError: the file is no text, or there is no prompt.
     """
     if file is not None:
-        prompts = [*prompts, *(line.strip() for line in read_text(file).splitlines() if line.strip())]
+        prompts = [*prompts, *(line.strip() for line in lines_of(read_text(file)) if line.strip())]
     if not prompts:
         raise UserError("There is no prompt; give --prompt TEXT or --prompts-file FILE.")
     return prompts

@@ -62,6 +62,18 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
         raise UserError(f"{path} is no text (byte {error.start} is not UTF-8).") from error
 
 
+def lines_of(text: str) -> list[str]:
+    r"""Return the lines of a text, which end at ``\n`` or ``\r\n`` alone.
+
+    Python's ``splitlines`` would also end one at a form feed, at U+0085 and at U+2028, which a caption may hold. The byte-order mark
+    that Excel and Notepad put first is none of the text.
+    """
+    lines = text.removeprefix("\ufeff").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
 def read_json[T](path: Path, model: TypeAdapter[T], allow_infinite: bool = False) -> T:
     """Return the content of a JSON file as a value of ``model``.
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import CLOSED, OPEN, check_value, read_json, read_text
+from rmoe_megatron.typed_files import CLOSED, OPEN, check_value, lines_of, read_json, read_text
 
 
 @with_config(CLOSED)
@@ -97,3 +97,17 @@ def test_what_a_message_shows_is_short() -> None:
     huge = json.loads("1" + "0" * 4000)
     with pytest.raises(UserError, match="x has size 1000"):
         check_value({"size": huge}, OUTER, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", []),
+        ("a", ["a"]),
+        ("a\n", ["a"]),
+        ("a\r\nb\n\nc", ["a", "b", "", "c"]),
+        ("\ufeffa\u2028b\x0cc\u0085d\x1ee\rf\n", ["a\u2028b\x0cc\u0085d\x1ee\rf"]),
+    ],
+)
+def test_a_line_ends_at_a_line_feed_alone(text: str, lines: list[str]) -> None:
+    assert lines_of(text) == lines

@@ -1,6 +1,5 @@
 """Pictures with captions, in a folder or named by a table, into WebDataset shards: ``rmoe data pack``."""
 
-import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,19 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from rmoe_megatron import durable
+from rmoe_megatron.data.captions import captions_of
 from rmoe_megatron.data.decoding import decode_image
 from rmoe_megatron.data.index import IMAGES
 from rmoe_megatron.data.shard_writer import open_shard
+from rmoe_megatron.data.tables import READERS, Row, read_table
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import parse_json
 
 SIDECARS = ("txt", "caption", "json")
 LEFT_OUT = "left_out.jsonl"
-ROW = TypeAdapter(dict[str, Any])  # of JSON lines
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = tuple(READERS)
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,17 @@ class Packed:
         samples: how many.
         shards: how many.
         left_out: name and reason of every picture that was not.
+        beside: other files of the folder, that were not looked at.
+        dropped_columns: of a table, those with values that JSON does not hold, and what these are; such values were dropped.
+        with_several_captions: samples whose captions are in their JSON, too, under the column's name.
     """
 
     samples: int = 0
     shards: int = 0
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
+    dropped_columns: dict[str, str] = field(default_factory=dict)
+    with_several_captions: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,20 @@ def pack(
     The files of pictures are copied as they are. A folder's pictures have their captions beside them (``a.jpg`` and ``a.txt``,
     ``a.caption`` or ``a.json``); a table (CSV, TSV, JSON lines, or Parquet as the Hugging Face hub has it, in one file or a folder of them)
     has a column with the picture's path, relative to the table, or its bytes, one with the caption; its other columns go into
-    the JSON of the sample. What is no picture that training takes, or has no caption, is left out and named, also in
+    the JSON of the sample. Where the caption is a list, the first is the sample's text and all of them are in its JSON, for
+    ``data.captions: [json:COLUMN]`` to draw one. What is no picture that training takes, or has no caption, is left out and named, also in
     ``left_out.jsonl`` beside the shards.
 
     Raises:
         UserError: there is nothing to pack, a table is none, or ``out`` is not empty.
     """
     durable.require_empty(out, "The output")
-    count, pictures = _pictures(source, columns)
+    packed = Packed()
+    count, pictures = _pictures(source, columns, packed)
     if not count:
         raise UserError(
             f"There are no pictures in {source} ({', '.join(IMAGES)}); name a folder or table that has some."
         )
-    packed = Packed()
     with durable.building(out) as building:
         waiting = _samples(
             pictures, packed, lambda done: progress(done, count) if progress is not None else None
@@ -132,16 +136,21 @@ def _extension(content: bytes) -> str:
     return "webp" if content.startswith(b"RIFF") else "avif"
 
 
-def _pictures(source: Path, columns: Columns) -> tuple[int, Iterator[Picture]]:
-    """Return how many pictures there are, and the pictures."""
+def _pictures(source: Path, columns: Columns, packed: Packed) -> tuple[int, Iterator[Picture]]:
+    """Return how many pictures there are, and the pictures; ``packed`` is told what lies beside them."""
     if source.is_file() and source.suffix in TABLES:
-        return _of_table([source], columns)
+        return _of_tables([source], columns, packed)
     if not source.is_dir():
         raise UserError(f"{source} is neither a folder nor a table ({', '.join(TABLES)}); name one.")
-    files = sorted(path for path in source.rglob("*") if path.suffix[1:].lower() in IMAGES and path.is_file())
-    tables = sorted(source.rglob("*.parquet"))
+    every = sorted(path for path in source.rglob("*") if path.is_file())
+    files = [path for path in every if path.suffix[1:].lower() in IMAGES]
+    tables = [path for path in every if path.suffix == ".parquet"]
+    taken = {*files, *(path.with_suffix(f".{name}") for path in files for name in SIDECARS)}
     if tables and not files:
-        return _of_table(tables, columns)
+        taken = set(tables)
+    packed.beside = [str(path.relative_to(source)) for path in every if path not in taken]
+    if tables and not files:
+        return _of_tables(tables, columns, packed)
     return len(files), (Picture(str(path.relative_to(source)), partial(_load_file, path)) for path in files)
 
 
@@ -154,34 +163,66 @@ def _sidecars(path: Path) -> dict[str, Any]:
     for extension in SIDECARS:
         beside = path.with_suffix(f".{extension}")
         if beside.is_file():
-            text = beside.read_text("utf-8")
-            found[extension] = json.loads(text) if extension == "json" else text.strip()
+            text = beside.read_text("utf-8-sig")
+            if extension == "json":
+                found[extension] = json.loads(text)
+            elif captions := captions_of(text):
+                found[extension] = captions[0]
+    if not found and any(path.with_suffix(f".{extension}").is_file() for extension in SIDECARS):
+        raise ValueError("its caption is empty")
     return found
 
 
-def _of_table(tables: list[Path], columns: Columns) -> tuple[int, Iterator[Picture]]:
-    readers = [READERS[table.suffix](table) for table in tables]
+def _of_tables(tables: list[Path], columns: Columns, packed: Packed) -> tuple[int, Iterator[Picture]]:
+    readers = [read_table(table) for table in tables]
     pictures = (
-        _of_row(row, table, number, columns)
+        _of_row(row, table, number, columns, packed)
         for table, (_, rows) in zip(tables, readers, strict=True)
         for number, row in enumerate(rows)
     )
     return sum(count for count, _ in readers), pictures
 
 
-def _of_row(row: dict[str, Any], table: Path, number: int, columns: Columns) -> Picture:
+def _of_row(row: Row, table: Path, number: int, columns: Columns, packed: Packed) -> Picture:
     name = f"row {number} of {table.name}"
+    if isinstance(row, str):
+        return Picture(name, partial(_refuse, row))
     if columns.image not in row or columns.caption not in row:
         raise UserError(
             f"{table} has the columns {', '.join(map(str, row))}, but not {columns.image} and {columns.caption}; name the "
             "columns with --image-column and --caption-column."
         )
-    image, caption = row[columns.image], row[columns.caption]
-    others = {key: value for key, value in row.items() if key not in (columns.image, columns.caption)}
-    members: dict[str, Any] = {"txt": caption.strip()} if isinstance(caption, str) else {}
-    if others and _is_json(others):
+    image, value = row[columns.image], row[columns.caption]
+    captions = captions_of(value)
+    if not captions:
+        return Picture(name, partial(_refuse, _why_no_caption(value)))
+    others = {}
+    for key, other in row.items():
+        if key in (columns.image, columns.caption) or other is None:
+            continue
+        if _is_json(other):
+            others[key] = other
+        else:
+            packed.dropped_columns.setdefault(key, type(other).__name__)
+    members: dict[str, Any] = {"txt": captions[0]}
+    if len(captions) > 1:
+        packed.with_several_captions += 1
+        others[columns.caption] = captions
+    if others:
         members["json"] = others
     return Picture(name, lambda: (_image_content(image, table.parent), members))
+
+
+def _refuse(reason: str) -> tuple[bytes, dict[str, Any]]:
+    raise ValueError(reason)
+
+
+def _why_no_caption(value: Any) -> str:
+    if value is None:
+        return "it has no caption"
+    if isinstance(value, str | list | dict) and not value or isinstance(value, str) and not value.strip():
+        return "its caption is empty"
+    return f"its caption is neither text, nor a list of texts, nor an object with one: {str(value)[:60]}"
 
 
 def _image_content(image: Any, folder: Path) -> bytes:
@@ -197,39 +238,7 @@ def _image_content(image: Any, folder: Path) -> bytes:
 
 def _is_json(value: Any) -> bool:
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _read_text_table(table: Path) -> tuple[int, Iterator[dict[str, Any]]]:
-    try:
-        with table.open(newline="", encoding="utf-8") as file:
-            rows: list[dict[str, Any]] = (
-                [parse_json(line, ROW, f"A line of {table}") for line in file if line.strip()]
-                if table.suffix == ".jsonl"
-                else list(csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ","))
-            )
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"The table {table} cannot be read ({error}).") from error
-    return len(rows), iter(rows)
-
-
-def _read_parquet(table: Path) -> tuple[int, Iterator[dict[str, Any]]]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        file = parquet.ParquetFile(table)
-    except (OSError, ArrowException) as error:
-        raise UserError(f"The table {table} cannot be read ({error}).") from error
-    rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
-    return file.metadata.num_rows, rows
-
-
-READERS: dict[str, Callable[[Path], tuple[int, Iterator[dict[str, Any]]]]] = {
-    ".csv": _read_text_table,
-    ".tsv": _read_text_table,
-    ".jsonl": _read_text_table,
-    ".parquet": _read_parquet,
-}

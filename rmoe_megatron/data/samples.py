@@ -11,6 +11,7 @@ from rmoe_megatron.config.captions import CaptionSource
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.counter_rng import Purpose, derive, sample_keys, uniform
 from rmoe_megatron.data.bucketing import Bucketing
+from rmoe_megatron.data.captions import captions_of
 from rmoe_megatron.data.decoding import BFLOAT16
 from rmoe_megatron.data.index import IMAGES, LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED, provided
 from rmoe_megatron.data.shards import ShardDataset
@@ -70,13 +71,16 @@ class SampleFormat:
     def caption(self, sample: dict[str, Any], draw: int) -> str:
         """Return one of a raw sample's captions, by their weights; another draw may give another.
 
+        Those of a list share the weight of their source.
+
         Raises:
             ValueError: it has none.
         """
         found = [
-            (text, source.weight)
+            (text, source.weight / len(texts))
             for source in self.captions
-            if (text := _caption(sample, source)) is not None
+            for texts in (_captions(sample, source),)
+            for text in texts
         ]
         if not found:
             raise ValueError("its JSON has no caption")
@@ -91,11 +95,12 @@ class SampleFormat:
         return found[-1][0]
 
 
-def _caption(sample: dict[str, Any], source: CaptionSource) -> str | None:
+def _captions(sample: dict[str, Any], source: CaptionSource) -> list[str]:
     value = sample.get(source.member)
-    if source.key is not None:
-        value = value.get(source.key) if isinstance(value, dict) else None
-    return value if isinstance(value, str) else None
+    if source.key is None:
+        return [value] if isinstance(value, str) else []
+    value = value.get(source.key) if isinstance(value, dict) else None
+    return [value] if isinstance(value, str) else captions_of(value)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import parse_json, read_text
+from rmoe_megatron.typed_files import lines_of, parse_json, read_text
 
 MAX_BYTES = 1 << 30  # some million records
 MAX_STEP = 100_000_000
@@ -28,7 +28,7 @@ def read_records(metrics: Path) -> list[tuple[int, dict[str, float | None]]]:
         UserError: the file cannot be read, or another line is no record; names the line.
     """
     text = read_text(metrics, MAX_BYTES)
-    lines = text.splitlines()
+    lines = lines_of(text)
     if lines and not text.endswith("\n"):  # a killed run tore it
         lines.pop()
     records = []

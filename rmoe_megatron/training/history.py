@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.launch import job_id, restart_count, world_size
-from rmoe_megatron.typed_files import OPEN, parse_json, read_text
+from rmoe_megatron.typed_files import OPEN, lines_of, parse_json, read_text
 
 HISTORY = "history.jsonl"
 MAX_BYTES = 1 << 24
@@ -63,7 +63,7 @@ def read_history(run_dir: Path) -> list[Event]:
     path = run_dir / HISTORY
     if not path.is_file():
         return []
-    lines = read_text(path, MAX_BYTES).splitlines()
+    lines = lines_of(read_text(path, MAX_BYTES))
     whole = [(number, line) for number, line in enumerate(lines, start=1) if line.endswith("}")]
     return [parse_json(line, EVENT, f"Line {number} of {path}") for number, line in whole]
 

@@ -17,7 +17,7 @@ from rmoe_megatron import durable
 from rmoe_megatron.config.run import LoggingConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.training.curves import MAX_BYTES, draw_curves, read_records
-from rmoe_megatron.typed_files import read_text
+from rmoe_megatron.typed_files import lines_of, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +190,6 @@ def _drop_records_after(path: Path, step: int) -> None:
     """Keep the whole records up to ``step``; a killed run may have left later ones and a torn line."""
     if not path.exists():
         return
-    records, lines = read_records(path), read_text(path, MAX_BYTES).splitlines()
+    records, lines = read_records(path), lines_of(read_text(path, MAX_BYTES))
     kept = [line for (recorded, _), line in zip(records, lines, strict=False) if recorded <= step]
     durable.write(path, "".join(line + "\n" for line in kept))

@@ -1,9 +1,12 @@
 """Own pictures become shards: folders with sidecars, tables of every kind, and what is left out is named."""
 
 import csv
+import datetime
 import io
 import json
+import math
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from rmoe_megatron.config.buckets import Bucket
+from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.pack import LEFT_OUT, Columns, pack
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
@@ -176,3 +180,199 @@ def test_training_from_a_folder_of_ones_own_in_two_commands(tmp_path: Path) -> N
     code, errors = rmoe("train", str(config), *settings)
     assert code == 0, errors
     assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
+
+
+def packed_captions(out: Path) -> list[str]:
+    samples = ShardDataset(out)
+    return [samples[index]["txt"] for index in range(len(samples))]
+
+
+def pictures_beside(folder: Path, number: int) -> None:
+    for each in range(number):
+        write(folder / f"{each}.jpg", picture(10 * each))
+
+
+@pytest.mark.parametrize("mark", [",", "\t"], ids=["csv", "tsv"])
+def test_numbers_of_text_tables_are_numbers(tmp_path: Path, mark: str) -> None:
+    """As in JSON lines: so a filter compares them. What is no number as JSON writes it stays text, with its whole column."""
+    pictures_beside(tmp_path, 3)
+    lines = [
+        ("image", "caption", "score", "count", "id", "mixed", "empty"),
+        ("0.jpg", "1", "6.5", "3", "007", "1", ""),
+        ("1.jpg", "2.50", "-1e-3", "0", "12", "x", ""),
+        ("2.jpg", "c", "", "12", "1", "2", ""),
+    ]
+    table = tmp_path / ("t.csv" if mark == "," else "t.tsv")
+    write(table, "\r\n".join(mark.join(line) for line in lines) + "\r\n")
+    pack(table, tmp_path / "out")
+    samples = ShardDataset(tmp_path / "out")
+    assert [samples[index]["json"] for index in range(3)] == [
+        {"score": 6.5, "count": 3, "id": "007", "mixed": "1", "empty": ""},
+        {"score": -0.001, "count": 0, "id": "12", "mixed": "x", "empty": ""},
+        {"count": 12, "id": "1", "mixed": "2", "empty": ""},
+    ]
+    assert packed_captions(tmp_path / "out") == ["1", "2.50", "c"]
+
+
+def test_a_tsv_has_no_quoting_unless_it_is_written_with_it(tmp_path: Path) -> None:
+    pictures_beside(tmp_path, 4)
+    plain = 'image\tcaption\n0.jpg\t"a cat\n1.jpg\ta 5" screw\n2.jpg\t"STOP"\n3.jpg\ta "b" c"\n'
+    write(tmp_path / "plain.tsv", plain)
+    pack(tmp_path / "plain.tsv", tmp_path / "plain")
+    assert packed_captions(tmp_path / "plain") == ['"a cat', 'a 5" screw', '"STOP"', 'a "b" c"']
+    texts = ['a 5" screw', "two\ttabs", "two\nlines", "plain"]
+    for name, quoting in (("minimal", csv.QUOTE_MINIMAL), ("all", csv.QUOTE_ALL)):
+        with (tmp_path / f"{name}.tsv").open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t", quoting=quoting)
+            writer.writerows([("image", "caption"), *((f"{n}.jpg", text) for n, text in enumerate(texts))])
+        pack(tmp_path / f"{name}.tsv", tmp_path / name)
+        assert packed_captions(tmp_path / name) == texts
+    with (tmp_path / "doubled.tsv").open("w", newline="") as file:  # no field of it has a tab or a line break
+        csv.writer(file, delimiter="\t").writerows(
+            [("image", "caption"), ("0.jpg", 'a 5" screw'), ("1.jpg", "b")]
+        )
+    pack(tmp_path / "doubled.tsv", tmp_path / "doubled")
+    assert packed_captions(tmp_path / "doubled") == ['a 5" screw', "b"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_row_of_another_length_is_left_out_by_name(tmp_path: Path, kind: str) -> None:
+    pictures_beside(tmp_path, 3)
+    mark = "," if kind == "csv" else "\t"
+    rows = [("image", "caption"), ("0.jpg", "a"), ("1.jpg", "b", "c"), ("2.jpg",), ("2.jpg", "d")]
+    write(tmp_path / f"t.{kind}", "\n".join(mark.join(row) for row in rows))
+    packed = pack(tmp_path / f"t.{kind}", tmp_path / "out")
+    assert packed_captions(tmp_path / "out") == ["a", "d"]
+    assert packed.left_out == [
+        (f"row 1 of t.{kind}", "it has 3 fields, and the header 2"), (f"row 2 of t.{kind}", "it has 1 fields, and the header 2"),
+    ]  # fmt: skip
+
+
+MARK = "\ufeff"
+
+
+def test_a_byte_order_mark_is_none_of_the_text(tmp_path: Path) -> None:
+    pictures_beside(tmp_path, 2)
+    for name, content in {
+        "t.csv": "image,caption\n0.jpg,a cat\n", "t.tsv": "image\tcaption\n0.jpg\ta cat\n",
+        "t.jsonl": '{"image": "0.jpg", "caption": "a cat"}\n',
+    }.items():  # fmt: skip
+        write(tmp_path / name, MARK + content)
+        pack(tmp_path / name, tmp_path / f"out-{name}")
+        assert packed_captions(tmp_path / f"out-{name}") == ["a cat"]
+    folder = tmp_path / "folder"
+    pictures_beside(folder, 3)
+    write(folder / "0.txt", MARK + "a cat")
+    write(folder / "1.json", MARK + '{"caption": "a dog"}')
+    write(folder / "2.caption", MARK + "a cow")
+    pack(folder, tmp_path / "out")
+    samples = ShardDataset(tmp_path / "out")
+    assert [samples[0]["txt"], samples[1]["json"], samples[2]["caption"]] == [
+        "a cat",
+        {"caption": "a dog"},
+        "a cow",
+    ]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c", "\x1e"])
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path, separator: str) -> None:
+    pictures_beside(tmp_path, 1)
+    text = f"a{separator}cat"
+    for name, content in {
+        "t.csv": f"image,caption\r\n0.jpg,{text}\r\n", "t.tsv": f"image\tcaption\n0.jpg\t{text}\n",
+        "t.jsonl": json.dumps({"image": "0.jpg", "caption": text}, ensure_ascii=separator < " ") + "\n",
+    }.items():  # fmt: skip
+        write(tmp_path / name, content)
+        pack(tmp_path / name, tmp_path / f"out-{name}")
+        assert packed_captions(tmp_path / f"out-{name}") == [text], name
+
+
+CAPTIONS = [None, "", "  ", [], [""], {"text": None}, {"other": "x"}, True, math.nan]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_rows_without_a_caption_are_left_out_and_named_whatever_else_they_have(
+    tmp_path: Path, kind: str
+) -> None:
+    pictures_beside(tmp_path, 2)
+    table = tmp_path / f"t.{kind}"
+    values = [None, "", " "] if kind != "jsonl" else CAPTIONS
+    rows = [{"image": "0.jpg", "caption": value, "score": 1.5} for value in ["a", *values, "b"]]
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    elif kind == "jsonl":
+        write(table, "".join(f"{json.dumps(row)}\n" for row in rows if row["caption"] is not CAPTIONS[-1]))
+    else:
+        mark = "," if kind == "csv" else "\t"
+        lines = [
+            mark.join(("image", "caption", "score")),
+            *(mark.join(("0.jpg", r["caption"] or "", "1.5")) for r in rows),
+        ]
+        write(table, "\n".join(lines))
+    packed = pack(table, tmp_path / "out")
+    assert packed_captions(tmp_path / "out") == ["a", "b"]
+    left_out = len(values) - (kind == "jsonl")
+    assert [name for name, _ in packed.left_out] == [
+        f"row {number} of t.{kind}" for number in range(1, 1 + left_out)
+    ]
+    assert all("caption" in reason for _, reason in packed.left_out)
+
+
+def test_captions_that_are_no_texts_are_read(tmp_path: Path) -> None:
+    pictures_beside(tmp_path, 1)
+    values = [5, 2.5, {"text": " a "}, {"raw": "b"}, [{"raw": "c"}, {"raw": "d"}], b"e".decode()]
+    write(
+        tmp_path / "t.jsonl",
+        "".join(json.dumps({"image": "0.jpg", "caption": value}) + "\n" for value in values),
+    )
+    pack(tmp_path / "t.jsonl", tmp_path / "out")
+    assert packed_captions(tmp_path / "out") == ["5", "2.5", "a", "b", "c", "e"]
+    parquet.write_table(pyarrow.table({"image": ["0.jpg"], "caption": [b"bytes"]}), tmp_path / "t.parquet")
+    pack(tmp_path / "t.parquet", tmp_path / "bytes")
+    assert packed_captions(tmp_path / "bytes") == ["bytes"]
+
+
+def test_a_list_of_captions_is_kept_whole_and_one_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures_beside(tmp_path, 2)
+    rows = [
+        {"image": f"{n}.jpg", "caption": [f"{n} {k}" for k in range(5)], "sentids": [1, 2]} for n in range(2)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    packed = pack(tmp_path / "t.parquet", tmp_path / "out")
+    assert (packed.samples, packed.with_several_captions) == (2, 2)
+    assert packed_captions(tmp_path / "out") == ["0 0", "1 0"]
+    assert ShardDataset(tmp_path / "out")[1]["json"] == {
+        "caption": [f"1 {k}" for k in range(5)],
+        "sentids": [1, 2],
+    }
+    dataset = TrainingDataset(
+        tmp_path / "out", SampleFormat(captions=parse_captions(["json:caption"]), seed=1)
+    )
+    drawn = Counter(dataset.draw(0, draw)["caption"] for draw in range(1000))
+    assert drawn.keys() == {f"0 {k}" for k in range(5)}
+    assert min(drawn.values()) > 150  # of 200
+
+
+def test_a_column_that_json_does_not_hold_costs_itself_alone(tmp_path: Path) -> None:
+    pictures_beside(tmp_path, 3)
+    when = datetime.datetime(2024, 1, 1)
+    rows = [
+        {"image": f"{n}.jpg", "caption": "a", "score": 1.5, "date": when if n else None} for n in range(3)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    packed = pack(tmp_path / "t.parquet", tmp_path / "out")
+    samples = ShardDataset(tmp_path / "out")
+    assert [samples[index]["json"] for index in range(3)] == [{"score": 1.5}] * 3
+    assert packed.dropped_columns == {"date": "datetime"}
+
+
+def test_what_lies_beside_the_pictures_is_named(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "mine")
+    write(source / "metadata.csv", "file_name,text\n")
+    write(source / "inner" / "notes.md", "x")
+    packed = pack(source, tmp_path / "out")
+    assert packed.beside == ["inner/notes.md", "metadata.csv"]
+    code, errors = rmoe("data", "pack", str(source), str(tmp_path / "again"))
+    assert (code, errors) == (0, "") or "Traceback" not in errors

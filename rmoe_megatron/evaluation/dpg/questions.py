@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.typed_files import read_text
+from rmoe_megatron.typed_files import lines_of, read_text
 
 NUM_PROMPTS = 1065  # of the published set
 MAX_BYTES = 1 << 27
@@ -40,7 +40,7 @@ def read_items(path: Path, protocol: Protocol) -> list[Item]:
     Raises:
         UserError: the file cannot be read, lacks a column, or a row is malformed; names it.
     """
-    reader = csv.DictReader(read_text(path, MAX_BYTES).splitlines(keepends=True))
+    reader = csv.DictReader(f"{line}\n" for line in lines_of(read_text(path, MAX_BYTES)))
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
     if missing:
         raise UserError(f"{path} has no column {missing[0]}; give DPG-Bench's dpg_bench.csv.")

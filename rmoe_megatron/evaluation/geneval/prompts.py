@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import OPEN, parse_json, read_text
+from rmoe_megatron.typed_files import OPEN, lines_of, parse_json, read_text
 
 # COCO's classes in their order, as GenEval's prompts call them.
 CLASSES = (
@@ -67,7 +67,7 @@ def read_metadata(path: Path) -> list[Metadata]:
         UserError: the file cannot be read, or a line is none; names it.
     """
     prompts = []
-    for number, line in enumerate(read_text(path, MAX_BYTES).splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(path, MAX_BYTES)), start=1):
         if line.strip():
             where = f"Line {number} of {path}"
             prompts.append(_checked(parse_json(line, METADATA, where), where))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import OPEN, parse_json, read_text
+from rmoe_megatron.typed_files import OPEN, lines_of, parse_json, read_text
 
 NUM_PROMPTS, ATOMICITIES = 800, range(3, 11)  # of the published set
 MAX_BYTES = 1 << 26
@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         UserError: the file cannot be read, or a line is no prompt; names it.
     """
     prompts = []
-    for number, line in enumerate(read_text(path, MAX_BYTES).splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(path, MAX_BYTES)), start=1):
         if not line.strip():
             continue
         where = f"Line {number} of {path}"
