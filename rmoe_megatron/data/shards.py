@@ -72,6 +72,8 @@ class ShardDataset(Dataset[Any]):
         self.skipped = 0
         self._expected: dict[int, Future[bytes]] = {}
         self.restrict(extensions)
+        if sample_filter is not None:
+            self._warn_of_a_filter_that_always_holds(sample_filter)
 
     def restrict(self, extensions: list[str] | None, bucketing: Bucketing | None = None) -> None:
         """Decode these members only and leave out the samples that lack one, and those of no bucket; None decodes all.
@@ -126,6 +128,17 @@ class ShardDataset(Dataset[Any]):
                 passing,
                 self.folder,
                 needed,
+            )
+
+    def _warn_of_a_filter_that_always_holds(self, sample_filter: SampleFilter) -> None:
+        # A comparison with a name that no sample has, or with a value of another type, does not hold; its `not` always does.
+        left_out = sum(kind.samples for kind in self.index.kinds if LEFT_OUT in kind.members)
+        if len(self.index) and not left_out:
+            logger.warning(
+                "data.filter %s takes all %d samples in %s; if it should not, look at the names and the types of their JSON.",
+                sample_filter.text,
+                len(self.index),
+                self.folder,
             )
 
     def _divide(self, counts: BucketCounts) -> None:

@@ -233,6 +233,18 @@ def test_a_filter_leaves_samples_out(
     assert len(ShardDataset(tmp_path)) == 18  # another index
 
 
+@pytest.mark.parametrize("text", ["not (watermrk > 0.8)", 'not (aesthetic == "7")', "width > 0"])
+def test_a_filter_that_always_holds_is_told(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name that no sample has, a value of another type, a condition that all of them meet."""
+    write_described(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert len(ShardDataset(tmp_path, ["jpg", "txt"], sample_filter=SampleFilter(text))) == 18
+    (record,) = caplog.records
+    assert f"data.filter {text} takes all 18 samples in {tmp_path}" in record.getMessage()
+
+
 def test_every_filter_has_an_index_that_is_kept(tmp_path: Path) -> None:
     write_described(tmp_path)
     found = {}
