@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+import ledger
 import torch
 from gpu_check_engines import parity_deepspeed
 from gpu_check_parity import (
@@ -31,7 +32,7 @@ from gpu_check_parity import (
     parity_fp32,
     parity_transformer_engine,
 )
-from gpu_check_report import Report, Result, environment
+from gpu_check_report import FIGURES, Report, Result, environment
 from gpu_check_speed import against_diffusers, speed, speed_fp8, synchronisations, timeline
 from gpu_check_workplace import CAPABILITIES, Figures, Skipped, Workplace, parity_model, run_config
 
@@ -166,6 +167,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", nargs="+", choices=[each.name for each in CHECKS], metavar="NAME",
         help=f"of {', '.join(each.name for each in CHECKS)}",
     )  # fmt: skip
+    ledger.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -198,6 +200,10 @@ def run(arguments: argparse.Namespace) -> int:
         workplace.release()
     durable.write(arguments.output / "gpu_check.json", report.json())
     durable.write(arguments.output / "gpu_check.md", report.markdown())
+    figures = dict(zip(FIGURES, report.row(), strict=True))
+    ledger.write(
+        arguments, figures, ("rmoe_megatron/engine", "rmoe_megatron/model", "tools/gpu_check_speed.py"), place
+    )
     print(report.markdown())
     print(f"{arguments.output}/gpu_check.json and gpu_check.md are written.", file=sys.stderr)
     return int(any(each.status == "failed" for each in report.results))

@@ -24,6 +24,11 @@ COLUMNS = [
     "device", "torch", "Transformer Engine", *(column for _, _, column in SPEEDS), "FP8 / bf16", "diffusers / ours",
     "waits a step",
 ]  # fmt: skip
+# What the ledger calls them.
+FIGURES = [
+    "device", "torch", "transformer_engine", "dense_512", "dense_1024", "compiled_1024", "m2_512", "m2_1024", "m5_512", "m5_1024",
+    "fp8", "diffusers_over_ours", "waits",
+]  # fmt: skip
 
 
 @dataclass

@@ -15,6 +15,7 @@ import gpu_check
 import gpu_check_engines
 import gpu_check_parity
 import gpu_check_speed
+import ledger
 import pytest
 import torch
 from benchmark_step import Step, engine_step
@@ -40,7 +41,8 @@ NEED_A_GPU = {"transformer_engine", *(f"fp8_{recipe.value}" for recipe in Fp8Rec
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of all checks has written."""
     output = tmp_path_factory.mktemp("gpu_check")
-    assert gpu_check.main(["--device", "cpu", "--small", "--output", str(output)]) == 0
+    record = ["--record", "gpu_check", "--records", str(output / "records")]
+    assert gpu_check.main(["--device", "cpu", "--small", "--output", str(output), *record]) == 0
     return output
 
 
@@ -128,6 +130,13 @@ def test_the_row_fits_the_results_file(folder: Path) -> None:
     assert row["dense compiled, 1024"].endswith("samples/s")
     assert row["FP8 / bf16"] == row["waits a step"] == "-"
     assert not list(folder.glob(".*"))
+
+
+def test_the_row_is_in_the_ledger(folder: Path) -> None:
+    (record,) = ledger.load(folder / "records").values()
+    cells = (folder / "gpu_check.md").read_text().splitlines()[2].strip("| ").split(" | ")
+    assert list(record["figures"].values()) == cells
+    assert record["code"].keys() >= {"rmoe_megatron/model", "rmoe_megatron/engine"}
 
 
 def test_goals() -> None:
