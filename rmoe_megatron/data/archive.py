@@ -41,11 +41,18 @@ def base_plus_ext(path: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match else (None, "")
 
 
+def is_litter(path: str) -> bool:
+    """Whether a Mac has put a member beside those that were meant: its copies of attributes (``._a.jpg``), its folders' settings."""
+    folder, _, name = path.rpartition("/")
+    return name.startswith("._") or name == ".DS_Store" or "__MACOSX" in folder.split("/")
+
+
 def scan(file: BinaryIO, damage: list[str]) -> Iterator[ArchiveSample]:
     """Find the samples of a shard from its headers, one after the other.
 
     Of a damaged shard everything that can be found is yielded. Damage is what a sound archive cannot have: anything but
-    members and the zeros at the end. Between two samples the file may be read elsewhere.
+    members and the zeros at the end. Between two samples the file may be read elsewhere. What a Mac has put between the members of
+    a sample is passed over.
 
     Args:
         damage: takes up where the shard is damaged.
@@ -54,12 +61,17 @@ def scan(file: BinaryIO, damage: list[str]) -> Iterator[ArchiveSample]:
         OSError: it cannot be read.
     """
     sample: ArchiveSample | None = None
+    litter_end = -1  # of what lies behind the sample's last member and is none of it
     for member in _members(file, damage):
         key, extension = base_plus_ext(member.name)
+        if member.isfile() and is_litter(member.name):
+            if sample is not None and member.offset in (sample.next_header, litter_end):
+                litter_end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+            continue
         if not member.isfile() or key is None:
             continue
         # After a hole the other members of the sample are not to be had in one piece.
-        if sample is None or sample.key != key or sample.next_header != member.offset:
+        if sample is None or sample.key != key or member.offset not in (sample.next_header, litter_end):
             if sample is not None:
                 yield sample
             sample = ArchiveSample(key, member.offset)
@@ -105,6 +117,8 @@ def _parse_extended(content: memoryview, offset: int) -> ArchiveSample:
 
 
 def _add(sample: ArchiveSample, name: str, offset: int, size: int) -> None:
+    if is_litter(name):
+        return
     key, extension = base_plus_ext(name)
     if key is None or (sample.members and key != sample.key):
         raise ValueError(f"the member {name!r} is not of this sample")

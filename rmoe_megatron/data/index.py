@@ -43,7 +43,7 @@ RECORD = np.dtype(
     ]
 )
 assert RECORD.itemsize == 32
-_MAGIC = b"rmoe_megatron index 2\n".ljust(RECORD.itemsize)
+_MAGIC = b"rmoe_megatron index 3\n".ljust(RECORD.itemsize)
 
 
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
@@ -77,7 +77,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class _Description:
-    version: Literal[2]
+    version: Literal[3]
     shards: list[IndexedShard]
     kinds: Annotated[list[Kind], Field(max_length=MAX_KINDS)]
     filter: str  # empty if there is none
@@ -216,7 +216,7 @@ class IndexWriter:
         counted = zip(self.kinds, self.samples.tolist(), strict=False)
         kinds = [Kind(list(members), samples) for members, samples in counted]
         description = json.dumps(
-            asdict(_Description(2, self.shards, kinds, filter_text(self.filter)))
+            asdict(_Description(3, self.shards, kinds, filter_text(self.filter)))
         ).encode()
         self.file.write(description + len(description).to_bytes(8, "little"))
         self.file.flush()

@@ -23,13 +23,22 @@ checkpoint: {{every: 5}}
 
 def write_shard(path: Path, samples: list[dict[str, bytes]]) -> None:
     """Write samples (extension -> content) as a WebDataset shard."""
+    members = [
+        (f"{number:06d}.{extension}", content)
+        for number, sample in enumerate(samples)
+        for extension, content in sample.items()
+    ]
+    write_members(path, members)
+
+
+def write_members(path: Path, members: list[tuple[str, bytes]]) -> None:
+    """Write an archive of these members in this order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for number, sample in enumerate(samples):
-            for extension, content in sample.items():
-                header = tarfile.TarInfo(f"{number:06d}.{extension}")
-                header.size = len(content)
-                tar.addfile(header, io.BytesIO(content))
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
 
 
 def array(values: np.ndarray) -> bytes:
