@@ -10,7 +10,7 @@ from math import ceil, prod
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.index import FORMATS
@@ -57,7 +57,9 @@ def decode_image(
 ) -> np.ndarray:
     """Return a picture as uint8 RGB, [3, H, W], or a view of it in the size of ``bucket``.
 
-    It is turned upright as its EXIF data say, and what is transparent becomes white. Other formats are not tried.
+    It is turned upright as its EXIF data say, its colours become sRGB's if it has a profile of others, and what is transparent becomes
+    white. Of a photograph with further pictures inside (MPO, as telephones and cameras make them) the first is taken. Other formats
+    are not tried.
 
     Raises:
         ValueError: it is an animation, has more than 8 bits a channel, or is smaller than ``bucket`` and not to be enlarged.
@@ -66,7 +68,7 @@ def decode_image(
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if (frames := getattr(image, "n_frames", 1)) > 1:
+            if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"an animation of {frames} pictures")
             if image.mode.startswith(("I", "F")):  # conversion would clip it
                 raise ValueError(f"pixels of mode {image.mode}, which has more than 8 bits a channel")
@@ -75,12 +77,38 @@ def decode_image(
                 # A picture on its side has the sides of the bucket the other way round: the longer one is enough for both.
                 scale = 2 * max(bucket.width, bucket.height) / min(image.size)
                 image.draft(image.mode, (ceil(image.width * scale), ceil(image.height * scale)))
-            upright = _on_white(ImageOps.exif_transpose(image))
+            upright = _on_white(_in_srgb(ImageOps.exif_transpose(image)))
     if bucket is not None:
         upright = _fitted(upright, bucket, upscale, view)
     if view.flipped:
         upright = ImageOps.mirror(upright)
     return np.asarray(upright).transpose(2, 0, 1).copy()
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Return a picture in the colours of sRGB; one without a profile, or with one that cannot be read, has them already."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    if image.mode in ("P", "PA", "LA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    transform = _to_srgb(profile, image.mode)
+    converted = image if transform is None else ImageCms.applyTransform(image, transform)
+    assert converted is not None
+    return converted
+
+
+@lru_cache(maxsize=64)  # pictures of a set share a few profiles
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the conversion from a profile's colours to sRGB; None if they are sRGB's, or the profile is of no use here."""
+    srgb = ImageCms.createProfile("sRGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return None
+        return ImageCms.buildTransform(source, srgb, mode, "RGBA" if mode == "RGBA" else "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """What becomes of every kind of picture that a set from the web holds."""
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,95 @@ def test_cmyk_becomes_rgb() -> None:
         int
     )
     assert np.abs(found - np.array([255, 0, 0])[:, None, None]).max() < 10
+
+
+def wide_profile(gamma: float = 2.19921875) -> bytes:
+    """A profile of three primaries (those of Adobe RGB, as XYZ under D50) and a gamma, written by hand after ICC.1:2001-04."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    def place(*values: float) -> bytes:
+        return b"XYZ \0\0\0\0" + fixed(*values)
+
+    white = (0.9642, 1.0, 0.8249)
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    description = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"wide\0" + bytes(79)
+    tags = [(b"desc", description), (b"cprt", b"text\0\0\0\0none\0\0\0\0"), (b"wtpt", place(*white))]
+    primaries = [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)]
+    tags += [
+        (bytes([name]) + b"XYZ", place(*primary)) for name, primary in zip(b"rgb", primaries, strict=True)
+    ]
+    tags += [(bytes([name]) + b"TRC", curve) for name in b"rgb"]
+    table, data = b"", b""
+    for name, content in tags:
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    body = struct.pack(">I", len(tags)) + table + data
+    head = struct.pack(
+        ">I4sI4s4s4s12s4s",
+        128 + len(body),
+        b"lcms",
+        0x02100000,
+        b"mntr",
+        b"RGB ",
+        b"XYZ ",
+        bytes(12),
+        b"acsp",
+    )
+    return (head + bytes(28) + fixed(*white)).ljust(128, b"\0") + body
+
+
+def to_adobe(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """An sRGB colour in Adobe RGB, by the definitions of both: linear light, primaries, gamma 563/256."""
+    encoded_light = np.array(colour) / 255
+    light = np.where(
+        encoded_light <= 0.04045, encoded_light / 12.92, ((encoded_light + 0.055) / 1.055) ** 2.4
+    )
+    # Bradford-adapted to D50, as profiles are.
+    srgb = np.array(
+        [
+            [0.4360747, 0.3850649, 0.1430804],
+            [0.2225045, 0.7168786, 0.0606169],
+            [0.0139322, 0.0971045, 0.7141733],
+        ]
+    )
+    adobe = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+    found = np.clip(np.linalg.solve(adobe, srgb @ light), 0, 1) ** (256 / 563)
+    return tuple(int(value) for value in np.rint(found * 255))  # type: ignore[return-value]
+
+
+COLOURS = [(60, 200, 80), (190, 70, 200), (128, 128, 128), (255, 255, 255), (20, 30, 120)]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "palette", "transparent"])
+@pytest.mark.parametrize("colour", COLOURS)
+def test_colours_of_a_profile_become_those_of_srgb(kind: str, colour: tuple[int, int, int]) -> None:
+    stored = Image.new("RGB", (8, 8), to_adobe(colour))
+    if kind == "palette":
+        stored = stored.convert("P", palette=Image.Palette.ADAPTIVE)
+    elif kind == "transparent":
+        stored.putalpha(255)
+    options: dict[str, Any] = {"quality": 100} if kind in ("jpeg", "webp") else {}
+    options |= {"lossless": True} if kind == "webp" else {}
+    file_format = kind if kind in ("jpeg", "webp") else "png"
+    found = decode_image(encoded(stored, file_format, icc_profile=wide_profile(), **options)).astype(int)
+    assert np.abs(found - np.array(colour)[:, None, None]).max() <= 3
+    if len(set(colour)) > 1:  # greys are the same in both
+        without = decode_image(encoded(stored, file_format, **options)).astype(int)
+        assert np.abs(without - np.array(colour)[:, None, None]).max() > 8
+
+
+@pytest.mark.parametrize("profile", [b"no profile", bytes(200), wide_profile()[:150]])
+def test_a_damaged_profile_is_none(profile: bytes) -> None:
+    found = decode_image(encoded(Image.new("RGB", (4, 4), (60, 200, 80)), "png", icc_profile=profile))
+    assert found[:, 0, 0].tolist() == [60, 200, 80]
+
+
+def test_of_a_photograph_with_further_pictures_the_first_is_taken() -> None:
+    first, preview = gradient(64, 32), Image.new("RGB", (16, 8))
+    content = encoded(first, "mpo", save_all=True, append_images=[preview], quality=95)
+    assert np.abs(decode_image(content).astype(int) - np.asarray(first).transpose(2, 0, 1)).mean() < 3
 
 
 def test_a_colour_profile_is_no_obstacle() -> None:
