@@ -26,11 +26,6 @@ def record(ratio: float, code: str = "") -> Record:
 RECORDS = {"cpu-avx2/step-a": record(0.456), "cpu-avx2/step-b": record(0.789, code="0" * 16)}
 
 
-@pytest.fixture(autouse=True)
-def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "_pins", lambda: {"torch": "2.15.0"})
-
-
 def test_the_pages_are_as_the_records_have_them() -> None:
     """If this fails: ``python tools/figures.py write``, and look at what has become stale."""
     records = ledger.load()
@@ -38,6 +33,12 @@ def test_the_pages_are_as_the_records_have_them() -> None:
         assert figures.rendered(page.read_text(), records, page.name) == page.read_text(), page
 
 
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_pins", lambda: {"torch": "2.15.0"})
+
+
+@pytest.mark.usefixtures("pinned")
 def test_a_figure_in_a_sentence() -> None:
     page = "It took <!-- figures: cpu-avx2/step-a {ratio:.2f} of it{stale} -->9.99<!-- end of figures -->."
     expected = (
@@ -47,12 +48,14 @@ def test_a_figure_in_a_sentence() -> None:
     assert figures.rendered(expected, RECORDS, "page") == expected
 
 
+@pytest.mark.usefixtures("pinned")
 def test_a_stale_figure_says_so() -> None:
     page = "<!-- figures: cpu-avx2/step-b {ratio}{stale} --><!-- end of figures -->"
     text = figures.rendered(page, RECORDS, "page")
     assert "-->0.789 (measured 2026-11-29, torch 2.15.0; the code has changed since)<!--" in text
 
 
+@pytest.mark.usefixtures("pinned")
 def test_a_table_has_a_row_for_every_record() -> None:
     page = """<!-- figures: cpu-avx2/step-*
 | command | ratio | measured |
@@ -85,6 +88,7 @@ def test_a_template_that_does_not_fit_is_refused(template: str, message: str) ->
         figures.rendered(f"<!-- figures: {template} --><!-- end of figures -->", RECORDS, "page")
 
 
+@pytest.mark.usefixtures("pinned")
 def test_stale_records_are_listed_with_the_command_that_renews_them() -> None:
     assert figures.describe_stale(RECORDS) == [
         "cpu-avx2/step-b, measured 2026-11-29 at 0123abc: configs has changed",
