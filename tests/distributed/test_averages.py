@@ -33,8 +33,7 @@ FLOAT32 = replace(
 BF16 = replace(FLOAT32, precision=Precision.bf16)
 REPLICATED = replace(BF16.optimizer, distributed_optimizer=False)
 CASES = {
-    "DP2": BF16,
-    "DP2-overlapped": replace(BF16, parallel=layout(overlap_grad_reduce=True, overlap_param_gather=True)),
+    "DP2": replace(BF16, parallel=layout(overlap_grad_reduce=True, overlap_param_gather=True)),
     "DP2-replicated": replace(BF16, optimizer=REPLICATED),
     "EP2": replace(BF16, parallel=layout(ep=2)),
     "PP2": replace(BF16, parallel=layout(pp=2)),

@@ -2,7 +2,7 @@
 
 Compared are outputs, gradients of randomised weights before clipping, their norms, the losses of ten clipped steps, and
 the whole model's weights and averages after them. In the layout the run is saved after five steps and goes on as another
-engine that has loaded it; the one process goes through.
+engine that has loaded it (in CI where ranks are as many as cores); the one process goes through.
 """
 
 from dataclasses import replace
@@ -120,7 +120,7 @@ CHOSEN = {
     "EP4-over-TP4": ["dit-recurrent"],
     "EP2-TP2": ["mmdit-full-rank"],
     "EP4-TP2": ["mmdit-recurrent"],
-    "EP2-PP2": ["mmdit-last-block"],
+    "EP2-PP2": ["mmdit-recurrent"],
     "EP2-PP2-interleaved": ["dit-recurrent"],
     "DP2-EP2": ["mmdit-recurrent"],
     "CP2-TP2": ["mmdit-recurrent"],
@@ -143,7 +143,9 @@ def test_every_layout_trains_as_one_process(
         if needed == ranks
     }
     assert cases
-    for case, result in run_on_ranks(ranks, cases, tmp_path, RESUMED).items():
+    # More ranks than cores take seconds for a checkpoint: those of four and eight are resumed in the whole matrix.
+    job = RESUMED if ranks == 2 else train
+    for case, result in run_on_ranks(ranks, cases, tmp_path, job).items():
         assert_same_run(result, one_process[case.split()[1]], what=case)
 
 

@@ -1,7 +1,6 @@
 """The load-balancing loss that a run logs: 1 where tokens spread evenly, M where one module has all, in every layout."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,46 +14,50 @@ from tests.support.configurations import MODEL, RECURRENCE, one_rank, tiny_confi
 from tests.support.ranks import MMDIT, batches, conditions, configuration, layout, run_on_ranks
 
 
-def logged(config: RunConfig, favourite: float) -> float:
-    """The loss after a step in which the logits of module 2 are ``favourite`` and the others' 0."""
+def logged(config: RunConfig) -> dict[float, float]:
+    """The loss after a step in which the logits of module 2 are a number and the others' 0, by that number."""
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
     from rmoe_megatron.model.recurrence.gate import Gate
     from rmoe_megatron.parallel import process_groups
 
+    favourite = 0.0
+
     def gating(gate: Gate, input: Tensor, conditioning: Tensor) -> Tensor:
         found = original(gate, input, conditioning) * 0
         return found + favourite * (torch.arange(gate.num_experts) == 2)
 
-    original, Gate.gating = Gate.gating, gating  # type: ignore[method-assign]
+    original, Gate.gating, found = Gate.gating, gating, {}  # type: ignore[method-assign]
     try:
         with process_groups(config) as device:
             modules = build_chunks(config).to(device)
             null = conditions(config, torch.zeros(1)).map(torch.zeros_like)
             engine = build_engine(config, modules, DiffusionLoss(config, config.seed, null))
-            for micro_batches in list(batches(config))[:2]:  # the second step's has nothing of the first's
-                engine.step(micro_batches)
-            return engine.routing_metrics()["load_balancing_loss"]
+            for favourite in (EVEN, COLLAPSED):
+                for micro_batches in list(batches(config))[
+                    :2
+                ]:  # the second step's has nothing of the first's
+                    engine.step(micro_batches)
+                found[favourite] = engine.routing_metrics()["load_balancing_loss"]
     finally:
         Gate.gating = original  # type: ignore[method-assign]
+    return found
 
 
+EVEN, COLLAPSED = 0.0, 1000.0
 LAYOUTS = {
     "DP2": layout(), "TP2": layout(tp=2), "CP2": layout(cp=2), "PP2": layout(pp=2), "PP2-interleaved": layout(pp=2, vpp=2),
     "EP2": layout(ep=2),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("favourite", "expected"), [(0.0, 1.0), (1000.0, 4.0)], ids=["even", "collapsed"])
-def test_even_is_one_and_collapsed_is_the_number_of_modules(
-    favourite: float, expected: float, tmp_path: Path
-) -> None:
+def test_even_is_one_and_collapsed_is_the_number_of_modules(tmp_path: Path) -> None:
     model = configuration(MMDIT, recurrent=True)
-    job = partial(logged, favourite=favourite)
-    assert run_on_ranks(1, {"one": model}, tmp_path, job)["one"] == pytest.approx(expected, rel=1e-5)
+    expected = pytest.approx({EVEN: 1.0, COLLAPSED: 4.0}, rel=1e-5)
+    assert run_on_ranks(1, {"one": model}, tmp_path, logged)["one"] == expected
     cases = {name: replace(model, parallel=parallel) for name, parallel in LAYOUTS.items()}
-    for name, found in run_on_ranks(2, cases, tmp_path, job).items():
-        assert found == pytest.approx(expected, rel=1e-5), name
+    for name, found in run_on_ranks(2, cases, tmp_path, logged).items():
+        assert found == expected, name
 
 
 @pytest.mark.parametrize("depths", [(2, 5), (5, 2)])
