@@ -90,9 +90,17 @@ def far(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def test_averages_move_as_in_float32(float32: dict[str, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["DP2", "DP2-replicated", "EP2", "ZeRO 1", "ZeRO 3"],
+        pytest.param([*CASES], marks=pytest.mark.distributed_full),
+    ],
+    ids=["some", "all"],
+)
+def test_averages_move_as_in_float32(names: list[str], float32: dict[str, Tensor], tmp_path: Path) -> None:
     one = run_on_ranks(1, {"one": BF16}, tmp_path, movement)["one"]
-    found = run_on_ranks(2, CASES, tmp_path, movement)
+    found = run_on_ranks(2, {name: CASES[name] for name in names}, tmp_path, movement)
     errors = {name: far(case["averages"], float32) for name, case in {"one": one, **found}.items()}
     # Adam turns the rounding of gradients in bf16 into movement; the rounded parameters are as far as what they lose.
     assert far(one["parameters"], float32) > 2 * errors["one"]
