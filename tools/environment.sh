@@ -45,7 +45,7 @@ END
     return 2
 }
 
-install_packages() { # install this folder and what it needs; uv takes a third of pip's time
+install_packages() { # install this folder and what it needs; uv loads and unpacks packages side by side
     local requirements=(--quiet --constraint "$constraints" --editable "${root}[dev]")
     "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" uv &&
         "$venv/bin/uv" pip install --python "$venv/bin/python" --compile-bytecode "${requirements[@]}" && return

@@ -11,8 +11,8 @@ In a page a comment holds the template, and the text that it gives stands behind
 
     <!-- figures: KIND/NAME {dense_over_diffusers:.2f} of the time{stale} -->0.46 of the time<!-- end of figures -->
 
-Of a template of several lines the last one is repeated for every record that the names (separated by commas, with ``*``) match: a
-table. Fields are the record's figures, ``command``, ``date``, ``commit``, ``processor``, ``cores``, ``threads``, packages with ``_``
+A template of several lines makes a table: its last line is repeated for every record. Names are separated by commas, and ``*`` in a
+name matches several records. Fields are the record's figures, ``command``, ``date``, ``commit``, ``processor``, ``cores``, ``threads``, packages with ``_``
 for ``-``, ``measured`` (date, version, and whether the code is older) and ``stale`` (empty, or in brackets when it was measured).
 A template names one of the last two, so that no figure outlives its code in silence.
 """

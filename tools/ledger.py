@@ -98,7 +98,7 @@ def write(
         paths: of files and folders that the figures depend on, relative to the repository.
     """
     if arguments.record:
-        place, words = machine(device), [word for word in sys.argv[1:]]
+        place, words = machine(device), sys.argv[1:]
         record = make(
             f"tools/{Path(sys.argv[0]).name} {shlex.join(_without_record(words))}", place, figures, paths
         )
@@ -167,7 +167,7 @@ def why_stale(record: Record) -> list[str]:
 def fingerprint(path: Path) -> str:
     """Return a hash of a file, or of all files below a folder, that changes if what they do may change.
 
-    Of Python files only the code counts, neither comments nor docstrings nor line breaks; pages (``.md``) do not count.
+    The hash of a Python file leaves out comments, docstrings and line breaks. Pages (``.md``) are left out altogether.
 
     Raises:
         UserError: there is nothing at ``path``.

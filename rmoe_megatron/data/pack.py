@@ -42,7 +42,8 @@ class Packed:
         shards: how many.
         left_out: name and reason of every picture that was not.
         beside: other files of the folder, that were not looked at.
-        dropped_columns: of a table, those with values that JSON does not hold, and what these are; such values were dropped.
+        dropped_columns: the names of table columns some of whose values JSON cannot hold, each with the type of
+            these values. The samples lack them.
         with_several_captions: samples whose captions are in their JSON, too, under the column's name.
     """
 

@@ -27,6 +27,7 @@ from rmoe_megatron.data.index import (
 )
 from rmoe_megatron.data.indexing import index_name, index_shards, open_index
 from rmoe_megatron.data.store import LocalStore, ShardStore
+from rmoe_megatron.data.unusable import side_by_side, what_to_do
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class ShardDataset(Dataset[Any]):
         def is_wanted(members: set[str]) -> bool:
             return LEFT_OUT not in members and is_usable(members)
 
+        kinds = [set(kind.members) for kind in self.index.kinds if LEFT_OUT not in kind.members]
         self.selections = [Selection.of_kinds(self.index, is_wanted)]
         if not passing and len(self.index):
             raise NoSamplesError(
@@ -116,7 +118,7 @@ class ShardDataset(Dataset[Any]):
             )
         if not len(self):
             raise NoSamplesError(
-                f"The shards in {self.folder} hold no samples with members {needed}; {self._what_to_do()}."
+                f"The shards in {self.folder} hold no samples with members {needed}; {what_to_do(kinds)}."
             )
         left_out = passing - len(self)
         if bucketing is not None:
@@ -128,49 +130,8 @@ class ShardDataset(Dataset[Any]):
                 passing,
                 self.folder,
                 needed,
-                self._side_by_side(is_usable),
+                side_by_side([kind for kind in kinds if not is_usable(kind)], is_usable),
             )
-
-    def _side_by_side(self, is_usable: Callable[[set[str]], bool]) -> str:
-        """Return a remark if what is left out would be whole samples, lay their members side by side."""
-        left = [
-            kind.members
-            for kind in self.index.kinds
-            if LEFT_OUT not in kind.members and not is_usable(set(kind.members))
-        ]
-        together = set().union(*left) if left else set()
-        if len(left) > 1 and is_usable(together):
-            return "; members of a sample have to lie side by side (`tar --sort=name`, or unpack them and run `rmoe data pack`)"
-        return ""
-
-    def _what_to_do(self) -> str:
-        """Return what may be wrong with samples none of which can be used, by the members that there are."""
-        kinds = [set(kind.members) - {LEFT_OUT} for kind in self.index.kinds]
-        dotted = next(
-            (
-                name
-                for kind in kinds
-                for name in sorted(kind)
-                if name.rpartition(".")[2] in IMAGES and "." in name
-            ),
-            None,
-        )
-        if dotted is not None:
-            return (
-                f"there are members *.{dotted}: of a name with several dots all from the first on is the kind, as WebDataset has it, so "
-                "unpack them and run `rmoe data pack`"
-            )
-        pictures = [kind for kind in kinds if not kind.isdisjoint(IMAGES)]
-        captions = sorted({name for kind in pictures for name in kind if name in ("txt", "caption", "json")})
-        if captions:
-            sources = ", ".join("json:KEY" if name == "json" else name for name in captions)
-            return f"captions may lie in {', '.join(captions)}: say so with data.captions=[{sources}] (`rmoe data check --caption`)"
-        if pictures and any(kind.isdisjoint(IMAGES) for kind in kinds):
-            return (
-                "pictures and what belongs to them do not lie side by side: unpack them and run `rmoe data pack`, or pack them in the "
-                "order of their names (`tar --sort=name`)"
-            )
-        return "build the data again"
 
     def _warn_of_a_filter_that_always_holds(self, sample_filter: SampleFilter) -> None:
         # A comparison with a name that no sample has, or with a value of another type, does not hold; its `not` always does.
