@@ -1,9 +1,10 @@
 """Memory and time of encoding pictures, importing, running, fine-tuning and exporting a large model with random weights on the CPU.
 
-    python tools/benchmark_memory.py FOLDER [--preset sd3_medium]
+    python tools/benchmark_memory.py FOLDER [--preset sd3_medium] [--stages import forward] [--record memory]
 
 FOLDER needs room for three copies of the weights in bf16 (SD3-medium: 13 GB). Every stage runs in a process of its own;
-*anonymous* is the peak of memory that is not a mapped file, which is what has to fit into the machine.
+*anonymous* is the peak of memory that is not a mapped file, which is what has to fit into the machine. ``--stages`` names those that
+are wanted; ``import`` needs what ``weights`` wrote into FOLDER, and ``forward``, ``fine_tune`` and ``export`` what ``import`` wrote.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ledger
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention import JointTransformerBlock
@@ -209,6 +211,33 @@ STAGES: dict[str, Callable[[RunConfig, Path], dict[str, float]]] = {
 }
 
 
+# Of the stages that the ledger keeps: what the page calls them, in which order, and the code that their figures depend on.
+TITLES = {
+    "import": "import from sharded safetensors",
+    "forward": "load, add recurrence (M=2, T=2, rank 128, blocks 4, 8, 12), one forward step at 1024 pixels (4096 + 333 tokens)",
+    "fine_tune": "one training step of the added parameters at 256 pixels, base frozen",
+    "export": "export to safetensors",
+    "encode": "encode four pictures of 1024 x 1024",
+    "block": "one block forward and backward",
+    "diffusers_block": "diffusers' block forward and backward",
+}
+ROWS = {
+    "import": "1-import", "forward": "2-forward", "fine_tune": "3-train", "export": "4-export",
+    "encode": "encode", "block": "block", "diffusers_block": "diffusers-block",
+}  # fmt: skip
+_RUNNING = (
+    "rmoe_megatron/conversion",
+    "rmoe_megatron/engine",
+    "rmoe_megatron/model",
+    "rmoe_megatron/pretrained",
+)
+DEPENDS_ON = dict.fromkeys(("import", "forward", "fine_tune", "export"), _RUNNING) | {
+    "encode": ("rmoe_megatron/encoders",),
+    "block": ("rmoe_megatron/model",),
+    "diffusers_block": (),
+}
+
+
 class AnonymousMemory:
     """Watches the process's memory that is not a mapped file."""
 
@@ -235,7 +264,9 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="sd3_medium", choices=[name for name in PRESETS if "sd3" in name])
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
+    ledger.add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.stage:
         memory, started = AnonymousMemory(), time.perf_counter()
@@ -246,7 +277,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     print(f"{arguments.preset}, bf16, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for stage in STAGES:
+    for stage in arguments.stages:
         command = [
             sys.executable,
             __file__,
@@ -259,6 +290,9 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found = json.loads(output.splitlines()[-1])
         print(f"  {stage:10}", ", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
+        if stage in DEPENDS_ON:
+            paths = (*DEPENDS_ON[stage], "tools/benchmark_memory.py")
+            ledger.write(arguments, found | {"stage": TITLES[stage]}, paths, torch.device("cpu"), ROWS[stage])
 
 
 if __name__ == "__main__":

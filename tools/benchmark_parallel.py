@@ -1,6 +1,6 @@
 """Memory and time of a training step under both engines, at equal work, in turns.
 
-    torchrun --nproc-per-node 2 tools/benchmark_parallel.py [CONFIG [KEY=VALUE ...]] [--engine both] [--repeats 5]
+    torchrun --nproc-per-node 2 tools/benchmark_parallel.py [CONFIG [KEY=VALUE ...]] [--engine both] [--repeats 5] [--record engine]
 
 *Held* is what a rank has of weights, gradients and optimizer state when the gradients are there and before the update, against
 the closed form for N parameters on W ranks (:func:`expected_bytes`). Each engine is measured from what was there before it
@@ -16,9 +16,10 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import ledger
 import torch
 import torch.distributed as dist
-from benchmark_step import make_batch, make_engine
+from benchmark_step import DEPENDS_ON, make_batch, make_engine
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ from rmoe_megatron.model.backend import resolve_precision
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
 from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.platform import synchronize
+from rmoe_megatron.platform import select_device, synchronize
 
 MEGATRON = "Megatron-Core"
 GRADIENT_BYTES = 4
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the file's")
     parser.add_argument("--engine", choices=ENGINES, default="both", help="whose steps")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each; the median is taken")
+    ledger.add_arguments(parser)
     arguments = parser.parse_intermixed_args()
     if arguments.repeats < 1:
         parser.error("--repeats is at least 1")
@@ -151,6 +153,31 @@ def main() -> None:
         sys.exit(2)
     if rank() == 0:
         show(rows, config)
+        device = select_device(config.device)
+        for number, row in enumerate(rows):
+            name = f"{config.precision.value}-{number}-{str(row['name']).lower().replace(' ', '')}"
+            ledger.write(
+                arguments,
+                figures_of(row, rows[0], config),
+                (*DEPENDS_ON, "tools/benchmark_parallel.py"),
+                device,
+                name,
+            )
+
+
+def figures_of(
+    row: dict[str, float | str], first: dict[str, float | str], config: RunConfig
+) -> dict[str, ledger.Figure]:
+    """Return what the ledger keeps of a row; ``first`` is the row whose step the others are compared with."""
+    held, expected, seconds = (float(row[key]) for key in ("held", "expected", "seconds"))
+    return {
+        "engine": row["name"],
+        "precision": config.precision.value,
+        "held_mb": held / 1e6,
+        "over_closed_form": held / expected,
+        "step_ms": seconds * 1e3,
+        "over_first": seconds / float(first["seconds"]),
+    }
 
 
 def run(

@@ -1,6 +1,6 @@
 """How much of the machine's matrix-product rate a training step reaches, beside diffusers, by width, tokens and precision.
 
-    python tools/benchmark_widths.py [--widths 768 1536] [--tokens 256 1024] [--precisions fp32 bf16] [--profile]
+    python tools/benchmark_widths.py [--widths 768 1536] [--tokens 256 1024] [--precisions fp32 bf16] [--profile] [--record width]
 
 A dense MM-DiT (heads of 64, 77 tokens of text) takes the same step four ways, in turns: this project's trainer and diffusers'
 SD3Transformer2DModel with PyTorch's AdamW, each eager and through torch.compile. Beside them the same process measures the
@@ -12,9 +12,10 @@ import argparse
 import sys
 from dataclasses import replace
 
+import ledger
 import torch
 from benchmark_goals import compiled_goal, dense_goal, judged
-from benchmark_step import Step, diffusers_step, measure, megatron_step, product_rate
+from benchmark_step import DEPENDS_ON, Step, diffusers_step, measure, megatron_step, product_rate
 from torch._inductor.exc import InductorError
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -107,6 +108,33 @@ def ratios(medians: dict[str, float], width: int, precision: Precision, device: 
     return found
 
 
+def figures_of(
+    config: RunConfig, rate: float, medians: dict[str, float], of_rate: dict[str, float]
+) -> dict[str, ledger.Figure]:
+    """Return what the ledger keeps of a row; a way that did not compile is left out.
+
+    Args:
+        rate: FLOPs a second of the matrix product alone.
+        medians: seconds of a step by way.
+        of_rate: the share of the rate that each way reaches.
+    """
+    model = config.model
+    found: dict[str, ledger.Figure] = {
+        "width": model.hidden_size,
+        "tokens": (model.sample_size // model.patch_size) ** 2,
+        "batch": config.training.micro_batch_size,
+        "precision": config.precision.value,
+        "product_gflops": rate / 1e9,
+    }
+    for way, seconds in medians.items():
+        name = way.replace(" ", "_")
+        found |= {f"{name}_ms": seconds * 1e3, f"{name}_of_rate": of_rate[way]}
+    for way in ("eager", "compiled"):
+        if way in medians and f"diffusers {way}" in medians:
+            found[f"{way}_over_diffusers"] = medians[way] / medians[f"diffusers {way}"]
+    return found
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(
@@ -120,6 +148,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--profile", action="store_true")
+    ledger.add_arguments(parser)
     arguments = parser.parse_args()
     where = select_device(Device[arguments.device])
     print(
@@ -142,10 +171,9 @@ def main() -> None:
             rate = max(rate, product_rate(config, device, arguments.repeats))
             shares = where_time_goes(steps["eager"]) if arguments.profile else {}
         flops = training_flops_per_sample(config) * batch
+        of_rate = {way: flops / seconds / rate for way, seconds in medians.items()}
         cells = [
-            f"{medians[way] * 1e3:.0f} ({flops / medians[way] / rate:.0%})"
-            if way in medians
-            else "does not compile"
+            f"{medians[way] * 1e3:.0f} ({of_rate[way]:.0%})" if way in medians else "does not compile"
             for way in WAYS
         ]
         print(
@@ -154,6 +182,9 @@ def main() -> None:
         )
         for line in ratios(medians, width, precision, where):
             print(f"  {line}", flush=True)
+        figures = figures_of(config, rate, medians, of_rate)
+        row = f"{width}-{tokens}-{precision.value}"
+        ledger.write(arguments, figures, (*DEPENDS_ON, "tools/benchmark_widths.py"), where, row)
         if shares:
             print(
                 "  eager: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()), flush=True

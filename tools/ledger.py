@@ -29,6 +29,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
 from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.launch import world_size
 from rmoe_megatron.processor import bf16_instructions, bf16_is_fast, describe_processor
 from rmoe_megatron.typed_files import read_json
 
@@ -90,19 +91,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write(
-    arguments: argparse.Namespace, figures: Mapping[str, Figure], paths: Iterable[str], device: torch.device
+    arguments: argparse.Namespace,
+    figures: Mapping[str, Figure],
+    paths: Iterable[str],
+    device: torch.device,
+    row: str = "",
 ) -> None:
     """Write the record of a benchmark's run if its ``--record`` asks for one.
 
     Args:
         paths: of files and folders that the figures depend on, relative to the repository.
+        row: what distinguishes this record from the others of the same run; it follows the name that ``--record`` gives.
     """
     if arguments.record:
-        place, words = machine(device), sys.argv[1:]
-        record = make(
-            f"tools/{Path(sys.argv[0]).name} {shlex.join(_without_record(words))}", place, figures, paths
-        )
-        print(f"recorded in {save(arguments.records, arguments.record, record)}")
+        name = f"{arguments.record}-{row}" if row else arguments.record
+        script, words = f"tools/{Path(sys.argv[0]).name}", shlex.join(_without_record(sys.argv[1:]))
+        torchrun = f"torchrun --nproc-per-node {world_size()} " if world_size() > 1 else ""
+        record = make(f"{torchrun}{script} {words}", machine(device), figures, paths)
+        print(f"recorded in {save(arguments.records, name, record)}")
 
 
 def make(

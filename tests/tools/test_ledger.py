@@ -1,9 +1,11 @@
 """The ledger: what makes a figure stale, and what does not."""
 
+import argparse
 from pathlib import Path
 
 import ledger
 import pytest
+import torch
 from ledger import Record
 from pydantic import TypeAdapter
 
@@ -118,3 +120,22 @@ def test_every_record_of_the_project_depends_on_something_that_is_there() -> Non
     for name, record in ledger.load().items():
         assert record["code"], name
         assert all((ledger.ROOT / path).exists() for path in record["code"]), name
+
+
+def test_the_rows_of_one_run_are_records_of_their_own(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_commit", lambda: "0123abc")
+    monkeypatch.setattr("sys.argv", ["tools/benchmark_widths.py", "--widths", "768", "--record", "width"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    arguments = argparse.Namespace(record="width", records=repository / "records")
+    for tokens in (256, 1024):
+        ledger.write(arguments, {"tokens": tokens}, ["model"], torch.device("cpu"), f"768-{tokens}")
+    found = {name.split("/")[1]: record for name, record in ledger.load(repository / "records").items()}
+    assert {name: record["figures"] for name, record in found.items()} == {
+        "width-768-256": {"tokens": 256},
+        "width-768-1024": {"tokens": 1024},
+    }
+    command = "torchrun --nproc-per-node 2 tools/benchmark_widths.py --widths 768"
+    assert {record["command"] for record in found.values()} == {command}
