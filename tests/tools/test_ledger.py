@@ -127,8 +127,7 @@ def test_the_rows_of_one_run_are_records_of_their_own(
 ) -> None:
     monkeypatch.setattr(ledger, "_commit", lambda: "0123abc")
     monkeypatch.setattr("sys.argv", ["tools/benchmark_widths.py", "--widths", "768", "--record", "width"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(ledger, "world_size", lambda: 2)
     arguments = argparse.Namespace(record="width", records=repository / "records")
     for tokens in (256, 1024):
         ledger.write(arguments, {"tokens": tokens}, ["model"], torch.device("cpu"), f"768-{tokens}")
