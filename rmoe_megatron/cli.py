@@ -185,6 +185,7 @@ def inspect(
     ] = False,
 ) -> None:
     """List a run's checkpoints, verified, and when it was started, interrupted and resumed."""
+    launch.require_one_rank("rmoe inspect")
     from rmoe_megatron.show_run import show_run
 
     for line in show_run(run_dir, quick):
@@ -251,6 +252,7 @@ def to_hf(
     ] = False,
 ) -> None:
     """Export a run to a diffusers folder."""
+    launch.require_one_rank("rmoe convert to-hf")
     import torch
 
     from rmoe_megatron.conversion.export import export_run
@@ -342,23 +344,17 @@ def sample(
     dtype: Dtype = "auto",
 ) -> None:
     """Make images from prompts."""
+    launch.require_one_rank("rmoe sample")
     check_guidance(guidance, guidance_interval)
     bucket = parse_bucket("--size", size) if size is not None else None
     prompts = read_prompts(prompt or [], prompts_file)
     durable.check_writable(out, "--out")
     from rmoe_megatron.pictures import labelled_grid, png, save_images
-    from rmoe_megatron.sampling import (
-        load_pipeline,
-        place_pipeline,
-        resolve_dtype,
-        sample_images,
-        set_scheduler,
-    )
+    from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images
 
-    dtype, pipeline = resolve_dtype(dtype), load_pipeline(model)
-    place_pipeline(pipeline, dtype)
-    if scheduler is not None:
-        set_scheduler(pipeline, scheduler)
+    dtype = resolve_dtype(dtype)
+    print(f"images are made {describe_place(dtype)}")
+    pipeline = open_pipeline(model, dtype, scheduler)
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(repeated))]
     progress = Bar("sample", "image")
@@ -367,4 +363,4 @@ def sample(
     )
     save_images(images, out, [f"{index:05d}" for index in range(len(repeated))])
     durable.write(out / "grid.png", png(labelled_grid(images, repeated)))
-    print(f"{len(images)} images and grid.png in {out}, made in {dtype}")
+    print(f"{len(images)} images and grid.png in {out}")

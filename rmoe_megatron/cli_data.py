@@ -19,6 +19,7 @@ def build_shapes_command(
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the drawn scenes.")] = 0,
 ) -> None:
     """Write the toy shapes set as WebDataset shards."""
+    launch.require_one_rank("rmoe data build-shapes")
     from rmoe_megatron.data.shapes.build import build_shapes
 
     build_shapes(out, train, val, seed, progress=Bar("shapes", "image"))
@@ -40,6 +41,7 @@ def pack_command(
     ] = 10_000,
 ) -> None:
     """Write your own pictures and captions as WebDataset shards."""
+    launch.require_one_rank("rmoe data pack")
     from rmoe_megatron.data.pack import LEFT_OUT, Columns, pack
 
     packed = pack(
@@ -71,6 +73,7 @@ def check_command(
     ] = None,
 ) -> None:
     """Decode every sample and say what there is: sizes, captions, damage, duplicates."""
+    launch.require_one_rank("rmoe data check")
     from rmoe_megatron.config.captions import parse_captions
     from rmoe_megatron.data.report import inspect_shards, lines, write_report
     from rmoe_megatron.data.samples import SampleFormat
@@ -92,6 +95,7 @@ def index_command(
     ] = None,
 ) -> None:
     """Find the samples of all shards, once; shards that haven't changed since the last time are not read again."""
+    launch.require_one_rank("rmoe data index")
     from rmoe_megatron.config.sample_filter import SampleFilter
     from rmoe_megatron.data.indexing import build_index, index_name
     from rmoe_megatron.data.remote_store import shard_store
@@ -145,6 +149,7 @@ def show_command(
     overrides: Overrides = None,
 ) -> None:
     """Print where a training draw's sample lies and what it says, and save its picture."""
+    launch.require_one_rank("rmoe data show")
     from rmoe_megatron.show_draw import show_draw
 
     found = show_draw(run_dir, draw, overrides or [], out)

@@ -47,13 +47,15 @@ def eval_shapes(
     from rmoe_megatron.data.store import LocalStore
     from rmoe_megatron.evaluation.shapes import evaluate_shapes
 
+    launch.require_one_rank("rmoe eval shapes")
     check_guidance(guidance)
     durable.check_writable(out, "--out")
     LocalStore(data / "val").shards()  # a missing set is named before the model is loaded
-    from rmoe_megatron.sampling import load_pipeline, place_pipeline, resolve_dtype, sample_images
+    from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images
 
-    dtype, pipeline = resolve_dtype(dtype), load_pipeline(model)
-    place_pipeline(pipeline, dtype)
+    dtype = resolve_dtype(dtype)
+    print(f"images are made {describe_place(dtype)}")
+    pipeline = open_pipeline(model, dtype)
 
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
         return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)

@@ -57,6 +57,22 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", least=0, most=world_size() - 1, slurm=_of_step("SLURM_LOCALID"), default=0)
 
 
+def require_one_rank(command: str) -> None:
+    """Check that a command whose work is not shared was started once: several ranks would write the same files.
+
+    Args:
+        command: as it is typed, for the message.
+
+    Raises:
+        UserError: the job has several ranks.
+    """
+    if world_size() > 1:
+        raise UserError(
+            f"`{command}` does its work in one process, but this job has {world_size()} ranks; start it without torchrun, and in "
+            "a SLURM job with srun --ntasks=1."
+        )
+
+
 def ranks_on_host() -> int:
     """Return the number of ranks of this host, 1 where neither torchrun nor SLURM says it.
 

@@ -1,13 +1,11 @@
 """Process groups and seeds of a run."""
 
-import hashlib
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import local_rank, rank, rendezvous_url, world_size
 from rmoe_megatron.platform import communication_backend, select_device
 from rmoe_megatron.rank_watch import watch_ranks
+from rmoe_megatron.versions import code_fingerprint
 
 
 @contextmanager
@@ -84,7 +83,7 @@ def check_ranks_agree(config: RunConfig) -> None:
         return
     mine = [
         *to_yaml(config).splitlines(),
-        f"code of rmoe_megatron: {_code_fingerprint()}",
+        f"code of rmoe_megatron: {code_fingerprint()}",
         *(f"{name} {version(name)}" for name in ("torch", "megatron-core")),
     ]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -99,11 +98,3 @@ def check_ranks_agree(config: RunConfig) -> None:
                 f"Rank {number} on {host} differs from rank 0: it has {difference}; start all ranks with the same "
                 "command, configuration and installation."
             )
-
-
-def _code_fingerprint() -> str:
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]

@@ -46,13 +46,29 @@ def select_device(device: Device, local_rank: int = 0) -> torch.device:
     if device is Device.cpu or not has_cuda:
         use_cpu()
         return torch.device("cpu")
+    gpu = _own_gpu(local_rank)
+    torch.cuda.set_device(local_rank)
+    _keep_adam_steps()
+    return gpu
+
+
+def inference_device(local_rank: int) -> torch.device:
+    """Return the device that this rank runs a trained model on: its GPU if there are some, else the CPU.
+
+    Nothing is prepared for Megatron-Core, which models of diffusers and transformers do not need.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks on this host.
+    """
+    return _own_gpu(local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _own_gpu(local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"Rank {local_rank} of this host finds {torch.cuda.device_count()} GPU(s); start one task for each GPU and let "
             "every task see all of them (srun --gpus-per-node, without --gpus-per-task and --gpu-bind)."
         )
-    torch.cuda.set_device(local_rank)
-    _keep_adam_steps()
     return torch.device("cuda", local_rank)
 
 

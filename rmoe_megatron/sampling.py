@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,15 +16,25 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
 )
+from torch import Tensor
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import local_rank
+from rmoe_megatron.launch import local_rank, world_size
+from rmoe_megatron.platform import inference_device
+from rmoe_megatron.pretrained.finite import require_finite
 from rmoe_megatron.pretrained.pipeline_folder import load_pipeline
 from rmoe_megatron.processor import bf16_is_fast, product_seconds
 from rmoe_megatron.refusal import refusal
 
-__all__ = ["load_pipeline", "place_pipeline", "resolve_dtype", "sample_images", "set_scheduler"]
+__all__ = [
+    "describe_place",
+    "load_pipeline",
+    "open_pipeline",
+    "resolve_dtype",
+    "sample_images",
+    "set_scheduler",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +63,67 @@ def resolve_dtype(name: str) -> str:
     return name
 
 
-def place_pipeline(pipeline: DiffusionPipeline, dtype: str) -> None:
-    """Convert all of a pipeline's models to a data type of :func:`resolve_dtype`, and move them to this rank's GPU if it has one."""
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            # Not the pipeline's own to(), which warns once a model about layers to keep in float32, of which there are none.
-            torch.nn.Module.to(component, device, DTYPES[dtype])
+def open_pipeline(
+    folder: Path, dtype: str, scheduler: str | None = None, compile_transformer: bool = False
+) -> DiffusionPipeline:
+    """Load a diffusers folder to make images with it on this rank's device; everything that samples does it by this function.
+
+    Args:
+        dtype: of all its models, as :func:`resolve_dtype` gives it.
+        scheduler: the sampler, as :func:`set_scheduler` takes it; None keeps the folder's.
+        compile_transformer: run the transformer through torch.compile.
+
+    Raises:
+        UserError: the folder is none, a model of it holds values that ``dtype`` does not, the sampler does not fit, or there are
+            fewer GPUs than ranks on this host.
+    """
+    device = inference_device(local_rank())  # before a folder of gigabytes is read
+    pipeline = load_pipeline(folder)
+    if scheduler is not None:
+        set_scheduler(pipeline, scheduler)
+    place_pipeline(pipeline, dtype, device)
+    if compile_transformer:
+        pipeline.transformer = torch.compile(pipeline.transformer)
+    return pipeline
+
+
+def place_pipeline(pipeline: DiffusionPipeline, dtype: str, device: torch.device) -> None:
+    """Convert a pipeline's models to a data type of :func:`resolve_dtype` and move them to a device.
+
+    Raises:
+        UserError: a model holds values that the data type does not.
+    """
+    models = {name: each for name, each in pipeline.components.items() if isinstance(each, torch.nn.Module)}
+    for model in models.values():
+        convert_model(model, DTYPES[dtype])
+    if device.type != "cpu":  # after the conversion: float32 may need twice the memory that there is
+        pipeline.to(device)
+    for name, model in models.items():
+        require_finite(model.state_dict().items(), f"{name} of {pipeline.name_or_path or 'the model'}", dtype)
+
+
+def convert_model(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert a model's floating-point weights in place, but those that its class keeps in float32.
+
+    The output projections of T5's feed-forward layers are such: their products exceed what float16 holds.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype is torch.float16:  # transformers' own rule: bfloat16 has float32's range
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            is_kept = not kept.isdisjoint(name.split("."))
+            tensor.data = tensor.data.to(torch.float32 if is_kept else dtype)
+
+
+def describe_place(dtype: str) -> str:
+    """Return where this job makes its images, and in which data type, as ``on GPU 0 in bf16``."""
+    device = inference_device(local_rank())
+    where = "on the CPU" if device.type == "cpu" else f"on GPU {device.index}"
+    shared = f", each of {world_size()} ranks a part" if world_size() > 1 else ""
+    if shared and device.type == "cuda":
+        where = "on the GPUs"
+    return f"{where} in {dtype}{shared}"
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
@@ -138,11 +203,14 @@ def sample_images(
         uint8 [N, H, W, 3].
 
     Raises:
-        UserError: a class label is none of the model's, the pipeline makes no images of this size, or its components do not fit
-            together.
+        UserError: a class label is none of the model's, the pipeline makes no images of this size, its components do not fit
+            together, or an image has values that are not finite.
     """
     arguments: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
     arguments |= _guidance(pipeline, guidance, guidance_interval)
+    last: dict[str, Tensor] = {}  # latents of the last step
+    if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
+        arguments["callback_on_step_end"] = _keep_latents(last, arguments.get("callback_on_step_end"))
     if (
         negative_prompt is not None
         and "negative_prompt" not in inspect.signature(pipeline.__call__).parameters
@@ -162,10 +230,39 @@ def sample_images(
             arguments["negative_prompt"] = [negative_prompt] * len(generators)
         with refusal(f"The parts of {pipeline.name_or_path or 'the model'} do not fit together"):
             result = pipeline(conditions[part], generator=generators, **arguments).images
+        _check_images(pipeline, result, last.get("latents"), prompts[part])
         images.append((result * 255).round().astype(np.uint8))
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))
     return np.concatenate(images)
+
+
+def _keep_latents(last: dict[str, Tensor], other: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return a diffusers callback that keeps the latents of the latest step, and calls another one."""
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        last["latents"] = tensors["latents"]
+        return other(pipe, step, timestep, tensors) if other is not None else tensors
+
+    return keep
+
+
+def _check_images(
+    pipeline: DiffusionPipeline, images: np.ndarray, latents: Tensor | None, prompts: list[str]
+) -> None:
+    """Refuse images [N, H, W, 3] that are not finite, which would be black, or whose latents [N, C, h, w] are not.
+
+    Clamping to [0, 1] turns infinite values of decoded latents into white.
+    """
+    finite = np.isfinite(images).all(axis=(1, 2, 3))
+    if latents is not None:
+        finite &= latents.isfinite().flatten(1).all(dim=1).cpu().numpy()
+    if not finite.all():
+        first = prompts[int(np.argmin(finite))]
+        raise UserError(
+            f"{pipeline.name_or_path or 'The model'} makes {int((~finite).sum())} of {len(finite)} images with values that are not "
+            f"finite, of {first!r:.80} for one; choose --dtype bf16 or fp32, less --guidance, or weights that have not diverged."
+        )
 
 
 def _check_size(pipeline: DiffusionPipeline, size: Bucket) -> None:

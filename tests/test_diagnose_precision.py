@@ -116,7 +116,7 @@ def test_several_ranks_are_refused(run_dir: Path, tmp_path: Path, monkeypatch: p
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="one process, but there are 2"):
+    with pytest.raises(UserError, match="one process, but this job has 2 ranks"):
         diagnose_precision(run_dir, tmp_path, batches=1)
 
 

@@ -1,10 +1,12 @@
 """Ranks from the variables of torchrun and srun, and what is refused of them."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from rmoe_megatron import launch
+from rmoe_megatron.cli import main
 from rmoe_megatron.errors import UserError
 
 TASK = {
@@ -85,3 +87,29 @@ def test_wrong_variables(
 def test_a_node_list_without_a_host(nodes: str) -> None:
     with pytest.raises(UserError, match="MASTER_ADDR"):
         launch.first_host(nodes)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample M --prompt cat", "eval shapes M --data D --out O", "convert to-hf R M", "data build-shapes O", "data pack D O",
+        "data check D O", "data index D", "data show R --draw 0", "inspect R",
+    ],
+)  # fmt: skip
+def test_what_one_process_does_is_not_done_by_every_rank(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["rmoe", *command.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "does its work in one process, but this job has 2 ranks" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

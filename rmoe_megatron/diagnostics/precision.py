@@ -43,7 +43,7 @@ from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.diagnostics.watched_products import ALL_RECIPES, watch_products
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import world_size
+from rmoe_megatron.launch import require_one_rank
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.training import preflight
@@ -93,11 +93,7 @@ def diagnose_precision(
         UserError: there is no such run, its data is not there, a setting makes another model of it, ``output`` cannot be
             written, or this is one of several ranks.
     """
-    if world_size() > 1:
-        raise UserError(
-            f"`rmoe diagnose precision` measures in one process, but there are {world_size()}; start it without torchrun, and in "
-            "one task of srun."
-        )
+    require_one_rank("rmoe diagnose precision")
     weights = RunWeights(run_dir)
     durable.check_writable(output, "--out")
     config = _read_config(weights, run_dir, overrides)

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
 from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import rank, world_size
+from rmoe_megatron.launch import rank, speaks, world_size
 from rmoe_megatron.pictures import png
-from rmoe_megatron.sampling import load_pipeline, place_pipeline, sample_images, set_scheduler
+from rmoe_megatron.sampling import describe_place, open_pipeline, sample_images
 from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.work_queue import WorkQueue
 
@@ -72,18 +71,12 @@ def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
 
 
 def build_pipeline(sampling: Sampling) -> Any:
-    """Load a model for this rank's device.
+    """Load a model onto this rank's device; see :func:`rmoe_megatron.sampling.open_pipeline`.
 
     Raises:
         UserError: the folder or a setting is wrong.
     """
-    pipeline = load_pipeline(Path(sampling.model))
-    if sampling.scheduler is not None:
-        set_scheduler(pipeline, sampling.scheduler)
-    place_pipeline(pipeline, sampling.dtype)
-    if sampling.compile:
-        pipeline.transformer = torch.compile(pipeline.transformer)
-    return pipeline
+    return open_pipeline(Path(sampling.model), sampling.dtype, sampling.scheduler, sampling.compile)
 
 
 def generate(
@@ -115,6 +108,8 @@ def generate(
         first=rank() * len(batches) // world_size(),
     )
     pipeline = None
+    if speaks() and not all(request.path.exists() for request in requests):
+        print(f"images are made {describe_place(sampling.dtype)}")
     for number in queue.take(report):
         if pipeline is None:
             pipeline = build_pipeline(sampling)

@@ -10,6 +10,7 @@ from transformers import Qwen2VLImageProcessorPil, Qwen3VLForConditionalGenerati
 
 from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.launch import local_rank
+from rmoe_megatron.platform import inference_device
 from rmoe_megatron.pretrained.config_files import OBJECT, check_unknown_keys
 from rmoe_megatron.pretrained.loading import load_judge, load_tokenizer
 from rmoe_megatron.refusal import refusal
@@ -50,7 +51,7 @@ class Qwen3VL:
 
     def __init__(self, name: str) -> None:
         folder = model_folder(name, MODEL_FILES)
-        self.device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = inference_device(local_rank())
         self.model = load_judge(folder, Qwen3VLForConditionalGeneration).to(self.device)
         self.tokenizer = load_tokenizer(folder)
         self.processor = _image_processor(folder)

@@ -1,19 +1,28 @@
 """How images are made for a benchmark: every setting has its effect, and none changes what it should not."""
 
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.dpg.evaluate import _device
 from rmoe_megatron.evaluation.generation import ImageRequest, Sampling, build_pipeline, generate, image_seed
+from rmoe_megatron.evaluation.geneval.evaluate import Settings as GenEvalSettings
+from rmoe_megatron.evaluation.geneval.evaluate import _load_judges
+from rmoe_megatron.evaluation.question_answering import Qwen3VL
+from rmoe_megatron.hf import PixelCodec
 from rmoe_megatron.processor import ProductSeconds
-from rmoe_megatron.sampling import resolve_dtype
-from tests.hf.test_pipelines import recurrent_dit
+from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images
+from tests.hf.test_pipelines import dit_pipeline, recurrent_dit
 from tests.support.sd3_pipeline import save_pipeline
 
 
@@ -106,10 +115,112 @@ def test_a_data_type_that_there_is_not_is_refused() -> None:
         resolve_dtype("fp8")
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_all_models_of_a_pipeline_are_converted(models: Path, dtype: str, expected: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_the_models_of_a_pipeline_are_converted_as_transformers_does(
+    models: Path, dtype: str, expected: torch.dtype
+) -> None:
     pipeline = build_pipeline(Sampling(str(models / "sd3"), 1, 7.0, 0, 1, dtype=dtype))
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            assert {parameter.dtype for parameter in component.parameters()} <= {expected}
-    assert pipeline.transformer.dtype is expected
+    for name, component in pipeline.components.items():
+        if not isinstance(component, torch.nn.Module):
+            continue
+        own = {key: tensor.dtype for key, tensor in component.named_parameters()}
+        if isinstance(component, PreTrainedModel):
+            loaded = type(component).from_pretrained(models / "sd3" / name, dtype=expected)
+            assert own == {key: tensor.dtype for key, tensor in loaded.named_parameters()}
+        else:
+            assert set(own.values()) == {expected}
+    # T5's outputs of feed-forward layers go beyond float16.
+    wide = dict(pipeline.text_encoder_3.named_parameters())[
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    ]
+    assert wide.dtype is (torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine with one GPU that nothing can be computed on; returns where pipelines are moved to."""
+    moves: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda self, *where: moves.append(str(where[0])))
+    return moves
+
+
+def test_a_pipeline_is_moved_to_the_gpu_of_its_rank(models: Path, one_gpu: list[str]) -> None:
+    open_pipeline(models / "sd3", "fp32")
+    assert one_gpu == ["cuda:0"]
+    assert describe_place("bf16") == "on GPU 0 in bf16"
+
+
+def test_a_rank_without_a_gpu_of_its_own_gets_the_sentence_of_training(
+    models: Path, one_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    settings = GenEvalSettings(models, detector="nowhere", clip="nowhere")
+    for use in (
+        lambda: open_pipeline(models / "sd3", "fp32"),
+        lambda: _load_judges(settings),
+        lambda: Qwen3VL(str(models)),
+        _device,
+    ):
+        with pytest.raises(
+            UserError, match=r"Rank 1 of this host finds 1 GPU\(s\); start one task for each GPU"
+        ):
+            use()
+    assert one_gpu == []
+
+
+def damaged(models: Path, folder: Path, name: str, value: float) -> Path:
+    """A copy of the SD3 folder with one value of the transformer changed."""
+    shutil.copytree(models / "sd3", folder)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "is_held"), [(1e5, "fp16", False), (1e5, "bf16", True), (float("nan"), "fp32", False)]
+)
+def test_weights_that_a_data_type_does_not_hold_are_named(
+    models: Path, tmp_path: Path, value: float, dtype: str, is_held: bool
+) -> None:
+    folder = damaged(models, tmp_path / "model", "proj_out.bias", value)
+    if is_held:
+        open_pipeline(folder, dtype)
+        return
+    with pytest.raises(
+        UserError,
+        match=f"transformer of .*model has 1 values in proj_out.bias that are not finite in {dtype}",
+    ):
+        open_pipeline(folder, dtype)
+
+
+def test_images_that_are_not_finite_are_not_written(models: Path, tmp_path: Path) -> None:
+    folder = damaged(models, tmp_path / "model", "proj_out.bias", 3e38)  # finite, but no image comes of it
+    with pytest.raises(
+        UserError, match="makes 2 of 2 images with values that are not finite, of 'two red circles' for one"
+    ):
+        make(tmp_path / "out", Sampling(str(folder), 2, 7.0, 0, 2))
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_infinite_latents_of_pixels_are_no_white_image(models: Path) -> None:
+    pipeline = dit_pipeline(is_flow=True)
+    pipeline.register_modules(vae=PixelCodec(latent_channels=4))
+    pipeline.build_image_processor()
+    pipeline.vae.decode = lambda latents, return_dict: (latents[:, :3],)
+    with torch.no_grad():
+        pipeline.transformer.proj_out_2.bias.fill_(3e38)
+    with pytest.raises(UserError, match="makes 1 of 1 images with values that are not finite"):
+        sample_images(pipeline, ["1"], [0], 2, 4.0, 1)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
@@ -28,6 +27,7 @@ from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
 from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.pictures import png
+from rmoe_megatron.platform import inference_device
 from rmoe_megatron.typed_files import read_json
 
 ANSWERS = TypeAdapter(list[dict[str, str]])
@@ -157,7 +157,7 @@ def ask_all(
 
 
 def _device() -> str:
-    return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+    return str(inference_device(local_rank()))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 
@@ -29,6 +28,7 @@ from rmoe_megatron.evaluation.geneval.rules import QUIRKS, Detection, judge, kee
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
 from rmoe_megatron.launch import local_rank, rank
+from rmoe_megatron.platform import inference_device
 from rmoe_megatron.typed_files import read_json
 
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS = 0.3, 0.9, 16  # of scores; objects per class
@@ -111,7 +111,7 @@ def judge_all(
 
 
 def _load_judges(settings: Settings) -> tuple[Detector, ColorClassifier]:
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device = inference_device(local_rank())
     detector = Detector(model_folder(settings.detector, MODEL_FILES), device)
     return detector, ColorClassifier(model_folder(settings.clip, MODEL_FILES), device)
 

@@ -35,6 +35,7 @@ from rmoe_megatron.evaluation.imagenet.metrics import (
 from rmoe_megatron.evaluation.results import markdown_table, write_results
 from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.pictures import labelled_grid, png
+from rmoe_megatron.platform import inference_device
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.sampling import sample_images
 
@@ -88,7 +89,7 @@ def evaluate_imagenet(
     starts = range(0, settings.num_images, sampling.batch_size)
     parts = [out / "parts" / f"{number:06d}.npy" for number in range(len(starts))]
     _make_parts(parts, classes, sampling, out, progress("sample"))
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device = inference_device(local_rank())
     network = functools.cache(lambda: extract or Inception(settings.inception, device))
 
     def extractor(images: NDArray[np.uint8]) -> Features:
