@@ -54,13 +54,14 @@ def check_layout(config: RunConfig, world_size: int) -> None:
 
 
 def _check_compile(config: RunConfig) -> None:
-    """A compiled block holds no collective, is not computed twice, and has no hooks on its layers."""
+    """A compiled block holds no collective, is not computed twice, has no hooks on its layers and no rotary positions."""
     parallel = config.parallel
     inside = {
         "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size > 1,
         "parallel.context_parallel_size": parallel.context_parallel_size > 1,
         "parallel.overlap_param_gather": parallel.overlap_param_gather,
         "training.recompute": config.training.recompute is not Recompute.none,
+        "model.rope_theta": config.model.rope_theta is not None,
     }
     for name, is_set in inside.items():
         require(

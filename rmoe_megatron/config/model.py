@@ -59,6 +59,11 @@ class ModelConfig:
     text_hidden_size: int = number(0, least=0, most=1 << 16)  # width of the text encoder's token states
     pooled_size: int = number(0, least=0, most=1 << 16)  # width of the pooled text embedding
     pos_embed_max_size: int = number(0, least=0, most=4096)  # in patches; images take a centred crop
+    # base of rotary positions in two dimensions, which attention sees besides the embedded ones; null has none
+    rope_theta: float | None = number(None, above=1, most=1.0e9)
+    text_on_grid: bool = (
+        False  # text tokens have rotary positions too: those of the image's patches, row by row
+    )
     dual_attention_layers: list[int] = field(
         default_factory=list
     )  # blocks with SD3.5-medium's second attention

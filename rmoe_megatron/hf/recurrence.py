@@ -4,12 +4,17 @@ The equations are those of :mod:`rmoe_megatron.model.recurrence.recurrence` with
 module with the largest logit, with weight 1.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1.0e-6
+
+# Turns queries or keys [B, heads, S, head_dim] by rotary positions; None leaves them.
+Turn = Callable[[Tensor], Tensor] | None
 
 
 class Gate(nn.Module):
@@ -96,7 +101,12 @@ class Recurrence(nn.Module):
         self.experts = Experts(hidden_size, num_modules, rank)
 
     def forward(
-        self, attention: Attention, vision: Tensor, text: Tensor | None, temb: Tensor
+        self,
+        attention: Attention,
+        vision: Tensor,
+        text: Tensor | None,
+        temb: Tensor,
+        positions: tuple[Turn, Turn] = (None, None),
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention output of vision [B, S, H] and text [B, L, H] (None in SD3's last block and in DiT).
 
@@ -105,30 +115,19 @@ class Recurrence(nn.Module):
             vision: modulated vision tokens [B, S, H].
             text: modulated text tokens [B, L, H]; None in DiT.
             temb: conditioning vector [B, H], before SiLU.
+            positions: rotary ones of vision and of text, as what turns queries and keys by them.
         """
         conditioning = F.silu(temb)
-        text_qkv = None if text is None else self.text_qkv(attention, text)
+        of_text = None if text is None else text_qkv(attention, text, positions[1])
         state = vision
         for _ in range(self.steps - 1):
-            query, key, value = self.vision_qkv(attention, self.apply_modules(state, conditioning))
-            if text_qkv is not None:
-                key, value = torch.cat((key, text_qkv[1]), 2), torch.cat((value, text_qkv[2]), 2)
+            projected = self.apply_modules(state, conditioning)
+            query, key, value = vision_qkv(attention, projected, positions[0])
+            if of_text is not None:
+                key, value = torch.cat((key, of_text[1]), 2), torch.cat((value, of_text[2]), 2)
             state = attention.to_out[0](attend(query, key, value)) + vision
-        base = torch.cat((attention.to_q(vision), attention.to_k(vision), attention.to_v(vision)), dim=-1)
-        qkv = self.vision_qkv(attention, self.apply_modules(state, conditioning) + base)
-        if text_qkv is not None:
-            qkv = tuple(torch.cat(parts, dim=2) for parts in zip(qkv, text_qkv, strict=True))
-        attended = attend(*qkv)
-        output = attention.to_out[0](attended[:, : vision.shape[1]])
-        if text is None or attention.context_pre_only:
-            return output, None
-        return output, attention.to_add_out(attended[:, vision.shape[1] :])
-
-    @staticmethod
-    def text_qkv(attention: Attention, text: Tensor) -> tuple[Tensor, ...]:
-        """Project text tokens [B, L, H] to normalised heads; they are the same in every latent step."""
-        projected = attention.add_q_proj(text), attention.add_k_proj(text), attention.add_v_proj(text)
-        return normalise(heads(attention, *projected), attention.norm_added_q, attention.norm_added_k)
+        projected = self.apply_modules(state, conditioning) + project_vision(attention, vision)
+        return attend_jointly(attention, vision_qkv(attention, projected, positions[0]), of_text)
 
     def apply_modules(self, state: Tensor, conditioning: Tensor) -> Tensor:
         """Project token states [B, S, H] with the module picked for each; returns [B, S, 3 H]."""
@@ -139,10 +138,35 @@ class Recurrence(nn.Module):
             tokens = tokens * (1 + scale) + shift
         return self.experts(tokens.flatten(0, 1), modules.flatten()).unflatten(0, state.shape[:2])
 
-    @staticmethod
-    def vision_qkv(attention: Attention, projected: Tensor) -> tuple[Tensor, ...]:
-        """Split [B, S, 3 H] into normalised heads."""
-        return normalise(heads(attention, *projected.chunk(3, dim=-1)), attention.norm_q, attention.norm_k)
+
+def text_qkv(attention: Attention, text: Tensor, turn: Turn) -> tuple[Tensor, ...]:
+    """Project text tokens [B, L, H] to normalised heads; they are the same in every latent step."""
+    projected = attention.add_q_proj(text), attention.add_k_proj(text), attention.add_v_proj(text)
+    return normalise(heads(attention, *projected), attention.norm_added_q, attention.norm_added_k, turn)
+
+
+def project_vision(attention: Attention, vision: Tensor) -> Tensor:
+    """Project vision tokens [B, S, H] with the block's own weights, to [B, S, 3 H]."""
+    return torch.cat((attention.to_q(vision), attention.to_k(vision), attention.to_v(vision)), dim=-1)
+
+
+def vision_qkv(attention: Attention, projected: Tensor, turn: Turn) -> tuple[Tensor, ...]:
+    """Split [B, S, 3 H] into normalised heads."""
+    return normalise(heads(attention, *projected.chunk(3, dim=-1)), attention.norm_q, attention.norm_k, turn)
+
+
+def attend_jointly(
+    attention: Attention, vision: tuple[Tensor, ...], text: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the outputs of vision [B, S, H] and text [B, L, H] (None in SD3's last block and in DiT) from their heads."""
+    length, joint = vision[0].shape[2], vision
+    if text is not None:
+        joint = tuple(torch.cat(parts, dim=2) for parts in zip(vision, text, strict=True))
+    attended = attend(*joint)
+    output = attention.to_out[0](attended[:, :length])
+    if text is None or attention.context_pre_only:
+        return output, None
+    return output, attention.to_add_out(attended[:, length:])
 
 
 def heads(attention: Attention, *streams: Tensor) -> tuple[Tensor, ...]:
@@ -151,15 +175,18 @@ def heads(attention: Attention, *streams: Tensor) -> tuple[Tensor, ...]:
 
 
 def normalise(
-    qkv: tuple[Tensor, ...], norm_query: nn.Module | None, norm_key: nn.Module | None
+    qkv: tuple[Tensor, ...],
+    norm_query: nn.Module | None,
+    norm_key: nn.Module | None,
+    turn: Turn,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply the QK norm where the block has one."""
+    """Apply the QK norm where the block has one, and rotary positions where there are any."""
     query, key, value = qkv
-    return (
-        norm_query(query) if norm_query is not None else query,
-        norm_key(key) if norm_key is not None else key,
-        value,
-    )
+    query = norm_query(query) if norm_query is not None else query
+    key = norm_key(key) if norm_key is not None else key
+    if turn is not None:
+        query, key = turn(query), turn(key)
+    return query, key, value
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 This file and those it imports need diffusers alone: an exported folder can carry them (``--remote-code``).
 """
 
+from functools import partial
 from typing import Any
 
 from diffusers import ModelMixin, SD3Transformer2DModel
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from rmoe_megatron.hf.carried_code import CarriesCode
 
-from .recurrence import Recurrence
+from .recurrence import Recurrence, Turn, attend_jointly, project_vision, text_qkv, vision_qkv
+from .rotary import grid_rotary, rotate
 
 # DiffusionPipeline.from_pretrained loads a class of another library only if that module also names ModelMixin.
 __all__ = ["ModelMixin", "RecurrentSD3Transformer2DModel"]
@@ -24,10 +26,32 @@ class RecurrentJointAttnProcessor:
     """Runs the recurrence of an attention layer in place of diffusers' JointAttnProcessor2_0."""
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **_: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        positions: tuple[Turn, Turn] = (None, None),
+        **_: Any,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Return what JointAttnProcessor2_0 returns; ``temb`` [B, H] is the conditioning vector."""
-        return attn.recurrence(attn, hidden_states, encoder_hidden_states, temb)
+        return attn.recurrence(attn, hidden_states, encoder_hidden_states, temb, positions)
+
+
+class RotaryJointAttnProcessor:
+    """Joint attention with rotary positions, in a block without recurrence."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        positions: tuple[Turn, Turn],
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what JointAttnProcessor2_0 returns; ``positions`` are those of vision and of text."""
+        vision = vision_qkv(attn, project_vision(attn, hidden_states), positions[0])
+        return attend_jointly(attn, vision, text_qkv(attn, encoder_hidden_states, positions[1]))
 
 
 class DualAttnProcessor(JointAttnProcessor2_0):
@@ -75,6 +99,8 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
         recurrence: keys ``layers`` (block numbers from 0), ``num_modules``, ``steps``, ``rank`` (None: full rank),
             ``modulation`` and ``gate_inputs``; None is exactly SD3Transformer2DModel. The other arguments are those
             of SD3Transformer2DModel.
+        rope_theta: base of the rotary positions in two dimensions; None has none.
+        text_on_grid: text tokens have the rotary positions of the patches of an image of ``sample_size``.
         min_sigma: None: the network's output is the velocity. Otherwise the network predicts the sample, from which
             the velocity follows as ``(noisy - sample) / max(sigma, min_sigma)``.
     """
@@ -102,6 +128,8 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
         qk_norm: str | None = None,
         recurrence: dict[str, Any] | None = None,
         min_sigma: float | None = None,
+        rope_theta: float | None = None,
+        text_on_grid: bool = False,
     ) -> None:
         super().__init__(
             sample_size=sample_size,
@@ -129,15 +157,35 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
                 use_dual_attention=layer in dual_attention_layers,
                 recurrence=Recurrence(self.inner_dim, **settings),
             )
+        if rope_theta is not None:
+            for block in self.transformer_blocks:
+                if not isinstance(block, RecurrentJointTransformerBlock):
+                    block.attn.set_processor(RotaryJointAttnProcessor())
 
     def forward(self, hidden_states: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Predict the velocity; see diffusers' SD3Transformer2DModel."""
+        if self.config.rope_theta is not None:
+            arguments = {
+                **(kwargs.get("joint_attention_kwargs") or {}),
+                "positions": self.positions(hidden_states),
+            }
+            kwargs["joint_attention_kwargs"] = arguments
         output = super().forward(hidden_states, *args, return_dict=False, **kwargs)[0]
         if self.config.min_sigma is not None:
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[2]
             sigma = (timestep / 1000).clamp_min(self.config.min_sigma).view(-1, 1, 1, 1)
             output = ((hidden_states.float() - output.float()) / sigma).to(output.dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def positions(self, latents: Tensor) -> tuple[Turn, Turn]:
+        """Return what turns queries and keys of vision and of text for latents [B, C, height, width]."""
+        config = self.config
+        height, width = (side // config.patch_size for side in latents.shape[2:])
+        side = config.sample_size // config.patch_size
+        of_grid = (config.attention_head_dim, config.rope_theta, latents.device)
+        vision = partial(rotate, rotary=grid_rotary(height, width, *of_grid))
+        text = partial(rotate, rotary=grid_rotary(side, side, *of_grid)) if config.text_on_grid else None
+        return vision, text
 
     @property
     def recurrent_blocks(self) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from rmoe_megatron.hf.rotary import Rotary, rotate
 from rmoe_megatron.model.rms_norm import rms_norm
 from rmoe_megatron.model.sequence import gather_context, mark_partial
 
@@ -29,6 +30,13 @@ class QueryKeyValue(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+
+
+class Positions(NamedTuple):
+    """Rotary positions of this rank's tokens: of vision [S / CP, head_dim], and of text [L_pad / CP, head_dim] if it has any."""
+
+    vision: Rotary
+    text: Rotary | None
 
 
 def split_heads(projected: Tensor, head_dim: int) -> Tensor:
@@ -140,9 +148,19 @@ class Attention(MegatronModule):
         """Project tokens to heads; rows of the weight are ordered (head, q|k|v, head_dim), so that TP splits whole heads."""
         return linear_qkv(hidden_states)[0].unflatten(-1, (-1, 3, self.head_dim))
 
-    def normalise_and_gather(self, qkv: Tensor, norm: QueryKeyNorm | None) -> QueryKeyValue:
-        """Return normalised queries of this rank's tokens [S / CP, ...] with keys and values of all tokens [S, ...]."""
+    def normalise_and_gather(
+        self, qkv: Tensor, norm: QueryKeyNorm | None, rotary: Rotary | None
+    ) -> QueryKeyValue:
+        """Return normalised queries of this rank's tokens [S / CP, ...] with keys and values of all tokens [S, ...].
+
+        Args:
+            rotary: turns queries and keys of this rank's tokens, [S / CP, head_dim]; None leaves them.
+        """
         query, key, value = norm(qkv) if norm else qkv.unbind(dim=-2)
+        if rotary is not None:
+            query, key = (
+                rotate(each.permute(1, 2, 0, 3), rotary).permute(2, 0, 1, 3) for each in (query, key)
+            )
         return QueryKeyValue(query, gather_context(key, self.config), gather_context(value, self.config))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -151,17 +169,22 @@ class Attention(MegatronModule):
             return checkpoint(self.core_attention, False, query, key, value, None)
         return self.core_attention(query, key, value, attention_mask=None)
 
-    def attend_vision(self, vision: Tensor, text: QueryKeyValue | None) -> Tensor:
+    def attend_vision(
+        self, vision: Tensor, text: QueryKeyValue | None, positions: Positions | None = None
+    ) -> Tensor:
         """Attend from the vision tokens alone, to themselves and to text where there is any.
 
         Args:
             vision: heads [S / CP, B, heads / TP, 3, head_dim], not normalised; the QK norm acts on the sum of base and module projections.
             text: from :meth:`JointAttention.project_text`.
+            positions: of a model with rotary ones.
 
         Returns:
             [S / (CP TP), B, H], this rank's tokens.
         """
-        query, key, value = self.normalise_and_gather(vision, self.qk_norm)
+        query, key, value = self.normalise_and_gather(
+            vision, self.qk_norm, None if positions is None else positions.vision
+        )
         if text is not None:
             key, value = join_streams(text.key, key), join_streams(text.value, value)
         return self.linear_proj(self.attend(query, key, value))[0]
@@ -179,9 +202,11 @@ class SelfAttention(Attention):
         self.core_attention = self._core_attention(layer_number)
         self.linear_proj = self._linear_proj()
 
-    def forward(self, vision: Tensor, text: QueryKeyValue | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, vision: Tensor, text: QueryKeyValue | None = None, positions: Positions | None = None
+    ) -> tuple[Tensor, None]:
         """Return the attention output of vision [S / (CP TP), B, H] and None for the text that there is not."""
-        return self.attend_vision(vision, text), None
+        return self.attend_vision(vision, text, positions), None
 
 
 class JointAttention(Attention):
@@ -212,34 +237,41 @@ class JointAttention(Attention):
         self.linear_proj = self._linear_proj()
         self.linear_proj_context = None if context_pre_only else self._linear_proj()
 
-    def project_text(self, hidden_states: Tensor) -> QueryKeyValue:
+    def project_text(self, hidden_states: Tensor, positions: Positions | None = None) -> QueryKeyValue:
         """Project text tokens [L_pad / (CP TP), B, H]; independent of the latent step, so called once per block.
 
         Returns:
             Normalised queries of this rank's tokens [L_pad / CP, ...], keys and values of all text [L, ...].
         """
         qkv = self.project(self.linear_qkv_context, hidden_states)
-        query, key, value = self.normalise_and_gather(qkv, self.qk_norm_context)
+        query, key, value = self.normalise_and_gather(
+            qkv, self.qk_norm_context, None if positions is None else positions.text
+        )
         if self.linear_proj_context is None and self.qk_norm_context is not None:
             # Nothing asks with the last block's text queries. A gradient of zero instead of none tells overlapped
             # reductions that the weight is done.
             key = key.addcmul(self.qk_norm_context.query_weight, key.new_zeros(()))
         return QueryKeyValue(query, key[: self.text_length], value[: self.text_length])
 
-    def forward(self, vision: Tensor, text: QueryKeyValue) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, vision: Tensor, text: QueryKeyValue, positions: Positions | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend over both streams.
 
         Args:
             vision: heads [S / CP, B, heads / TP, 3, head_dim], not normalised; the QK norm acts on the sum of base and module projections.
             text: from :meth:`project_text`.
+            positions: of a model with rotary ones.
 
         Returns:
             The attention output of this rank's tokens, vision [S / (CP TP), B, H] and text [L_pad / (CP TP), B, H] or
             None.
         """
         if self.linear_proj_context is None:
-            return self.attend_vision(vision, text), None
-        normalised = self.normalise_and_gather(vision, self.qk_norm)
+            return self.attend_vision(vision, text, positions), None
+        normalised = self.normalise_and_gather(
+            vision, self.qk_norm, None if positions is None else positions.vision
+        )
         joint = [join_streams(*parts) for parts in zip(text, normalised, strict=True)]
         output_text, output_vision = self.attend(*joint).tensor_split([text.query.shape[0]])
         return self.linear_proj(output_vision)[0], self.linear_proj_context(output_text)[0]

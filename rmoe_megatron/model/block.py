@@ -2,11 +2,13 @@
 
 Hidden states are one tensor [L + S, B, H], text first (L = 0 in DiT), so that Megatron-Core's pipeline schedule and
 recomputation work as they are; :mod:`rmoe_megatron.model.sequence` says which part of it a rank has. Of TransformerBlock's
-arguments, ``context`` carries the conditioning and ``context_mask`` the samples' random keys.
+arguments, ``context`` carries the conditioning, ``context_mask`` the samples' random keys, and ``rotary_pos_emb`` what of rotary
+positions a rank needs.
 """
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
+from rmoe_megatron.model.attention import Positions
 from rmoe_megatron.model.modulation import modulate
 from rmoe_megatron.platform import compiled
 
@@ -100,32 +103,45 @@ class Block(MegatronModule, BaseTransformerLayer):
         """Build the block without what is added to it."""
         raise NotImplementedError
 
-    def transform(self, hidden_states: Tensor, context: Tensor, keys: Tensor) -> Tensor:
+    def transform(
+        self, hidden_states: Tensor, context: Tensor, keys: Tensor, positions: Positions | None = None
+    ) -> Tensor:
         """Return the hidden states after the block."""
         raise NotImplementedError
 
     def forward(
-        self, hidden_states: Tensor, context: Tensor, context_mask: Tensor, **_: object
+        self,
+        hidden_states: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
+        rotary_pos_emb: Positions | None = None,
+        **_: object,
     ) -> tuple[Tensor, Tensor]:
         """Apply the block and hand ``context`` on, as TransformerBlock wants it; see :meth:`transform`."""
         inputs = (hidden_states, context, context_mask)
         if self.settings.recompute and self.training:
-            return checkpoint(self.transform, False, *inputs), context
+            return checkpoint(partial(self.transform, positions=rotary_pos_emb), False, *inputs), context
         transform = self.compiled_transform if self.training else self.transform
-        return transform(*inputs), context
+        return transform(*inputs, rotary_pos_emb), context
 
     def build_mlp(self, submodules: BlockSubmodules) -> MegatronModule:
         """Build the MLP of one stream."""
         return build_module(submodules.mlp, config=self.config, ffn_hidden_size=self.config.ffn_hidden_size)
 
     def attend(
-        self, vision: Tensor, text: Tensor | None, conditioning: Tensor, keys: Tensor
+        self,
+        vision: Tensor,
+        text: Tensor | None,
+        conditioning: Tensor,
+        keys: Tensor,
+        positions: Positions | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention output of modulated vision tokens [S, B, H] and text tokens [L, B, H]."""
         if self.addition is not None:
-            return self.addition(self.attention, vision, text, conditioning, keys)
+            return self.addition(self.attention, vision, text, conditioning, keys, positions)
         vision_qkv = self.attention.project_vision(vision)
-        return self.attention(vision_qkv, None if text is None else self.attention.project_text(text))
+        text_qkv = None if text is None else self.attention.project_text(text, positions)
+        return self.attention(vision_qkv, text_qkv, positions)
 
     def feed_forward(
         self, mlp: MegatronModule, hidden_states: Tensor, shift: Tensor, scale: Tensor, gate: Tensor

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.rectified_flow import to_velocity
+from rmoe_megatron.hf.rotary import Rotary, grid_rotary
+from rmoe_megatron.model.attention import Positions
 from rmoe_megatron.model.block import BlockSettings
 from rmoe_megatron.model.layer_specs import stage_spec
 from rmoe_megatron.model.layers import Layers
 from rmoe_megatron.model.modulation import Modulation, modulate
-from rmoe_megatron.model.sequence import gather, mark_partial
+from rmoe_megatron.model.sequence import gather, mark_partial, scatter_context
 from rmoe_megatron.model.transformer_config import transformer_config
 
 
@@ -125,6 +127,24 @@ class DiffusionTransformer(MegatronModule):
             if name.startswith(f"{prefix}{self.conditioning_module}."):
                 state[name] = replace(entry, replica_id=(self.stage, *entry.replica_id[1:]))
         return state
+
+    def positions(self, latents: Tensor) -> Positions | None:
+        """Return the rotary positions of this rank's tokens for latents [B, C, height, width]; None for a model without them.
+
+        Text tokens stand at the first row and column, or with ``model.text_on_grid`` on the grid of the model's own square.
+        """
+        model = self.run_config.model
+        if model.rope_theta is None:
+            return None
+        head_dim, theta = model.hidden_size // model.num_attention_heads, model.rope_theta
+
+        def scattered(height: int, width: int) -> Rotary:
+            whole = grid_rotary(height, width, head_dim, theta, latents.device)
+            return Rotary(*(scatter_context(table, self.config) for table in whole))
+
+        height, width = (side // model.patch_size for side in latents.shape[2:])
+        side = model.sample_size // model.patch_size
+        return Positions(scattered(height, width), scattered(side, side) if model.text_on_grid else None)
 
     def project_out(
         self, vision: Tensor, shift: Tensor, scale: Tensor, latents: Tensor, timestep: Tensor

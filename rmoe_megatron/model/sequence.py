@@ -44,6 +44,13 @@ def scatter(tokens: Tensor, config: TransformerConfig) -> Tensor:
     return padded.chunk(shards)[shard_index(config)]
 
 
+def scatter_context(table: Tensor, config: TransformerConfig) -> Tensor:
+    """Keep the rows [L_pad / CP, ...] of a table [L, ...] that belong to the heads' tokens of this rank; padding is zero."""
+    missing = padded_length(len(table), num_shards(config)) - len(table)
+    padded = F.pad(table, (0, 0, 0, missing)) if missing else table
+    return padded.chunk(config.context_parallel_size)[parallel_state.get_context_parallel_rank()]
+
+
 def gather(tokens: Tensor, config: TransformerConfig) -> Tensor:
     """Put a stream together, [S / (CP TP), B, H] to [S, B, H]; what follows is the same on every rank."""
     groups = []

@@ -43,6 +43,8 @@ def beyond_diffusers(config: ModelDescription) -> list[str]:
     found = []
     if config.recurrence is not None:
         found.append("recurrence")
+    if config.model.rope_theta is not None:
+        found.append(f"model.rope_theta={config.model.rope_theta:g}")
     if config.diffusion.prediction is Prediction.sample:
         found.append("diffusion.prediction=sample")
     if config.model.downscale_freq_shift != ModelConfig.downscale_freq_shift:

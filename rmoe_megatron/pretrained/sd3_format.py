@@ -27,6 +27,8 @@ class SD3Config(TransformerConfig):
         Annotated[list[Annotated[int, Field(ge=0, lt=MAX_LAYERS)]], Field(max_length=MAX_LAYERS)] | None
     ]
     qk_norm: NotRequired[str | None]
+    rope_theta: NotRequired[Annotated[float, Field(gt=1, le=1e9)] | None]
+    text_on_grid: NotRequired[bool]
     min_sigma: NotRequired[Annotated[float, Field(gt=0, le=1)] | None]
 
 
@@ -50,6 +52,8 @@ class SD3Format(TransformerFormat):
         }
         if description.diffusion.prediction is Prediction.sample:
             arguments["min_sigma"] = MIN_SIGMA
+        if model.rope_theta is not None:
+            arguments |= {"rope_theta": model.rope_theta, "text_on_grid": model.text_on_grid}
         return arguments
 
     def model_settings(self, values: dict[str, Any], path: Path, text_length: int) -> dict[str, Any]:
@@ -67,4 +71,6 @@ class SD3Format(TransformerFormat):
             "pooled_size": values["pooled_projection_dim"],
             "pos_embed_max_size": values["pos_embed_max_size"],
             "dual_attention_layers": list(values.get("dual_attention_layers") or ()),
+            "rope_theta": values.get("rope_theta"),
+            "text_on_grid": values.get("text_on_grid", False),
         }

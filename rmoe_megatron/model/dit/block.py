@@ -4,7 +4,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
 from rmoe_megatron.config.model import ModelConfig
-from rmoe_megatron.model.attention import SelfAttention
+from rmoe_megatron.model.attention import Positions, SelfAttention
 from rmoe_megatron.model.block import Block, BlockSettings, BlockSubmodules
 from rmoe_megatron.model.layers import Layers
 from rmoe_megatron.model.modulation import Modulation, modulate
@@ -31,19 +31,22 @@ class DiTBlock(Block):
         )
         self.mlp = self.build_mlp(submodules)
 
-    def transform(self, hidden_states: Tensor, context: Tensor, keys: Tensor) -> Tensor:
+    def transform(
+        self, hidden_states: Tensor, context: Tensor, keys: Tensor, positions: Positions | None = None
+    ) -> Tensor:
         """Apply the block.
 
         Args:
             hidden_states: this rank's tokens [S / (CP TP), B, H].
             context: conditioning after SiLU, [1, B, H] for all blocks or [num_layers, B, H], one for each.
             keys: of the counter-based random numbers, int64 [B].
+            positions: of a model with rotary ones.
         """
         conditioning = (
             context if context.shape[0] == 1 else context[self.layer_number - 1 : self.layer_number]
         )
         shift, scale, gate, *modulation_mlp = self.modulation(conditioning)
         vision_input = modulate(hidden_states, shift, scale)
-        attended = self.attend(vision_input, None, conditioning, keys)[0]
+        attended = self.attend(vision_input, None, conditioning, keys, positions)[0]
         hidden_states = hidden_states.addcmul(gate, attended)
         return self.feed_forward(self.mlp, hidden_states, *modulation_mlp)

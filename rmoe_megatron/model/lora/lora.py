@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from rmoe_megatron.config.model import LoraConfig
-from rmoe_megatron.model.attention import Attention, split_heads
+from rmoe_megatron.model.attention import Attention, Positions, split_heads
 
 
 def lora_spec(lora: LoraConfig) -> ModuleSpec:
@@ -51,11 +51,17 @@ class Lora(MegatronModule):
         set_tensor_model_parallel_attributes(self.up, is_parallel=True, dim=1, stride=1)
 
     def forward(
-        self, attention: Attention, vision: Tensor, text: Tensor | None, conditioning: Tensor, keys: Tensor
+        self,
+        attention: Attention,
+        vision: Tensor,
+        text: Tensor | None,
+        conditioning: Tensor,
+        keys: Tensor,
+        positions: Positions | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the block's attention output for vision and text; arguments are those of the recurrence."""
-        text_qkv = None if text is None else attention.project_text(text)
-        return attention(attention.project_vision(vision) + self.project(vision), text_qkv)
+        text_qkv = None if text is None else attention.project_text(text, positions)
+        return attention(attention.project_vision(vision) + self.project(vision), text_qkv, positions)
 
     def project(self, hidden_states: Tensor) -> Tensor:
         """Project this rank's vision tokens [S / (CP TP), B, H] to its heads [S / CP, B, heads / TP, 3, head_dim]."""

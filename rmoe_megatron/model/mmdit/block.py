@@ -8,7 +8,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
 from rmoe_megatron.config.model import ModelConfig
-from rmoe_megatron.model.attention import JointAttention, SelfAttention
+from rmoe_megatron.model.attention import JointAttention, Positions, SelfAttention
 from rmoe_megatron.model.block import Block, BlockSettings, BlockSubmodules
 from rmoe_megatron.model.layers import Layers
 from rmoe_megatron.model.modulation import Modulation, modulate
@@ -53,13 +53,16 @@ class JointBlock(Block):
         self.mlp_context = None if last else self.build_mlp(submodules)
         self.dual_attention = build_module(submodules.dual_attention, **arguments) if has_dual else None
 
-    def transform(self, hidden_states: Tensor, context: Tensor, keys: Tensor) -> Tensor:
+    def transform(
+        self, hidden_states: Tensor, context: Tensor, keys: Tensor, positions: Positions | None = None
+    ) -> Tensor:
         """Apply the block.
 
         Args:
             hidden_states: this rank's tokens [(L_pad + S) / (CP TP), B, H], text first.
             context: conditioning [1, B, H], after SiLU.
             keys: of the counter-based random numbers, int64 [B].
+            positions: of a model with rotary ones.
         """
         shards = num_shards(self.config)
         text, vision = hidden_states.tensor_split(
@@ -72,7 +75,7 @@ class JointBlock(Block):
             text_shift, text_scale, text_gate, *text_modulation_mlp = self.modulation_context(context)
 
         vision_input, text_input = modulate(vision, shift, scale), modulate(text, text_shift, text_scale)
-        attended, text_attended = self.attend(vision_input, text_input, context, keys)
+        attended, text_attended = self.attend(vision_input, text_input, context, keys, positions)
         if self.dual_attention is not None:
             dual_shift, dual_scale, dual_gate = dual
             dual_input = modulate(vision, dual_shift, dual_scale)

@@ -15,6 +15,24 @@ from rmoe_megatron.model.family import (
 )
 
 
+def _check_rotary(model: ModelConfig) -> None:
+    head_dim, patches = model.hidden_size // model.num_attention_heads, model.sample_size // model.patch_size
+    require(
+        model.rope_theta is None or head_dim % 4 == 0,
+        f"model.rope_theta turns pairs of a head's dimensions for two axes, so hidden_size / num_attention_heads ({head_dim}) "
+        "must be a multiple of 4.",
+    )
+    require(
+        model.rope_theta is None or not model.dual_attention_layers,
+        "model.rope_theta is not for blocks with a second attention; set dual_attention_layers=[] or rope_theta=null.",
+    )
+    require(
+        not model.text_on_grid or (model.rope_theta is not None and model.text_length == patches**2),
+        f"model.text_on_grid needs rope_theta and a text token for each of the image's {patches} x {patches} patches, but "
+        f"rope_theta is {model.rope_theta} and text_length {model.text_length}.",
+    )
+
+
 class MMDiTFamily(Family):
     """Vision and text tokens in one attention, each stream with its own weights."""
 
@@ -69,6 +87,7 @@ class MMDiTFamily(Family):
             f"model.pos_embed_max_size ({model.pos_embed_max_size}) must be at least sample_size / patch_size "
             f"({patches}).",
         )
+        _check_rotary(model)
 
     def conditioning_multiply_adds(self, model: ModelConfig) -> float:
         """Return multiply-adds of the embeddings of timestep, pooled text and text tokens."""

@@ -72,7 +72,11 @@ class MMDiT(DiffusionTransformer):
             streams = [scatter(tokens.transpose(0, 1), self.config) for tokens in (text, vision)]
             hidden_states = torch.cat(streams)
         hidden_states = self.transformer(
-            hidden_states, attention_mask=None, context=conditioning, context_mask=sample_keys
+            hidden_states,
+            attention_mask=None,
+            context=conditioning,
+            context_mask=sample_keys,
+            rotary_pos_emb=self.positions(latents),
         )
         if not self.post_process:
             return hidden_states

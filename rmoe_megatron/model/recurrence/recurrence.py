@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from rmoe_megatron.config.model import RecurrenceConfig
-from rmoe_megatron.model.attention import Attention, QueryKeyValue, split_heads
+from rmoe_megatron.model.attention import Attention, Positions, QueryKeyValue, split_heads
 from rmoe_megatron.model.modulation import Modulation, layer_norm, modulate
 from rmoe_megatron.model.recurrence.dispatch import QueryKeyValueDispatcher
 from rmoe_megatron.model.recurrence.experts import Experts
@@ -71,7 +71,13 @@ class Recurrence(MegatronModule):
         )
 
     def forward(
-        self, attention: Attention, vision: Tensor, text: Tensor | None, conditioning: Tensor, keys: Tensor
+        self,
+        attention: Attention,
+        vision: Tensor,
+        text: Tensor | None,
+        conditioning: Tensor,
+        keys: Tensor,
+        positions: Positions | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the block's attention output for vision [S, B, H] and text [L, B, H] (None in SD3's last block and DiT).
 
@@ -81,8 +87,9 @@ class Recurrence(MegatronModule):
             text: likewise text tokens, [L_pad / (CP TP), B, H]; None in DiT.
             conditioning: [1, B, H], after SiLU.
             keys: int64 [B], the samples' keys of the counter-based random numbers.
+            positions: of a model with rotary ones; the same in every latent step.
         """
-        text_qkv = None if text is None else attention.project_text(text)
+        text_qkv = None if text is None else attention.project_text(text, positions)
         noise = self.gate.draw_noise(keys, len(vision), self.steps) if self.training else [None] * self.steps
         # What the latent steps have in common.
         scale, shift = self.modulation(conditioning) if self.modulation is not None else (None, None)
@@ -91,7 +98,8 @@ class Recurrence(MegatronModule):
         def latent_step(step: int, state: Tensor, *inputs: Tensor | None) -> Tensor:
             module_qkv = self.apply_modules(attention, state, noise[step], *inputs[: len(shared)])
             text = inputs[len(shared) :]
-            return attention.attend_vision(module_qkv, QueryKeyValue(*text) if text else None)  # type: ignore[arg-type]
+            text_qkv = QueryKeyValue(*text) if text else None  # type: ignore[arg-type]
+            return attention.attend_vision(module_qkv, text_qkv, positions)
 
         state = vision
         for step in range(self.steps - 1):
@@ -102,7 +110,7 @@ class Recurrence(MegatronModule):
                 attended = latent_step(step, *inputs)
             state = vision + attended
         module_qkv = self.apply_modules(attention, state, noise[-1], *shared)
-        return attention(module_qkv + attention.project_vision(vision), text_qkv)
+        return attention(module_qkv + attention.project_vision(vision), text_qkv, positions)
 
     @torch.compiler.disable  # how many tokens a module gets is known on the host only
     def apply_modules(
