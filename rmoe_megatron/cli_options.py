@@ -82,7 +82,10 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
         UserError: the file is no text, or there is no prompt.
     """
     if file is not None:
-        prompts = [*prompts, *(line.strip() for line in lines_of(read_text(file)) if line.strip())]
+        prompts = [
+            *prompts,
+            *(line.strip() for line in lines_of(read_text(file, follow=True)) if line.strip()),
+        ]
     if not prompts:
         raise UserError("There is no prompt; give --prompt TEXT or --prompts-file FILE.")
     return prompts

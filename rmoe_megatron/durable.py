@@ -23,7 +23,9 @@ def sync(path: Path) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, put it on the disk and rename it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.unlink(missing_ok=True)  # a link there would lead elsewhere
+    with partial.open("xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
     sync(partial)
     partial.rename(path)
     sync(path.parent)
@@ -39,6 +41,7 @@ def writing(path: Path) -> Iterator[Path]:
         Where to write.
     """
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         sync(partial)

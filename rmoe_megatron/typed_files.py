@@ -5,15 +5,14 @@ Nothing here hangs on a pipe, reads without bound or recurses without bound.
 
 import json
 import math
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.regular_files import read_bytes
 
 MAX_BYTES = 64 << 20  # tokenizers are the largest, with some 30 MB
 MAX_SHOWN = 60  # characters of a wrong value
@@ -23,39 +22,16 @@ OPEN = ConfigDict(strict=True, extra="allow")
 CLOSED = ConfigDict(strict=True, extra="forbid")
 
 
-def check_regular(path: Path) -> None:
-    """Check that ``path`` is a file that can be opened and read to an end.
-
-    Raises:
-        UserError: there is none, it is a folder, a pipe or a device, or it may not be read.
-    """
-    try:
-        # Without O_NONBLOCK opening a pipe would wait for its other end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{_shown_path(path)} cannot be read ({reason}); check the path.") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path} is no regular file; put the file there that belongs there.")
-    finally:
-        os.close(descriptor)
-
-
-def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+def read_text(path: Path, max_bytes: int = MAX_BYTES, follow: bool = False) -> str:
     """Return a file's text.
+
+    Args:
+        follow: the user names this very file, which may then be a link to anywhere.
 
     Raises:
         UserError: it is no regular file, is larger than ``max_bytes``, or is not UTF-8.
     """
-    check_regular(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-    if len(content) > max_bytes:
-        raise UserError(f"{path} has more than {max_bytes} bytes, too many for what it should be.")
+    content = read_bytes(path, max_bytes, follow=follow)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -159,7 +135,3 @@ def _refuse(where: str, error: ValidationError) -> NoReturn:
         f"{where} has {key} {shown(first['input'])}" if key else f"{where} holds {shown(first['input'])}"
     )
     raise UserError(f"{subject}, but {rule}.") from error
-
-
-def _shown_path(path: Path) -> str:
-    return str(path) if str(path).isprintable() else repr(str(path))

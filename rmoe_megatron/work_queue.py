@@ -8,6 +8,7 @@ is started again, with any number of processes, does again what was in flight an
 import os
 import shutil
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,8 +80,11 @@ class WorkQueue:
 
     def _is_void(self, path: Path) -> bool:
         try:
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode):  # a pipe would keep who reads it waiting
+                return True
             host, _, process = path.read_text().partition(" ")
-            age = time.time() - path.stat().st_mtime
+            age = time.time() - found.st_mtime
         except FileNotFoundError:
             return False
         if host == socket.gethostname() and process.isdigit() and not _is_alive(int(process)):

@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter, with_config
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.unpickling import METADATA, find_untrusted
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.regular_files import check_subfolder, open_regular
 from rmoe_megatron.typed_files import CLOSED, OPEN, read_json
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def list_checkpoints(run_dir: Path) -> list[CheckpointFolder]:
     """Return the published checkpoints of a run, newest first; unfinished ones have other names.
 
     Raises:
-        UserError: a file lies where a folder belongs.
+        UserError: a file lies where a folder belongs, or a link that leads out of the run's folder.
     """
     folder = run_dir / "checkpoints"
     if not os.path.lexists(folder):
@@ -83,10 +84,12 @@ def list_checkpoints(run_dir: Path) -> list[CheckpointFolder]:
         raise UserError(
             f"{folder} is no folder of checkpoints ({error.strerror}); move it away or choose another run."
         ) from error
+    check_subfolder(folder, run_dir)
     found = [CheckpointFolder(path, int(match.group(1))) for path, match in matches if match]
     for checkpoint in found:
         if not checkpoint.path.is_dir():
             raise UserError(f"{checkpoint.path} is no folder, as a checkpoint is; move it away.")
+        check_subfolder(checkpoint.path, run_dir)
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
@@ -135,8 +138,11 @@ def verify(path: Path) -> str | None:
         file = path / name
         if name not in found or not file.is_file() or file.stat().st_size != size:
             return f"{path} is half-written ({name} is missing or has the wrong size)"
-        if _sha256(file) != sha256:
-            return f"{path} is damaged ({name} fails its checksum)"
+        try:
+            if _sha256(file) != sha256:
+                return f"{path} is damaged ({name} fails its checksum)"
+        except UserError as error:
+            return f"{path} is damaged ({str(error).rstrip('.')})"
     return find_untrusted(path)
 
 
@@ -173,5 +179,5 @@ def remove_old(run_dir: Path, keep_last: int, step: int) -> None:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from rmoe_megatron.checkpoint.unpickling import EXTRA_STATE
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.refusal import refusal
@@ -23,8 +24,33 @@ def full_state(chunks: nn.ModuleList) -> ShardedStateDict:
     for number, chunk in enumerate(chunks):
         assert isinstance(chunk, MegatronModule)
         for name, entry in chunk.sharded_state_dict(metadata=metadata).items():
-            state[f"{number}.{name}"] = entry
+            # Layers may pickle what they call their extra state, and unpickle it when it comes back.
+            is_object = isinstance(entry, ShardedObject)
+            state[f"{number}.{name}"] = replace(entry, data=None) if is_object else entry
     return state
+
+
+def without_objects(state: ShardedStateDict) -> ShardedStateDict:
+    """Return the tensors of a state: nothing else of a checkpoint reaches a layer."""
+    return {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
+
+
+def take_tensors(chunks: nn.ModuleList, tensors: dict[str, Tensor], is_whole: bool) -> None:
+    """Give tensors of a checkpoint to the model.
+
+    Args:
+        is_whole: they are all that the model has, not the trained ones alone.
+
+    Raises:
+        UserError: one is missing, or the model has no such tensor.
+    """
+    found = chunks.load_state_dict(tensors, strict=False)
+    missing = [name for name in found.missing_keys if not name.endswith(EXTRA_STATE)]
+    if is_whole and (missing or found.unexpected_keys):
+        raise UserError(
+            f"The checkpoint does not hold the tensors of this model ({(missing + found.unexpected_keys)[0]} is in one of them "
+            "alone); resume with the configuration that it was saved with."
+        )
 
 
 def model_state(chunks: nn.ModuleList) -> ShardedStateDict:

@@ -34,7 +34,7 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
             value missing.
     """
     tree = OmegaConf.structured(RunConfig)
-    values = parse_yaml(read_text(path, MAX_BYTES), f"The configuration {path}")
+    values = parse_yaml(read_text(path, MAX_BYTES, follow=True), f"The configuration {path}")
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, like `seed: 0`.")
     parsed_overrides = [_parse_override(override) for override in overrides]

@@ -13,7 +13,8 @@ from rmoe_megatron.pretrained.architecture import ImportedArchitecture
 from rmoe_megatron.pretrained.config_files import MAX_LAYERS
 from rmoe_megatron.pretrained.safetensors_folder import list_problems
 from rmoe_megatron.refusal import refusal
-from rmoe_megatron.typed_files import check_regular, shown
+from rmoe_megatron.regular_files import check_regular
+from rmoe_megatron.typed_files import shown
 
 _TIMESTEP_MODULES = {"0": "linear_1", "2": "linear_2"}
 _BLOCK_MODULES = {
@@ -44,7 +45,7 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the weights in a checkpoint by name, the averaged ones where there are both."""
-    check_regular(path)
+    check_regular(path, follow=True)
     with refusal(f"{path} cannot be read as a file of plain tensors"):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     tensors = content

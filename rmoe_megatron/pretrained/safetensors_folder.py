@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import OPEN, check_regular, read_json, shown
+from rmoe_megatron.regular_files import check_regular
+from rmoe_megatron.typed_files import OPEN, read_json, shown
 
 MAX_SHARD_SIZE = "5GB"
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]B)", re.IGNORECASE)

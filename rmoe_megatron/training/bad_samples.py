@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from rmoe_megatron.config.run import BadSamplesPolicy, DataConfig
 from rmoe_megatron.data.samples import BadSample
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.regular_files import open_to_append
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,8 @@ class BadSamples:
             {"draw": each.draw, "shard": each.shard, "key": each.key, "reason": each.reason} for each in found
         ]
         # One write to the end of the file: other ranks write there too.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
-        finally:
-            os.close(descriptor)
+        with open_to_append(self.path) as file:
+            os.write(file.fileno(), "".join(f"{json.dumps(line)}\n" for line in lines).encode())
         first = found[0]
         if self.config.bad_samples is BadSamplesPolicy.stop:
             raise UserError(

@@ -8,7 +8,9 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from pydantic import Field, TypeAdapter, with_config
 
+from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import job_id, restart_count, world_size
+from rmoe_megatron.regular_files import open_to_append
 from rmoe_megatron.typed_files import OPEN, lines_of, parse_json, read_text
 
 HISTORY = "history.jsonl"
@@ -34,7 +36,11 @@ EVENT = TypeAdapter(Event)
 
 
 def record(run_dir: Path, event: EventName, step: int, why: str | None = None) -> None:
-    """Add an event to a run's history and put it on the disk; one rank calls it, under the run's lock."""
+    """Add an event to a run's history and put it on the disk; one rank calls it, under the run's lock.
+
+    Raises:
+        UserError: what lies there is no file that a history can be.
+    """
     line: Event = {
         "event": event,
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -47,8 +53,13 @@ def record(run_dir: Path, event: EventName, step: int, why: str | None = None) -
     if job is not None:
         line |= {"job": job, "restart": restart_count()}
     path = run_dir / HISTORY
-    torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a process that was killed in between
-    with path.open("a") as file:
+    with open_to_append(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > MAX_BYTES:
+            raise UserError(f"{path} has {size} bytes, too many for the history of a run; move it away.")
+        torn = (
+            size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        )  # by a process that was killed in between
         file.write("\n" * torn + json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -61,7 +72,7 @@ def read_history(run_dir: Path) -> list[Event]:
         UserError: the file cannot be read, or a whole line is no event.
     """
     path = run_dir / HISTORY
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
     lines = lines_of(read_text(path, MAX_BYTES))
     whole = [(number, line) for number, line in enumerate(lines, start=1) if line.endswith("}")]

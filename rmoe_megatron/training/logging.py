@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import secrets
 import sys
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from rmoe_megatron import durable
 from rmoe_megatron.config.run import LoggingConfig
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.regular_files import open_to_append
 from rmoe_megatron.training.curves import MAX_BYTES, draw_curves, read_records
 from rmoe_megatron.typed_files import lines_of, read_text
 
@@ -42,7 +44,8 @@ class RunLogger:
             return
         self.run_dir, self.total_steps, self.start_step = run_dir, total_steps, start_step
         _drop_records_after(run_dir / METRICS, start_step)
-        self.jsonl = (run_dir / METRICS).open("a", buffering=1)
+        self.jsonl = open_to_append(run_dir / METRICS)
+        self.jsonl.reconfigure(line_buffering=True)
         self.tensorboard = self.wandb = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -178,7 +181,7 @@ def _without_nan(value: Any) -> Any:
 def _wandb_id(run_dir: Path) -> str:
     """Return the id of the run, made once, so that a resumed run continues it."""
     path = run_dir / WANDB_ID
-    if not path.exists():
+    if not os.path.lexists(path):
         durable.write(path, secrets.token_hex(4))
     name = read_text(path, max_bytes=1000).strip()
     if re.fullmatch(r"[\w-]{1,64}", name, re.ASCII) is None:
@@ -188,7 +191,7 @@ def _wandb_id(run_dir: Path) -> str:
 
 def _drop_records_after(path: Path, step: int) -> None:
     """Keep the whole records up to ``step``; a killed run may have left later ones and a torn line."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     records, lines = read_records(path), lines_of(read_text(path, MAX_BYTES))
     kept = [line for (recorded, _), line in zip(records, lines, strict=False) if recorded <= step]

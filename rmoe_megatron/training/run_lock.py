@@ -23,10 +23,13 @@ from pydantic import TypeAdapter
 from rmoe_megatron import durable
 from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.launch import job_id, restart_count
-from rmoe_megatron.typed_files import parse_json
+from rmoe_megatron.regular_files import check_subfolder, open_to_append
+from rmoe_megatron.typed_files import parse_json, read_json
 
 LOCK, TAKEOVER = "run.lock", "run.takeover"
 INTERVAL = 1.0  # seconds between two looks for a successor
+MAX_HOLDER = 4096  # characters that the lock file says of its holder
+WRITTEN = ("checkpoints", "samples", "tensorboard", "wandb")  # folders of a run
 PATIENCE = 120.0  # seconds that a later start of a job waits for the end of an earlier one
 
 STARTED = TypeAdapter(dict[str, str | int | None])
@@ -50,9 +53,9 @@ class Fence:
         Raises:
             RunError: one has.
         """
-        if self.mine["job"] is not None and self.path.is_file():
+        if self.mine["job"] is not None and os.path.lexists(self.path):
             # Opened anew each time: a network file system shows what others wrote to who opens a file.
-            later = parse_json(self.path.read_text(), STARTED, str(self.path))
+            later = read_json(self.path, STARTED)
             if self._is_earlier(self.mine, later):
                 raise RunError(
                     f"SLURM has started job {self.mine['job']} again (restart {later['restart']}), which has taken over "
@@ -79,14 +82,16 @@ def exclusive(run_dir: Path) -> Iterator[Fence]:
         What is to be asked before anything is published.
 
     Raises:
-        UserError: another process holds it; says which.
+        UserError: another process holds it, which the error names; or a part of the folder is a link out of it.
         RunError: an earlier start of this SLURM job holds it and does not end.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:
+        check_subfolder(run_dir / name, run_dir)
     fence = Fence(run_dir)
     fence.raise_for_others()
     # Closing any descriptor of the file would let go of the lock: nothing else may open it in this process.
-    with (run_dir / LOCK).open("a+") as file:
+    with open_to_append(run_dir / LOCK) as file:
         _acquire(file, run_dir, fence)
         file.truncate(0)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -109,7 +114,7 @@ def _acquire(file: TextIO, run_dir: Path, fence: Fence) -> None:
             return
         except OSError as error:
             file.seek(0)
-            holder, name = _holder(file.read())
+            holder, name = _holder(file.read(MAX_HOLDER))
             if not fence.precedes_me(holder):
                 raise UserError(
                     f"{run_dir} is in use by {name}; wait for it, stop it, or choose another run_dir."

@@ -1,14 +1,18 @@
 """A later start of a SLURM job takes the run from an earlier one; nobody else does."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rmoe_megatron.checkpoint.folders import list_checkpoints, remove_old
+from rmoe_megatron.config.run import LoggingConfig
 from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.training import run_lock
 from rmoe_megatron.training.history import count_restarts, read_history, record
+from rmoe_megatron.training.logging import RunLogger
 from rmoe_megatron.training.run_lock import Fence, exclusive
 from tests.support.commands import kill
 
@@ -119,4 +123,72 @@ def test_history_survives_a_torn_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert count_restarts(events) == 1
     (tmp_path / "history.jsonl").write_text('{"event": "exploded"}\n')
     with pytest.raises(UserError, match="Line 1 of"):
+        read_history(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder", "device"])
+def test_strange_files_of_a_run_are_refused_and_change_nothing_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("precious")
+
+    def plant(path: Path) -> None:
+        targets = {
+            "link": tmp_path / "precious",
+            "dangling": tmp_path / "nowhere",
+            "device": Path("/dev/zero"),
+        }
+        if kind in targets:
+            path.symlink_to(targets[kind])
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.mkdir()
+
+    def hold() -> None:
+        with exclusive(tmp_path / "run"):
+            pass
+
+    uses = {
+        "run.lock": hold,
+        "history.jsonl": lambda: record(tmp_path / "run", "started", 0),
+        "run.takeover": lambda: Fence(tmp_path / "run").check(),
+        "metrics.jsonl": lambda: RunLogger(tmp_path / "run", LoggingConfig(tensorboard=False), 10, 0, True),
+    }
+    for name, use in uses.items():
+        plant(tmp_path / "run" / name)
+        with pytest.raises(UserError, match=name):
+            use()
+    with pytest.raises(UserError, match="history"):
+        read_history(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "tensorboard", "wandb"])
+def test_a_folder_of_a_run_is_no_link_out_of_it(tmp_path: Path, name: str) -> None:
+    """Old checkpoints are removed, which must not happen to those of another run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "run" / name).symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=f"{name} is a link out of its folder"), exclusive(tmp_path / "run"):
+        pass
+    if name == "checkpoints":
+        with pytest.raises(UserError, match="link out of its folder"):
+            remove_old(tmp_path / "run", keep_last=1, step=9)
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "step-00000001").symlink_to(tmp_path / "other" / "step-00000001")
+        with pytest.raises(UserError, match="link out of its folder"):
+            list_checkpoints(tmp_path / "run")
+
+
+def test_a_huge_history_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "history.jsonl").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="too many for the history of a run"):
+        record(tmp_path, "started", 0)
+    with pytest.raises(UserError, match="nearly all of them are a hole"):
         read_history(tmp_path)

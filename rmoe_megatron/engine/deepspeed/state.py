@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import Tensor, nn
 
-from rmoe_megatron.checkpoint.model_state import full_state, model_state
+from rmoe_megatron.checkpoint.model_state import full_state, model_state, without_objects
 from rmoe_megatron.engine.deepspeed.expert_groups import is_module
 from rmoe_megatron.engine.deepspeed.optimizer import flat_parameters
 from rmoe_megatron.engine.protocol import MainWeight
@@ -104,6 +104,8 @@ class ZeroState:
             for name, entry in self.entries.items()
             if name not in self.trained
         }
+        if is_loading:
+            model = without_objects(model)
         model |= self._describe("", lambda name: self._whole(name, parameters[name]), is_loading, None)
         ema = self._describe(
             "ema.", lambda name: self._whole(name, averages[name]), is_loading, torch.float32

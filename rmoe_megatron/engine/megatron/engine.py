@@ -10,7 +10,13 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from rmoe_megatron.checkpoint.model_state import averages_state, full_state, model_state
+from rmoe_megatron.checkpoint.model_state import (
+    averages_state,
+    full_state,
+    model_state,
+    take_tensors,
+    without_objects,
+)
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
@@ -144,6 +150,8 @@ class MegatronEngine:
             # What a rank without parameters of a part has of their moments: Megatron-Core would take it for state of all ranks.
             if isinstance(part, dict) and not part.get("param_state", True):
                 del part["param_state"]
+        if is_loading:
+            model = without_objects(model)
         state = {"model": model, "ema": averages_state(model, averages)}
         state |= {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
         scales = sharded_scales(self.modules)
@@ -152,7 +160,7 @@ class MegatronEngine:
     def load_state(self, loaded: dict[str, Any], averages: dict[str, Tensor]) -> None:
         """Take over everything that was saved; learning rates, betas and eps stay those of the configuration."""
         is_whole = len(self.parameters) == len(list(self.modules.parameters()))  # what is frozen is not saved
-        self.modules.load_state_dict(loaded["model"], strict=is_whole)
+        take_tensors(self.modules, loaded["model"], is_whole)
         for name, average in loaded["ema"].items():
             averages[name].copy_(average)
         load_optimizer(self.optimizer, loaded["optimizer"], loaded["scheduler"])

@@ -40,7 +40,7 @@ def read_items(path: Path, protocol: Protocol) -> list[Item]:
     Raises:
         UserError: the file cannot be read, lacks a column, or a row is malformed; names it.
     """
-    reader = csv.DictReader(f"{line}\n" for line in lines_of(read_text(path, MAX_BYTES)))
+    reader = csv.DictReader(f"{line}\n" for line in lines_of(read_text(path, MAX_BYTES, follow=True)))
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
     if missing:
         raise UserError(f"{path} has no column {missing[0]}; give DPG-Bench's dpg_bench.csv.")

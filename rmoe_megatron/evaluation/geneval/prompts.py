@@ -67,7 +67,7 @@ def read_metadata(path: Path) -> list[Metadata]:
         UserError: the file cannot be read, or a line is none; names it.
     """
     prompts = []
-    for number, line in enumerate(lines_of(read_text(path, MAX_BYTES)), start=1):
+    for number, line in enumerate(lines_of(read_text(path, MAX_BYTES, follow=True)), start=1):
         if line.strip():
             where = f"Line {number} of {path}"
             prompts.append(_checked(parse_json(line, METADATA, where), where))

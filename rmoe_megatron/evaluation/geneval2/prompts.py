@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         UserError: the file cannot be read, or a line is no prompt; names it.
     """
     prompts = []
-    for number, line in enumerate(lines_of(read_text(path, MAX_BYTES)), start=1):
+    for number, line in enumerate(lines_of(read_text(path, MAX_BYTES, follow=True)), start=1):
         if not line.strip():
             continue
         where = f"Line {number} of {path}"
