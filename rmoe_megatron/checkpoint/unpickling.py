@@ -7,9 +7,8 @@ every tensor and object lies in a file of the folder itself.
 
 import io
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -60,6 +59,9 @@ _OPERATIONS = (
 )  # fmt: skip
 
 
+_PYTHON: Any = pickle._Unpickler  # whose methods have no types
+
+
 class _RestrictedUnpickler(pickle._Unpickler):
     """Python's own unpickler with few operations and classes.
 
@@ -67,6 +69,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
     before it is known to be plain: neither a key of a dictionary nor an argument of a call.
     """
 
+    stack: list[Any]
     dispatch = {
         code: pickle._Unpickler.dispatch[code] for name in _OPERATIONS for code in getattr(pickle, name)
     }
@@ -79,23 +82,23 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
     def _load_setitem(self) -> None:
         _check_key(self.stack[-2])
-        pickle._Unpickler.load_setitem(self)
+        _PYTHON.load_setitem(self)
 
     def _load_setitems(self) -> None:
         for key in self.stack[::2]:
             _check_key(key)
-        pickle._Unpickler.load_setitems(self)
+        _PYTHON.load_setitems(self)
 
     def _load_reduce(self) -> None:
         arguments = self.stack[-1]
         for argument in arguments:
             _check_plain(argument)
-        pickle._Unpickler.load_reduce(self)
+        _PYTHON.load_reduce(self)
 
     def _load_newobj(self) -> None:
         if self.stack[-1] != () or self.stack[-2] not in _OBJECTS:
             raise pickle.UnpicklingError("it makes an object in a way that no checkpoint does")
-        pickle._Unpickler.load_newobj(self)
+        _PYTHON.load_newobj(self)
 
     def _load_build(self) -> None:
         made, state = self.stack[-2:]
@@ -109,17 +112,16 @@ class _RestrictedUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(
                 f"the state of a {type(made).__name__} is no dictionary of its fields"
             )
-        pickle._Unpickler.load_build(self)
+        _PYTHON.load_build(self)
 
-    _Load = Callable[["_RestrictedUnpickler"], None]
-    _checked: tuple[tuple[bytes, _Load], ...] = (
-        (pickle.SETITEM, _load_setitem),
-        (pickle.SETITEMS, _load_setitems),
-        (pickle.REDUCE, _load_reduce),
-        (pickle.NEWOBJ, _load_newobj),
-        (pickle.BUILD, _load_build),
-    )
-    dispatch |= {code[0]: load for code, load in _checked}
+    _checked: ClassVar[dict[bytes, Any]] = {
+        pickle.SETITEM: _load_setitem,
+        pickle.SETITEMS: _load_setitems,
+        pickle.REDUCE: _load_reduce,
+        pickle.NEWOBJ: _load_newobj,
+        pickle.BUILD: _load_build,
+    }
+    dispatch |= {operation[0]: load for operation, load in _checked.items()}
 
 
 def _is_sizes(value: object) -> bool:
