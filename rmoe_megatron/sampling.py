@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,10 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
 def _of_class(scheduler_class: Any, config: Any, shift: float | None) -> SchedulerMixin:
     """Return a scheduler of any class of diffusers for the model's objective."""
     name, parameters = scheduler_class.__name__, inspect.signature(scheduler_class).parameters
+    if "noise_sampler_seed" in parameters:
+        raise UserError(
+            f"--scheduler {name} draws noise of its own that no image's seed reaches; choose another one."
+        )
     with refusal(f"--scheduler {name} cannot be made for this model"):
         if shift is None:
             if "prediction_type" not in parameters:
@@ -190,7 +195,10 @@ def sample_images(
     negative_prompt: str | None = None,
     size: Bucket | None = None,
 ) -> np.ndarray:
-    """Make one image per prompt; its noise depends on its own seed alone.
+    """Make one image per prompt; its noise, that of a stochastic sampler's steps too, depends on its own seed alone.
+
+    Images of a batch are made together. Whatever the batch, an image is the same but for the last bit of matrix products, whose
+    kernels differ with the number of rows.
 
     Args:
         prompts: texts, or class labels for a class-conditional pipeline.
@@ -228,7 +236,8 @@ def sample_images(
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
         if negative_prompt is not None:
             arguments["negative_prompt"] = [negative_prompt] * len(generators)
-        with refusal(f"The parts of {pipeline.name_or_path or 'the model'} do not fit together"):
+        parts = refusal(f"The parts of {pipeline.name_or_path or 'the model'} do not fit together")
+        with parts, seeded_steps(pipeline.scheduler, generators):
             result = pipeline(conditions[part], generator=generators, **arguments).images
         _check_images(pipeline, result, last.get("latents"), prompts[part])
         images.append((result * 255).round().astype(np.uint8))
@@ -263,6 +272,28 @@ def _check_images(
             f"{pipeline.name_or_path or 'The model'} makes {int((~finite).sum())} of {len(finite)} images with values that are not "
             f"finite, of {first!r:.80} for one; choose --dtype bf16 or fp32, less --guidance, or weights that have not diverged."
         )
+
+
+@contextmanager
+def seeded_steps(scheduler: Any, generators: list[torch.Generator]) -> Iterator[None]:
+    """Let a stochastic sampler draw the noise of its steps from the generators of the images, not from the process's.
+
+    The pipelines of diffusers call ``step`` without a generator. DiTPipeline puts a batch that is guided in twice.
+    """
+    step = scheduler.step
+    if "generator" not in inspect.signature(step).parameters:
+        yield
+        return
+
+    def seeded(output: Any, timestep: Any, sample: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        named["generator"] = generators * (len(sample) // len(generators))
+        return step(output, timestep, sample, *arguments, **named)
+
+    scheduler.step = seeded
+    try:
+        yield
+    finally:
+        del scheduler.step  # the class's own is there again
 
 
 def _check_size(pipeline: DiffusionPipeline, size: Bucket) -> None:

@@ -6,9 +6,11 @@ from typing import Protocol
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
 from rmoe_megatron.encoders.source import model_folder
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.qwen_pixels import MODES, QwenPixels
 from rmoe_megatron.launch import local_rank
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.pretrained.config_files import OBJECT, check_unknown_keys
@@ -86,8 +88,13 @@ class Qwen3VL:
         return self.tokenizer.decode([token])
 
 
-def _image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+def _image_processor(folder: Path) -> QwenPixels:
     path = folder / "preprocessor_config.json"
     check_unknown_keys(read_json(path, OBJECT), path)
     with refusal(f"{path} cannot be used"):
-        return Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        processor = QwenPixels.from_pretrained(folder, local_files_only=True)
+    if processor.resample not in MODES:
+        raise UserError(
+            f"{path} has resample {processor.resample!r:.40}; 2 (bilinear) and 3 (bicubic) are known."
+        )
+    return processor

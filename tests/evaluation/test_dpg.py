@@ -67,6 +67,45 @@ def test_tables_of_others(tmp_path: Path, content: str, words: str) -> None:
         read_items(tmp_path / "t.csv", Protocol.official)
 
 
+BLOCKS = HEADER + (
+    "first,p,,1,0,e,w,e - w (a),q\nother,p,,1,0,e,w,e - w (a),q1\nother,p,,2,1,e,w,e - w (b),q2\n"
+    "third,p,,1,0,e,w,e - w (a),q3\nother,p,,3,0,e,w,e - w (c),q4\n"
+)
+
+
+def test_an_item_in_two_blocks_keeps_the_last_one_as_published(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(BLOCKS)
+    official, fixed = (read_items(tmp_path / "t.csv", each) for each in Protocol)
+    assert [(item.name, list(item.propositions)) for item in official] == [("other", [3]), ("third", [1])]
+    assert [(item.name, list(item.propositions)) for item in fixed] == [
+        ("first", [1]), ("other", [1, 2, 3]), ("third", [1]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [("7", "12"), ("0012", "-3"), ("1e3", "0.5")])
+def test_items_that_are_numbers_are_scored_by_the_repaired_code_alone(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    """pandas reads a column of numbers as numbers, so that the published code finds none of them by the name of its picture."""
+    rows = "".join(f"{name},p,,{number},0,e,w,e - w (a),q\n" for name in names for number in (1, 2))
+    (tmp_path / "t.csv").write_text(HEADER + rows)
+    assert [item.name for item in read_items(tmp_path / "t.csv", Protocol.fixed)] == list(names)
+    with pytest.raises(UserError, match="is a number.*--protocol fixed"):
+        read_items(tmp_path / "t.csv", Protocol.official)
+    # A column with one text among the numbers is read as texts.
+    (tmp_path / "t.csv").write_text(HEADER + rows + "cat,p,,1,0,e,w,e - w (a),q\n")
+    assert [item.name for item in read_items(tmp_path / "t.csv", Protocol.official)] == [*names, "cat"]
+
+
+def test_an_item_with_a_dot_in_its_name_is_left_out_as_published(tmp_path: Path) -> None:
+    rows = "".join(f"{name},p,,{number},0,e,w,e - w (a),q\n" for name in ("a", "a.b") for number in (1, 2))
+    (tmp_path / "t.csv").write_text(HEADER + rows)
+    answers = [[{1: "yes", 2: "yes"}], [{1: "no", 2: "no"}]]
+    official, fixed = (score(read_items(tmp_path / "t.csv", each), answers, each) for each in Protocol)
+    assert (official["overall"], official["prompts_left_out"]) == (100, ["a.b"])
+    assert (fixed["overall"], fixed["prompts_left_out"]) == (50, [])
+
+
 def test_what_depends_on_a_no_is_worth_nothing(table: Path) -> None:
     cat, dogs = read_items(table, Protocol.fixed)
     assert worth(cat, {1: "no", 2: "yes", 3: "yes", 4: "yes"}) == {1: 0, 2: 0, 3: 1, 4: 0}

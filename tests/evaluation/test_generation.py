@@ -21,7 +21,7 @@ from rmoe_megatron.evaluation.geneval.evaluate import _load_judges
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
 from rmoe_megatron.hf import PixelCodec
 from rmoe_megatron.processor import ProductSeconds
-from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images
+from rmoe_megatron.sampling import _of_class, describe_place, open_pipeline, resolve_dtype, sample_images
 from tests.hf.test_pipelines import dit_pipeline, recurrent_dit
 from tests.support.sd3_pipeline import save_pipeline
 
@@ -58,6 +58,39 @@ def test_settings_have_their_effect(models: Path, tmp_path: Path, monkeypatch: p
     assert 0 < np.abs(low - base).mean() < 8  # of 255
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     assert np.abs(make(tmp_path / "compiled", replace(plain, compile=True)) - base).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("model", "scheduler"),
+    [
+        ("dit", "DDPMScheduler"),
+        ("dit", "EulerAncestralDiscreteScheduler"),
+        ("sd3", "FlowMatchLCMScheduler"),
+        ("sd3", "dpm"),
+    ],
+)
+def test_an_image_depends_on_its_seed_alone_also_with_stochastic_samplers(
+    models: Path, tmp_path: Path, model: str, scheduler: str
+) -> None:
+    """Whatever it is made together with: kernels for other numbers of rows differ in the last bit, here by one level of 255."""
+    prompts = ["7", "12", "3"] if model == "dit" else ["two red circles", "a cat", "a dog"]
+    sampling = Sampling(str(models / model), 3, 2.0, 5, 3, scheduler=scheduler)
+    together = make(tmp_path / "together", sampling, prompts)
+    torch.manual_seed(99)  # the state of the process is nothing to it
+    assert (make(tmp_path / "again", sampling, prompts) == together).all()
+    alone = make(tmp_path / "alone", replace(sampling, batch_size=1), prompts)
+    assert np.abs(alone - together).max() <= 1
+    assert np.abs(make(tmp_path / "seed", replace(sampling, seed=6), prompts) - together).max() > 1
+
+
+def test_a_sampler_that_no_seed_reaches_is_refused() -> None:
+    class OwnNoiseScheduler:  # as diffusers' DPMSolverSDEScheduler, which needs torchsde
+        def __init__(
+            self, prediction_type: str = "epsilon", noise_sampler_seed: int | None = None
+        ) -> None: ...
+
+    with pytest.raises(UserError, match="OwnNoiseScheduler draws noise of its own"):
+        _of_class(OwnNoiseScheduler, {}, None)
 
 
 def test_an_image_has_a_seed_of_its_own() -> None:

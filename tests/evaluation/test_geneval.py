@@ -15,9 +15,10 @@ from transformers import CLIPImageProcessorPil
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.generation import Sampling
-from rmoe_megatron.evaluation.geneval.colors import TEXTS, ColorClassifier, crop
+from rmoe_megatron.evaluation.geneval.colors import TEXTS, ColorClassifier, central_square, crop
 from rmoe_megatron.evaluation.geneval.detector import MEAN, STD, Detector, instances
 from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
+from rmoe_megatron.evaluation.geneval.opencv_resize import resize
 from rmoe_megatron.evaluation.geneval.prompts import (
     CLASSES,
     COLORS,
@@ -147,7 +148,7 @@ def test_colour_is_asked_of_the_most_confident() -> None:
         return [colors[id(each)] for each in objects]
 
     wrong = judge({"car": cars}, metadata, color_of, Protocol.official)  # type: ignore[arg-type]
-    assert (wrong.correct, wrong.reason) == (False, "expected red car>=1, found 0; and 1 blue")
+    assert (wrong.correct, wrong.reason) == (False, "expected red car>=1, found 0 red; and 1 blue")
     assert judge({"car": cars}, metadata, color_of, Protocol.fixed).correct  # type: ignore[arg-type]
     assert asked == [1, 2]
 
@@ -170,12 +171,53 @@ def test_place_is_asked_of_what_was_found_before() -> None:
     ]
 
 
+def test_the_colours_of_several_are_counted_in_the_order_of_the_list() -> None:
+    requirement = {"class": "car", "count": 3, "color": "black"}
+    metadata = {"tag": "colors", "prompt": "three black cars", "include": [requirement]}
+    seen = ["white", "black", "white"]
+    found = judge({"car": [box(0, 0)] * 3}, metadata, lambda objects, name: seen, Protocol.official)  # type: ignore[arg-type]
+    assert found.reason == "expected black car>=3, found 1 black; and 1 black, 2 white"
+
+
+def test_the_first_pair_that_is_not_in_place_is_named() -> None:
+    """Two dogs that should be left of two cats: the first is, but the second is below and right of the first cat."""
+    metadata = {
+        "tag": "position", "prompt": "two dogs left of two cats",
+        "include": [{"class": "cat", "count": 2}, {"class": "dog", "count": 2, "position": ["left of", 0]}],
+    }  # fmt: skip
+    cats, dogs = [box(50, 50), box(90, 50)], [box(10, 50), box(80, 80)]
+    found = judge({"cat": cats, "dog": dogs}, metadata, no_color, Protocol.official)  # type: ignore[arg-type]
+    assert found.reason == "expected dog left of target, found right of and below target"
+    swapped = judge({"cat": cats, "dog": dogs[::-1]}, metadata, no_color, Protocol.official)  # type: ignore[arg-type]
+    assert swapped.reason == found.reason
+
+
+def test_the_repaired_position_has_any_target() -> None:
+    """The most confident cat has no dog at its left, the other one has; official looks at the first alone."""
+    metadata = {
+        "tag": "position", "prompt": "a dog left of a cat",
+        "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
+    }  # fmt: skip
+    detected = {"cat": [box(0, 50, score=0.9), box(90, 50, score=0.8)], "dog": [box(50, 50)]}
+    assert not judge(detected, metadata, no_color, Protocol.official).correct  # type: ignore[arg-type]
+    assert judge(detected, metadata, no_color, Protocol.fixed).correct  # type: ignore[arg-type]
+
+
 def test_thresholds_keep_the_most_confident() -> None:
     found = [box(number, 0, score=number / 20) for number in range(21)]
     kept = keep_most_confident(found, 0.3, 16)
     assert [each.score for each in kept] == [number / 20 for number in range(20, 6, -1)]
     assert len(keep_most_confident(found * 2, 0.3, 16)) == 16
     assert keep_most_confident(found, 0.9, 16) == [found[20], found[19]]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.9])
+def test_a_score_that_is_the_threshold_in_float32_is_dropped(threshold: float) -> None:
+    """The detector's scores are float32, and as a double float32(0.3) is more than 0.3."""
+    nearest = np.float32(threshold)
+    scores = [np.nextafter(nearest, np.float32(1)), nearest, np.nextafter(nearest, np.float32(0))]
+    found = [box(0, 0, score=float(score)) for score in scores]
+    assert keep_most_confident(found, threshold, 16) == [found[0]]
 
 
 def test_instances_in_closed_form() -> None:
@@ -222,14 +264,82 @@ def test_the_detector_does_what_the_network_says(tmp_path: Path) -> None:
     assert any(each.score == pytest.approx(score, rel=1e-4) for each in best)
 
 
-def test_the_detector_resizes_and_pads_as_mmdet_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "resized", "padded"),
+    [
+        ((512, 512), (800, 800), (800, 800)),
+        ((1024, 512), (1333, 667), (1344, 672)),
+        ((2000, 500), (1333, 333), (1344, 352)),
+    ],
+)
+def test_the_detector_resizes_and_pads_as_mmdet_does(
+    tmp_path: Path, size: tuple[int, int], resized: tuple[int, int], padded: tuple[int, int]
+) -> None:
     save_detector(tmp_path)
-    detector = Detector(tmp_path, torch.device("cpu"))
-    for size, expected in (((512, 512), (800, 800)), ((1024, 512), (1333, 667)), ((2000, 500), (1333, 333))):
-        height, width = size[1], size[0]
-        resized = detector._resize(torch.full((3, height, width), 128.0))
-        assert tuple(resized.shape[-2:]) == (expected[1], expected[0])
-        assert resized[0].allclose(torch.tensor((128 - MEAN[0]) / STD[0]))
+    width, height = size
+    pixels = np.full((height, width, 3), 77, dtype=np.uint8)
+    found, inner = Detector(tmp_path, torch.device("cpu")).prepare(pixels)
+    assert inner == resized[::-1]
+    assert found.shape[1:] == padded[::-1]
+    for channel in range(3):
+        inside, outside = ((value - MEAN[channel]) / STD[channel] for value in (77, 128))
+        assert found[channel, : inner[0], : inner[1]].allclose(torch.tensor(inside))
+        # Grey of 128 is normalised like a picture.
+        assert found[channel, inner[0] :].allclose(torch.tensor(outside))
+        assert found[channel, :, inner[1] :].allclose(torch.tensor(outside))
+
+
+# Of a noisy picture at other sizes, [height, width]: what cv2.resize gives, of OpenCV 4.10 and of 5.0.
+OPENCVS = {
+    (61, 94): "052ab0a52470b8a0", (122, 94): "3c2befbc83dcdec9", (20, 31): "21d654ad37d91040", (800, 616): "df57f9a833f0a81b",
+    (30, 23): "3d21e7233627f03c",
+}  # fmt: skip
+
+
+def test_pictures_are_resized_as_opencv_does_it() -> None:
+    """A row of 4 pixels to 6: weights of 5/6, 1/6 and 1/2 in whole numbers of 1/2048, by hand."""
+    row = np.array([0, 255, 10, 200], dtype=np.uint8).reshape(1, 4, 1)
+    # Places -1/6, 1/2, 7/6, 11/6, 5/2 and 19/6 of which the first and the last lie beyond the edge.
+    by_hand = [
+        0, (0 * 1024 + 255 * 1024) / 2048, (255 * 1707 + 10 * 341) / 2048, (255 * 341 + 10 * 1707) / 2048,
+        (10 * 1024 + 200 * 1024) / 2048, 200,
+    ]  # fmt: skip
+    found = resize(row, 1, 6)[0, :, 0]
+    assert np.abs(found - np.array(by_hand)).max() <= 0.51
+    noise = np.random.default_rng(5).integers(0, 256, (61, 47, 3), dtype=np.uint8)
+    for size, digest in OPENCVS.items():
+        assert hashlib.sha256(resize(noise, *size).tobytes()).hexdigest()[:16] == digest, size
+
+
+def test_the_input_of_the_detector_is_opencvs(tmp_path: Path) -> None:
+    """The digest of a picture that OpenCV resized to 64 x 83 pixels, padded to 64 x 96 and normalised, step by step as mmdet."""
+    save_detector(tmp_path)
+    noise = np.random.default_rng(5).integers(0, 256, (61, 47, 3), dtype=np.uint8)
+    found, _ = Detector(tmp_path, torch.device("cpu"), short_side=64).prepare(noise)
+    assert (
+        hashlib.sha256(found.numpy(force=True).copy(order="C").tobytes()).hexdigest()[:16]
+        == "3d7c92c30152bf7c"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "corner"),
+    [
+        ((5, 14), (224, 627), (0, 202)),  # 627.2 and 201.5
+        ((14, 5), (627, 224), (202, 0)),
+        ((10, 29), (224, 649), (0, 212)),  # 649.6 and 212.5, of which the even number is taken
+        ((30, 30), (224, 224), (0, 0)),
+        ((300, 700), (224, 522), (0, 149)),  # 522.67
+    ],
+)
+def test_crops_are_cut_as_torchvision_does_it(
+    size: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    whole = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+    left, top = corner
+    assert (np.asarray(central_square(image, 224)) == whole[top : top + 224, left : left + 224]).all()
 
 
 def test_colours_are_transformers_clip(tmp_path: Path) -> None:

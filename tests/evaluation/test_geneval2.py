@@ -1,5 +1,6 @@
 """GenEval 2: what counts as an answer, the sums, the model that answers against transformers, and the whole of it."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.generation import Sampling
+from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt, read_prompts
 from rmoe_megatron.evaluation.geneval2.soft_tifa import (
     geometric_mean,
@@ -20,6 +23,7 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
 )
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
+from rmoe_megatron.evaluation.qwen_pixels import QwenPixels
 from tests.support.commands import rmoe
 from tests.support.judges import save_answerer
 from tests.support.sd3_pipeline import save_pipeline
@@ -136,6 +140,46 @@ def test_the_answer_is_what_transformers_generates(tmp_path: Path) -> None:
     assert answerer.spell(answerer.first_token_of("Yes")) == "Y"
     other = answerer.first_token(Image.new("RGB", (24, 32)), "Are there cows?")
     assert not torch.allclose(found, other, atol=1e-4)  # it looks
+
+
+# Of pictures of noise with sides [height, width]: what transformers' processor for torchvision 0.29 gives.
+TORCHVISIONS = {
+    (16, 333, 500): "caed58ca36c9182e", (16, 30, 47): "b86c60246378a6bb",
+    (4, 333, 500): "67e4bf1b615b400a", (4, 30, 47): "fd56bc7f53d4628a",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("patch_size", "height", "width"), list(TORCHVISIONS))
+def test_what_the_model_sees_is_torchvisions(patch_size: int, height: int, width: int) -> None:
+    bounds = {16: (65536, 16777216), 4: (64, 1024)}[patch_size]  # pixels; 16 as in the published file
+    size = {"shortest_edge": bounds[0], "longest_edge": bounds[1]}
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if patch_size == 16 else {}
+    processor = QwenPixels(patch_size=patch_size, size=size, **settings)
+    noise = np.random.default_rng(6).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = processor(images=[Image.fromarray(noise)], return_tensors="pt")["pixel_values"]
+    assert (
+        hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16] == TORCHVISIONS[patch_size, height, width]
+    )
+
+
+def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    save_answerer(tmp_path / "answerer")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    quarter = Image.Exif()
+    quarter[0x0112] = 6  # to be turned to the right
+    scores = {}
+    for name, exif, image in (
+        ("turned", None, noise.transpose(Image.Transpose.ROTATE_270)), ("as it is", None, noise), ("exif", quarter, noise),
+    ):  # fmt: skip
+        folder = tmp_path / name / "images"
+        folder.mkdir(parents=True)
+        image.save(folder / "00000.png", **({"exif": exif} if exif else {}))
+        sampling = Sampling(str(folder), 1, 7.0, 0, 1)
+        settings = Settings(tmp_path / name / "out", answerer=str(tmp_path / "answerer"))
+        evaluate_geneval2([CAT], sampling, settings, lambda title: None)
+        scores[name] = json.loads((settings.out / "results.json").read_text())["soft_tifa_am"]
+    assert scores["exif"] == scores["turned"]
+    assert scores["as it is"] != scores["turned"]
 
 
 def test_the_whole(tmp_path: Path) -> None:

@@ -35,24 +35,32 @@ class Item:
 
 
 def read_items(path: Path, protocol: Protocol) -> list[Item]:
-    """Return the items of ``dpg_bench.csv``; the official code leaves its first row out.
+    """Return the items of ``dpg_bench.csv``, as ``protocol`` reads them.
+
+    The official code leaves the first row out, and of an item whose rows don't follow each other it keeps the last block alone.
 
     Raises:
-        UserError: the file cannot be read, lacks a column, or a row is malformed; names it.
+        UserError: the file cannot be read, lacks a column, or a row is malformed; names it. Or all items are numbers, of which the
+            official code scores none.
     """
     reader = csv.DictReader(f"{line}\n" for line in lines_of(read_text(path, MAX_BYTES, follow=True)))
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
     if missing:
         raise UserError(f"{path} has no column {missing[0]}; give DPG-Bench's dpg_bench.csv.")
     items: dict[str, Item] = {}
+    previous = None
     for number, row in enumerate(reader):
         where = f"Row {number + 1} of {path}"
         name = row["item_id"] or ""
         if _ITEM.fullmatch(name) is None:
             raise UserError(f"{where} has the item {name!r:.60}, which can name no image.")
         item = items.setdefault(name, Item(name, row["text"] or ""))
-        if number == 0 and protocol is Protocol.official:
-            continue
+        if protocol is Protocol.official:
+            if number == 0:
+                continue
+            if name != previous:
+                item.propositions.clear()
+            previous = name
         identity = _numbers(row["proposition_id"], where, "proposition_id")[0]
         parents = tuple(parent for parent in _numbers(row["dependency"], where, "dependency") if parent != 0)
         category = (row["tuple"] or "").partition("(")[0].strip()
@@ -60,7 +68,20 @@ def read_items(path: Path, protocol: Protocol) -> list[Item]:
     found = [item for item in items.values() if item.propositions]
     if not found:
         raise UserError(f"{path} has no row; give DPG-Bench's dpg_bench.csv.")
+    if protocol is Protocol.official and all(_is_number(name) for name in items):
+        raise UserError(
+            f"Every item_id of {path} is a number; the published code reads such a column as numbers, finds none of the pictures by "
+            "their names and scores nothing. Give --protocol fixed, or name the items otherwise."
+        )
     return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _numbers(text: str | None, where: str, column: str) -> list[int]:

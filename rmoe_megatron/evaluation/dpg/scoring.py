@@ -17,6 +17,10 @@ QUIRKS = [
     "the first row of the table is not asked",
     "a prompt that depends on a proposition that is not there (as the first row is) is left out of every score",
     "categories are scored from the answers before dependencies are looked at, and from the last image of a prompt alone",
+    "an item whose rows are in two blocks is asked the questions of the last block only",
+    "an item with a dot in its name is left out, since the name of its picture is cut there",
+    "run as several processes, the published script mixes the categories up: it joins those of every process in the order of its own set; "
+    "the categories here are those of one process",
 ]
 
 # Of one image: the answers by proposition, "yes" or anything else.
@@ -46,6 +50,9 @@ def score(items: Sequence[Item], answers: Sequence[Sequence[Answers]], protocol:
     left_out: list[str] = []
     by_category: dict[str, list[float]] = defaultdict(list)
     for item, of_images in zip(items, answers, strict=True):
+        if protocol is Protocol.official and "." in item.name:
+            left_out.append(item.name)
+            continue
         try:
             values = [
                 worth(item if protocol is Protocol.official else _known(item), each) for each in of_images

@@ -52,14 +52,21 @@ class ColorClassifier:
         return self._texts[name]
 
     def _pixels(self, image: Image.Image) -> Tensor:
-        """Resize the shorter side, crop the centre, normalise: what CLIP was trained with."""
-        scale = self.side / min(image.size)
-        size = [max(int(side * scale), self.side) for side in image.size]
-        left, top = ((side - self.side) // 2 for side in size)
-        resized = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-        cropped = resized.crop((left, top, left + self.side, top + self.side))
-        pixels = torch.from_numpy(np.asarray(cropped, dtype=np.float32) / 255).permute(2, 0, 1)
-        return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        """Return a crop as CLIP was trained with it, normalised float32 [3, S, S]."""
+        pixels = torch.from_numpy(np.asarray(central_square(image, self.side), dtype=np.float32) / 255)
+        return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+
+
+def central_square(image: Image.Image, side: int) -> Image.Image:
+    """Resize the shorter side to ``side`` pixels and return the central square, with the roundings of torchvision.
+
+    The longer side is cut to whole pixels, and half a pixel of the square's place is rounded to the even number.
+    """
+    size = [int(side * each / min(image.size)) for each in image.size]
+    left, top = (round((each - side) / 2) for each in size)
+    return image.resize((size[0], size[1]), Image.Resampling.BICUBIC).crop(
+        (left, top, left + side, top + side)
+    )
 
 
 def crop(image: Image.Image, found: Detection) -> Image.Image:

@@ -10,16 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.geneval.opencv_resize import resize
 from rmoe_megatron.evaluation.geneval.prompts import CLASSES
 from rmoe_megatron.evaluation.geneval.rules import Detection
 from rmoe_megatron.pretrained.loading import load_judge
 
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # pixels: mmdet's resize and padding for testing
+PADDING = 128  # grey, put there before the picture is normalised
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MAX_INSTANCES = 100  # per image, over all classes
 EPSILON = 1e-6
@@ -47,25 +50,29 @@ class Detector:
     @torch.no_grad()
     def detect(self, image: Image.Image) -> dict[str, list[Detection]]:
         """Return the instances of an RGB image by class, in no order."""
-        pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1)
-        resized = self._resize(pixels)
-        size = resized.shape[-2:]
-        padded = F.pad(resized, (0, -size[1] % DIVISOR, 0, -size[0] % DIVISOR))
+        pixels = np.asarray(image.convert("RGB"))
+        padded, size = self.prepare(pixels)
         output = self.model(pixel_values=padded[None].to(self.device, self.model.dtype))
         masks = F.interpolate(
             output.masks_queries_logits.float(), size=padded.shape[-2:], mode="bilinear", align_corners=False
         )[..., : size[0], : size[1]]
-        masks = F.interpolate(masks, size=pixels.shape[-2:], mode="bilinear", align_corners=False)[0]
+        masks = F.interpolate(masks, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0]
         return instances(output.class_queries_logits[0].float(), masks)
 
-    def _resize(self, pixels: Tensor) -> Tensor:
-        """Resize to the testing scale, keeping the proportions, and normalise."""
-        height, width = pixels.shape[-2:]
+    def prepare(self, pixels: NDArray[np.uint8]) -> tuple[Tensor, tuple[int, int]]:
+        """Return the network's input float32 [3, H, W] of pixels uint8 [h, w, 3], and the size without its padding.
+
+        The sides are resized to the testing scale with their proportions, padded below and at the right, then normalised.
+        """
+        height, width = pixels.shape[:2]
         long_side = self.short_side * LONG_SIDE / SHORT_SIDE
         scale = min(self.short_side / min(height, width), long_side / max(height, width))
         size = (int(height * scale + 0.5), int(width * scale + 0.5))
-        resized = F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0]
-        return (resized - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        edges = [(0, -side % DIVISOR) for side in size]
+        padded = np.pad(resize(pixels, *size), [*edges, (0, 0)], constant_values=PADDING)
+        # As mmcv does it: the difference in float32, times the reciprocal in float64.
+        normalised = (padded - np.array(MEAN, np.float32)).astype(np.float64) * (1 / np.array(STD))
+        return torch.from_numpy(normalised.astype(np.float32)).permute(2, 0, 1), size
 
 
 def instances(class_logits: Tensor, masks: Tensor) -> dict[str, list[Detection]]:

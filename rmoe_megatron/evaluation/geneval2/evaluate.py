@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 
 from rmoe_megatron.evaluation.generation import (
@@ -97,7 +97,8 @@ def ask_all(
     answerer = functools.cache(lambda: Qwen3VL(settings.answerer))
 
     def scores(number: int) -> bytes:
-        with Image.open(images[number].path) as image:
+        with Image.open(images[number].path) as file:
+            image = ImageOps.exif_transpose(file)
             atoms = [
                 score_atom(answerer(), image, question, answer, settings.protocol)
                 for question, answer in prompts[number]["vqa_list"]
