@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from rmoe_megatron import durable, launch, stop_signals
+from rmoe_megatron import durable, launch, standard_streams, stop_signals
 from rmoe_megatron.cli_data import data_app
 from rmoe_megatron.cli_evaluation import eval_app
 from rmoe_megatron.cli_options import (
@@ -51,6 +51,8 @@ def main() -> None:
 
     Each is one line on standard error.
     """
+    standard_streams.open_closed()
+    standard_streams.outlive_reader("stderr")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings(
@@ -131,6 +133,7 @@ def train(
     if check:
         _check_training(arguments, resume, ranks or launch.world_size())
         return
+    standard_streams.outlive_reader("stdout")
     if resume is not None:
         from rmoe_megatron.training import run
 

@@ -12,6 +12,10 @@ import re
 from rmoe_megatron.errors import UserError
 
 MAX_RANKS = 1 << 20
+MAX_JOB_ID = (1 << 32) - 1  # the upper bits are the cluster's number where clusters are federated
+# SLURM numbers the steps of srun from 0. From this number on are steps of other kinds, which have no tasks that could be ranks:
+# the batch script, the shell of an salloc, what SLURM starts for its own use.
+FIRST_OTHER_STEP = 0xFFFFFFF0
 # Below the ports that systems hand out by themselves; one job in this many shares its port with another.
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 
@@ -150,11 +154,20 @@ def tasks_per_node(counts: str) -> list[int]:
 def _tasks() -> int:
     """Return the number of tasks of the srun step that this process is of, 1 outside of one.
 
-    A batch script has SLURM's other variables too and is no task.
+    A batch script and the shell of an salloc have SLURM's other variables too and are no tasks.
     """
-    if not os.environ.get("SLURM_STEP_ID", "").isdigit():
+    if _step() is None:
         return 1
     return _number("SLURM_STEP_NUM_TASKS", least=1, most=MAX_RANKS, default=1)
+
+
+def _step() -> int | None:
+    """Return the number of the srun step that this process is of, None outside of one."""
+    text = os.environ.get("SLURM_STEP_ID", "").strip()
+    if not (text.isascii() and text.isdigit()):
+        return None
+    number = _number("SLURM_STEP_ID", least=0, most=0xFFFFFFFF, default=0)
+    return number if number < FIRST_OTHER_STEP else None
 
 
 def _is_step() -> bool:
@@ -176,8 +189,9 @@ def _check_agents(tasks: int) -> None:
 
 
 def _port() -> int:
-    job, step = (_number(f"SLURM_{name}_ID", least=0, most=10**9, default=0) for name in ("JOB", "STEP"))
-    return _number("MASTER_PORT", least=1, most=65535, default=FIRST_PORT + (job * 101 + step) % NUM_PORTS)
+    job = _number("SLURM_JOB_ID", least=0, most=MAX_JOB_ID, default=0)
+    default = FIRST_PORT + (job * 101 + (_step() or 0)) % NUM_PORTS
+    return _number("MASTER_PORT", least=1, most=65535, default=default)
 
 
 def _number(name: str, least: int, most: int, default: int, slurm: int | None = None) -> int:

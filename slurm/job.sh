@@ -20,7 +20,7 @@ fail() { # fail MESSAGE...: a mistake of the user's
 
 # ---------------------------------------------------------------------------------------------------------------- login node
 
-sbatch_options=() nodes='' tasks_per_node=${RMOE_TASKS_PER_NODE:-$SITE_TASKS_PER_NODE}
+sbatch_options=() nodes='' array='' tasks_per_node=${RMOE_TASKS_PER_NODE:-$SITE_TASKS_PER_NODE}
 
 split_arguments() { # split_arguments "$@": --OPTION=VALUE up to the first other word are sbatch's; the rest is in words
     words=()
@@ -28,6 +28,7 @@ split_arguments() { # split_arguments "$@": --OPTION=VALUE up to the first other
         case $1 in
             --nodes=*) nodes=${1#*=} ;;
             --ntasks-per-node=*) tasks_per_node=${1#*=} ;;
+            --array=*) array=${1#*=} ;;
             *) sbatch_options+=("$1") ;;
         esac
         shift
@@ -37,15 +38,72 @@ split_arguments() { # split_arguments "$@": --OPTION=VALUE up to the first other
     words=("$@")
 }
 
+split_line() { # split_line TEXT: its words, as a shell takes them, are in words_of_line; a [list, of "several words"] is one, with its quotes
+    local text=${1%$'\r'} word='' quote='' character is_word=false depth=0
+    words_of_line=()
+    while [[ -n $text ]]; do
+        character=${text:0:1} text=${text:1}
+        if [[ -n $quote ]]; then
+            if [[ $character == "$quote" ]]; then
+                quote=''
+                ((depth == 0)) || word+=$character
+            elif [[ $quote == '"' && $character == \\ && $text == [\"\\]* ]]; then
+                ((depth == 0)) || word+=$character
+                word+=${text:0:1} text=${text:1}
+            else
+                word+=$character
+            fi
+        elif [[ $character == [\'\"] ]]; then
+            quote=$character is_word=true
+            ((depth == 0)) || word+=$character
+        elif ((depth == 0)) && [[ $character == \\ ]]; then
+            word+=${text:0:1} text=${text:1} is_word=true
+        elif ((depth == 0)) && [[ $character == [[:space:]] ]]; then
+            if $is_word; then words_of_line+=("$word"); fi
+            word='' is_word=false
+        elif [[ $character == '#' ]] && ! $is_word; then
+            break
+        else
+            case $character in
+                [\[\{]) ((depth += 1)) ;;
+                [\]\}]) ((depth -= depth > 0)) || true ;;
+            esac
+            word+=$character is_word=true
+        fi
+    done
+    [[ -z $quote ]] || fail "a quote $quote is not closed in: $1"
+    if $is_word; then words_of_line+=("$word"); fi
+}
+
+refuse_array() { # refuse_array SCRIPT: its job is one
+    [[ -z $array ]] || fail "${1##*/} is one job, not an array (--array=$array); sweep.sh and precompute_latents.sh submit arrays." \
+        "Nothing is submitted."
+}
+
+array_numbers() { # array_numbers: those of --array, each once and in order, are in numbers
+    local part list=${array%%\%*} limit=${array#"${array%%\%*}"} first last step number
+    [[ -z $limit || $limit =~ ^%[1-9][0-9]{0,6}$ ]] || fail "--array=$array is no list of numbers; nothing is submitted."
+    local -A found=()
+    while read -r part; do
+        [[ $part =~ ^([0-9]{1,7})(-([0-9]{1,7})(:([1-9][0-9]{0,6}))?)?$ ]] ||
+            fail "--array=$array is no list of numbers; nothing is submitted."
+        first=$((10#${BASH_REMATCH[1]})) last=$((10#${BASH_REMATCH[3]:-${BASH_REMATCH[1]}})) step=$((10#${BASH_REMATCH[5]:-1}))
+        ((first <= last)) || fail "--array=$array counts down; nothing is submitted."
+        for ((number = first; number <= last; number += step)); do
+            found[$number]=true
+        done
+    done < <(tr ',' '\n' <<< "$list")
+    mapfile -t numbers < <(printf '%s\n' "${!found[@]}" | sort --numeric-sort)
+}
+
 site_options() { # options: what site.sh asks of SLURM, then what the command line asks
     options=(--output="$SITE_LOGS/%x-%j.log" --open-mode=append)
     [[ -z $SITE_ACCOUNT ]] || options+=(--account="$SITE_ACCOUNT")
     [[ -z $SITE_PARTITION ]] || options+=(--partition="$SITE_PARTITION")
     [[ -z $SITE_QOS ]] || options+=(--qos="$SITE_QOS")
     [[ -z $SITE_MEMORY_PER_NODE ]] || options+=(--mem="$SITE_MEMORY_PER_NODE")
-    local more
-    read -ra more <<< "$SITE_SBATCH_OPTIONS"
-    options+=("${more[@]}")
+    split_line "$SITE_SBATCH_OPTIONS"
+    options+=("${words_of_line[@]}")
 }
 
 task_options() { # options: of a job with a task for every GPU. SLURM is not told of tasks: it would insist on their number when it
@@ -130,6 +188,7 @@ submit_training() { # submit_training SCRIPT DEFAULT_CONFIG ARGUMENTS...: sets r
     shift 2
     nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
     split_arguments "$@"
+    refuse_array "$script"
     training_arguments "$config" "${words[@]}"
     check_training "${arguments[@]}"
     site_options
@@ -148,24 +207,34 @@ check_precompute() { # check_precompute CONFIG SOURCE OUT [KEY=VALUE]...
 }
 
 read_sweep() { # read_sweep FILE: its lines that are overrides are in lines
-    mapfile -t lines < <(sed 's/#.*//' "$1" | grep -v '^[[:space:]]*$')
+    local line every
+    mapfile -t every < <(sed $'1s/^\xef\xbb\xbf//' "$1")
+    lines=()
+    for line in "${every[@]}"; do
+        split_line "$line"
+        [[ ${#words_of_line[@]} == 0 ]] || lines+=("$line")
+    done
 }
 
 submit_sweep() { # submit_sweep SCRIPT ARGUMENTS...: check every line, submit an array
-    local script=$1 number line copy sweep_dir
+    local script=$1 number copy sweep_dir
     shift
     nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
     split_arguments "$@"
     [[ ${#words[@]} -ge 2 && -f ${words[1]} ]] || fail "a configuration and a file of overrides are needed; nothing is submitted."
     read_sweep "${words[1]}"
     [[ ${#lines[@]} -gt 0 ]] || fail "${words[1]} has no line of overrides; nothing is submitted."
+    array=${array:-0-$((${#lines[@]} - 1))}
+    array_numbers
+    ((numbers[-1] < ${#lines[@]})) ||
+        fail "--array=$array asks for line ${numbers[-1]}, but ${words[1]} has lines 0 to $((${#lines[@]} - 1)); nothing is submitted."
     training_arguments "${words[0]}" "${words[0]}" "${words[@]:2}"
     check_training "${arguments[@]}"
     sweep_dir=$run_dir
     [[ -n $sweep_dir ]] || fail "where the runs will lie is not known on this node (see above); nothing is submitted."
-    for number in "${!lines[@]}"; do
-        read -ra line <<< "${lines[number]}"
-        check_training "${arguments[@]}" "${line[@]}" "run_dir=$sweep_dir-$number"
+    for number in "${numbers[@]}"; do
+        split_line "${lines[number]}"
+        check_training "${arguments[@]}" "${words_of_line[@]}" "run_dir=$sweep_dir-$number"
         echo "line $number is fine: ${lines[number]}" >&2
     done
     # As they are now: the file may change while jobs wait.
@@ -174,12 +243,16 @@ submit_sweep() { # submit_sweep SCRIPT ARGUMENTS...: check every line, submit an
     printf '%s\n' "${lines[@]}" > "$copy"
     site_options
     task_options
-    options+=(--output="$SITE_LOGS/%x-%A_%a.log" --array="0-$((${#lines[@]} - 1))" --nodes="$nodes")
+    options+=(--output="$SITE_LOGS/%x-%A_%a.log" --array="$array" --nodes="$nodes")
     options+=(--signal="B:USR1@$SITE_SIGNAL_SECONDS" --requeue)
     RMOE_RUN_DIR=$sweep_dir submit "$script" "${words[0]}" "$copy" "${words[@]:2}"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------- job
+
+# This job as SLURM's commands are to be asked for it. The last task of an array has the number of the whole array as its own.
+this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+this_job=${this_job:-${SLURM_JOB_ID:-}}
 
 in_tasks() { # in_tasks SRUN_OPTIONS... -- COMMAND...: run a command in tasks, in the site's container or environment
     local options=()
@@ -201,7 +274,7 @@ in_tasks() { # in_tasks SRUN_OPTIONS... -- COMMAND...: run a command in tasks, i
             ;;
         '')
             activate_environment
-            command -v "$1" > /dev/null || fail "there is no $1 in this job; see SITE_VENV and activate_environment in site.sh."
+            command -v rmoe > /dev/null || fail "there is no rmoe in this job; see SITE_VENV and activate_environment in site.sh."
             exec srun "${options[@]}" "$@"
             ;;
         *) fail "SITE_CONTAINER_RUNTIME=$SITE_CONTAINER_RUNTIME is neither pyxis nor apptainer nor empty." ;;
@@ -218,7 +291,7 @@ run_one_task() { # run_one_task ARGUMENTS...: rmoe once, on one node of the job
 
 set_end_time() { # newer SLURM says when a job's time is up, older ones are asked
     local end
-    if [[ -z ${SLURM_JOB_END_TIME:-} ]] && end=$(date -d "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format=%e)" +%s 2> /dev/null)
+    if [[ -z ${SLURM_JOB_END_TIME:-} ]] && end=$(date -d "$(squeue --noheader --jobs "$this_job" --format=%e)" +%s 2> /dev/null)
     then
         export SLURM_JOB_END_TIME=$end
     fi
@@ -242,6 +315,7 @@ one_task_job() { # one_task_job SCRIPT GPUS COMMAND SUBCOMMAND ARGUMENTS...: sub
     fi
     require_command "${command[@]}"
     split_arguments "$@"
+    refuse_array "$script"
     site_options
     options+=(--gpus-per-node="$((SITE_GPUS_PER_NODE > 0 ? gpus : 0))")
     submit "$script" "${words[@]}"
@@ -256,104 +330,168 @@ all_tasks_job() { # all_tasks_job SCRIPT COMMAND SUBCOMMAND ARGUMENTS...: as one
     fi
     require_command "${command[@]}"
     split_arguments "$@"
+    refuse_array "$script"
     site_options
     task_options
     [[ -z $nodes ]] || options+=(--nodes="$nodes")
     submit "$script" "${words[@]}"
 }
 
+find_part() { # find_part NUMBER FIRST LAST COUNT: part is K/N, which part of how many a task of an array of so many numbers has
+    local number=$(($1 - $2)) step=$(($4 > 1 ? ($3 - $2) / ($4 - 1) : 1))
+    if ((step * ($4 - 1) != $3 - $2 || number % step != 0)); then
+        fail "the numbers of this array ($4 from $2 to $3, $1 among them) do not lie at equal distances, so its tasks have no parts;" \
+            "submit it with --array=0-$(($4 - 1))."
+    fi
+    part=$((number / step))/$4
+}
+
 precompute_job() { # precompute_job SCRIPT ARGUMENTS...: check and submit rmoe data precompute, or run a part of it
-    local script=$1
+    local script=$1 part number
     shift
     if is_job; then
-        (in_all_tasks --kill-on-bad-exit=1 -- rmoe data precompute "$@" \
-            --part "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT")
+        find_part "${SLURM_ARRAY_TASK_ID:-0}" "${SLURM_ARRAY_TASK_MIN:-0}" "${SLURM_ARRAY_TASK_MAX:-0}" "${SLURM_ARRAY_TASK_COUNT:-1}"
+        (in_all_tasks --kill-on-bad-exit=1 -- rmoe data precompute "$@" --part "$part")
         return
     fi
     split_arguments "$@"
     [[ ${#words[@]} -ge 3 ]] || fail "a configuration, SOURCE and OUT are needed; nothing is submitted."
+    array=${array:-${SBATCH_ARRAY_INX:-$(sed -n 's/^#SBATCH --array=//p' "$script")}}
+    array_numbers
+    for number in "${numbers[@]}"; do
+        find_part "$number" "${numbers[0]}" "${numbers[-1]}" "${#numbers[@]}"
+    done
     check_precompute "${words[@]}"
     site_options
     task_options
-    options+=(--output="$SITE_LOGS/%x-%A_%a.log")
+    options+=(--output="$SITE_LOGS/%x-%A_%a.log" --array="$array")
     [[ -z $nodes ]] || options+=(--nodes="$nodes")
     submit "$script" "${words[@]}"
 }
 
 sweep_job() { # sweep_job SCRIPT CONFIG LINES ARGUMENTS...: check and submit, or train one line
-    local script=$1 line number=${SLURM_ARRAY_TASK_ID:-}
+    local script=$1 number=${SLURM_ARRAY_TASK_ID:-}
     shift
     if ! is_job; then
         submit_sweep "$script" "$@"
         return
     fi
     read_sweep "$2"
-    read -ra line <<< "${lines[number]}"
+    [[ -n $number && $number -lt ${#lines[@]} && -n ${RMOE_RUN_DIR:-} ]] ||
+        fail "a sweep is submitted with slurm/sweep.sh, as an array with a number for every line ('$number' is none)."
+    split_line "${lines[number]}"
     RMOE_RUN_DIR=$RMOE_RUN_DIR-$number
-    train_in_job "$1" "${@:3}" "${line[@]}" "run_dir=$RMOE_RUN_DIR"
+    train_in_job "$1" "${@:3}" "${words_of_line[@]}" "run_dir=$RMOE_RUN_DIR"
 }
 
 train_in_job() { # train_in_job ARGUMENTS...: of rmoe train; ends the job
-    local code=0 signalled=false is_cancelled=false process reporter=''
-    set_end_time
-    find_run_dir "$@"
-    if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -f $run_dir/config.yaml && $1 != --resume ]]; then
-        set -- --resume "$run_dir" "${@:2}"
-    fi
-    # Ranks that fail end each other and say why; SLURM waits a minute for that before it ends them.
-    (in_all_tasks --kill-on-bad-exit=0 --wait=60 -- rmoe train "$@") &
-    process=$!
-    # The time is nearly up: srun hands the signal on to all ranks, which save and exit with 75.
-    trap 'signalled=true; kill -USR1 "$process"' USR1
+    local code=0 signalled=false is_cancelled=false process='' reporter=''
+    # The time is nearly up: srun hands the signal on to all ranks, which save and exit with 75. Before there are ranks it says
+    # nothing that they will not see themselves.
+    trap 'signalled=true; [[ -z $process ]] || kill -USR1 "$process"' USR1
     # The job is cancelled or preempted: SLURM tells the ranks itself, and decides itself whether to start it again.
     trap 'signalled=true; is_cancelled=true' TERM
+    set_end_time
+    find_run_dir "$@"
+    mark_start
+    if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ $1 != --resume ]] && was_started_by_this_job; then
+        set -- --resume "$run_dir" "${@:2}"
+    fi
+    # SLURM says the largest exit code of all ranks, which is that of ranks it had to end. So a rank that ends with a mistake leaves a
+    # file. Signals are for rmoe, which gets them too.
+    export RMOE_MISTAKE=$run_dir/jobs/$this_job.mistake
+    # shellcheck disable=SC2016 # the tasks' shells expand it
+    local noting='trap : USR1 TERM HUP; "$@"; code=$?; [ "$code" != 2 ] || : > "$RMOE_MISTAKE"; exit "$code"'
+    rm -f "$RMOE_MISTAKE"
+    # Ranks that fail end each other and say why; SLURM waits a minute for that before it ends them.
+    (in_all_tasks --kill-on-bad-exit=0 --wait=60 -- sh -c "$noting" sh rmoe train "$@") &
+    process=$!
     if ((SITE_COMMENT_SECONDS > 0)); then
         comment_on_job "$run_dir" &
         reporter=$!
     fi
+    signalled=false
     wait "$process" || code=$?
     while $signalled; do # a signal ends the waiting, not what is waited for
         signalled=false code=0
         wait "$process" || code=$?
     done
     [[ -z $reporter ]] || kill "$reporter" 2> /dev/null || true
+    if [[ $code != 0 && -e $RMOE_MISTAKE ]]; then
+        code=2
+    fi
     end_or_start_anew "$code" "$is_cancelled"
+}
+
+mark_start() { # mark_start: what lies in run_dir and is older than the mark of a job's first start is not of this job
+    local mark=$run_dir/jobs/$this_job.start
+    if [[ ! -e $mark || ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
+        mkdir -p "$run_dir/jobs" && touch "$mark" || true # what cannot be written, rmoe says
+    fi
+}
+
+was_started_by_this_job() { # the configuration in run_dir says who has written it; one that does not must be younger than this job
+    local line=''
+    [[ -f $run_dir/config.yaml ]] || return
+    read -r line < "$run_dir/config.yaml" || true
+    case $line in
+        "# written by job $SLURM_JOB_ID") return 0 ;;
+        "# written by "*) return 1 ;;
+        *) [[ $run_dir/config.yaml -nt $run_dir/jobs/$this_job.start ]] ;;
+    esac
 }
 
 comment_on_job() { # comment_on_job RUN: keep squeue's comment at what the run says of itself
     while sleep "$SITE_COMMENT_SECONDS"; do
         if [[ -f $1/status ]]; then
-            scontrol update JobId="$SLURM_JOB_ID" Comment="$(head -c 200 "$1/status")" > /dev/null 2>&1 || true
+            scontrol update JobId="$this_job" Comment="$(head -c 200 "$1/status")" > /dev/null 2>&1 || true
+        fi
+    done
+}
+
+newest_checkpoint() { # newest_checkpoint: the last one in run_dir that another job has not written, else none, is in newest
+    local folder state
+    newest=none
+    for folder in "$run_dir"/checkpoints/step-????????; do
+        state=$folder/run_state.json
+        if [[ -d $folder ]] && { [[ ! -f $state ]] || grep --quiet "\"job\": \"$SLURM_JOB_ID\"" "$state"; }; then
+            newest=${folder##*/}
         fi
     done
 }
 
 end_or_start_anew() { # end_or_start_anew CODE IS_CANCELLED: of the run in run_dir
-    local code=$1 is_cancelled=$2 newest=none folder same job
-    if [[ $code == 0 || $code == 2 ]]; then
-        exit "$code"
+    local code=$1 is_cancelled=$2 newest same job
+    if [[ $code == 0 ]]; then
+        exit
+    fi
+    if [[ $code == 2 ]]; then
+        echo "job $this_job ends after a mistake, see above; it is not started again." >&2
+        exit 2
     fi
     if $is_cancelled; then
-        echo "job $SLURM_JOB_ID was ended by SLURM (exit code $code); the run in $run_dir can be resumed." >&2
+        echo "job $this_job was ended by SLURM (exit code $code); the run in $run_dir can be resumed." >&2
         exit "$code"
     fi
-    mkdir -p "$run_dir"
-    for folder in "$run_dir"/checkpoints/step-????????; do
-        [[ ! -d $folder ]] || newest=${folder##*/}
-    done
-    echo "$SLURM_JOB_ID $newest $code" >> "$run_dir/restarts"
-    # How many lines of this job with the same newest checkpoint are the last.
-    same=$(awk -v line="$SLURM_JOB_ID $newest" '{ n = $1 " " $2 == line ? n + 1 : 0 } END { print n }' "$run_dir/restarts")
+    newest_checkpoint
+    if ! { mkdir -p "$run_dir" && echo "$this_job $newest $code" >> "$run_dir/restarts"; }; then
+        echo "error: restarts of job $this_job cannot be counted in $run_dir/restarts; it ends after exit code $code." >&2
+        exit "$code"
+    fi
+    # How many lines of this job with the same newest checkpoint are the last of its own.
+    same=$(awk -v job="$this_job" -v line="$this_job $newest" \
+        '$1 == job { n = $1 " " $2 == line ? n + 1 : 0 } END { print n + 0 }' "$run_dir/restarts")
     if ((same > SITE_MAX_RESTARTS)); then
-        echo "error: job $SLURM_JOB_ID was started again $SITE_MAX_RESTARTS times without a new checkpoint (the newest is" \
+        echo "error: job $this_job was started again $SITE_MAX_RESTARTS times without a new checkpoint of its own (the newest is" \
             "$newest, the last exit code $code); it ends, see above why." >&2
         exit "$code"
     fi
     # On a lost node this script may outlive the loss, after which SLURM has started the job again itself.
-    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    job=$(scontrol --oneliner show job "$this_job")
     if [[ $job == *" JobState=RUNNING "* && $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
-        echo "job $SLURM_JOB_ID starts anew after exit code $code, restart $same of $SITE_MAX_RESTARTS without a new checkpoint." >&2
-        scontrol requeue "$SLURM_JOB_ID"
+        echo "job $this_job starts anew after exit code $code, restart $same of $SITE_MAX_RESTARTS without a new checkpoint." >&2
+        scontrol requeue "$this_job" ||
+            echo "error: SLURM does not start job $this_job again; resume the run with slurm/pretrain_t2i.sh --resume $run_dir." >&2
     fi
     exit "$code"
 }

@@ -20,7 +20,8 @@ done
     fail "a configuration is needed: slurm/pipeline.sh [OPTIONS] CONFIG [KEY=VALUE]...; nothing is submitted."
 [[ ${#evaluations[@]} -gt 0 ]] || evaluations=(geneval)
 for evaluation in "${evaluations[@]}"; do
-    read -r benchmark _ <<< "$evaluation"
+    split_line "$evaluation"
+    benchmark=${words_of_line[0]:-}
     [[ -f $RMOE_ROOT/slurm/eval_$benchmark.sh ]] || fail "there is no benchmark $benchmark; nothing is submitted."
     require_command eval "$benchmark"
 done
@@ -37,6 +38,7 @@ submit_after() { # submit_after JOB SCRIPT ARGUMENTS...: a job that waits for an
 submit_after "$submitted" convert_to_hf.sh "$run_dir" "$run_dir/model"
 converted=$submitted
 for evaluation in "${evaluations[@]}"; do
-    read -ra scoring <<< "$evaluation"
-    submit_after "$converted" "eval_${scoring[0]}.sh" "$run_dir/model" --out "$run_dir/scores/${scoring[0]}" "${scoring[@]:1}"
+    split_line "$evaluation"
+    benchmark=${words_of_line[0]}
+    submit_after "$converted" "eval_$benchmark.sh" "$run_dir/model" --out "$run_dir/scores/$benchmark" "${words_of_line[@]:1}"
 done

@@ -59,6 +59,30 @@ def test_torchrun_in_a_step_of_one_task(monkeypatch: pytest.MonkeyPatch) -> None
     assert (launch.rank(), launch.world_size(), launch.rendezvous_url()) == (9, 48, "env://")
 
 
+@pytest.mark.parametrize("step", ["4294967290", "4294967291", "4294967292"])
+def test_torchrun_in_a_shell_that_is_no_task(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the shell of an salloc and in a batch script SLURM gives the step a number above all those of srun."""
+    shell = {
+        "SLURM_STEP_ID": step,
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "0",
+        "SLURM_JOB_ID": "4227858433",
+    }
+    for name, value in (TASK | shell).items():
+        monkeypatch.setenv(name, value)
+    assert (launch.rank(), launch.world_size(), launch.rendezvous_url()) == (0, 1, "env://")
+    for name, value in (AGENT | {"GROUP_WORLD_SIZE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert (launch.rank(), launch.world_size(), launch.rendezvous_url()) == (9, 48, "env://")
+
+
+def test_jobs_of_federated_clusters_have_large_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (TASK | {"SLURM_JOB_ID": "4227858433"}).items():
+        monkeypatch.setenv(name, value)
+    port = 10_000 + 4227858433 * 101 % 20_000
+    assert launch.rendezvous_url() == f"tcp://gpu08:{port}?rank=5&world_size=6"
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [

@@ -4,7 +4,8 @@
 #                                          (default: 2 nodes of 2 CPUs, no GPU; about a second; GPUs are in name only)
 #   export SLURM_CONF=FOLDER/slurm.conf                                sbatch, squeue, scontrol ... then ask this one
 #   bash tools/local_slurm.sh stop FOLDER
-# Needs Debian's or Ubuntu's slurm-wlm; no root, systemd, cgroups or /etc. RMOE_SLURM_PORT is the first of NODES + 1 ports.
+# Needs Debian's or Ubuntu's slurm-wlm; no root, systemd, cgroups or /etc. It takes NODES + 1 ports in a row that are free, looked
+# for from RMOE_SLURM_PORT on, or from a random one.
 set -euo pipefail
 
 usage() {
@@ -12,9 +13,17 @@ usage() {
     exit 2
 }
 
-write_configuration() { # write_configuration FOLDER NODES CPUS_PER_NODE GPUS_PER_NODE
-    local folder=$1 nodes=$2 cpus=$3 gpus=$4 user node host device
-    local port=${RMOE_SLURM_PORT:-17817}
+find_ports() { # find_ports COUNT: port is the first of so many in a row, from port on, at which nobody listens
+    local count=$1 number
+    for ((number = port; number < port + count; number++)); do
+        if (exec 3<> "/dev/tcp/127.0.0.1/$number") 2> /dev/null; then
+            port=$((number + 1)) # and look again from there
+        fi
+    done
+}
+
+write_configuration() { # write_configuration FOLDER NODES CPUS_PER_NODE GPUS_PER_NODE PORT
+    local folder=$1 nodes=$2 cpus=$3 gpus=$4 port=$5 user node host device
     user=$(id -un) host=$(hostname -s)
     cat > "$folder/slurm.conf" <<END
 ClusterName=local
@@ -97,26 +106,44 @@ start() { # start FOLDER [NODES] [CPUS_PER_NODE] [GPUS_PER_NODE]
     munged --force --key-file="$folder/munge.key" --socket="$folder/run/munge.socket" \
         --pid-file="$folder/run/munged.pid" --log-file="$folder/log/munged.log" \
         --seed-file="$folder/state/munged.seed" 2> "$folder/log/munged.stderr"
-    write_configuration "$folder" "$nodes" "$cpus" "$gpus"
     export SLURM_CONF=$folder/slurm.conf
-    slurmctld -i
-    for ((node = 1; node <= nodes; node++)); do
-        slurmd -N "n$node"
-    done
-    for ((attempt = 0; attempt < 150; attempt++)); do
-        if [[ $(sinfo -h -N -t idle -o %N 2> /dev/null | wc -l) == "$nodes" ]]; then
+    # Another start on this host looks for ports when this one has its own; another program may still take one in between.
+    exec 9> "${TMPDIR:-/tmp}/local_slurm.$(id -u).lock"
+    flock 9
+    local port=${RMOE_SLURM_PORT:-$((17000 + RANDOM % 13000))} trial
+    for ((trial = 0; trial < 8; trial++)); do
+        find_ports $((nodes + 1))
+        write_configuration "$folder" "$nodes" "$cpus" "$gpus" "$port"
+        rm -f "$folder"/log/slurm*.log
+        slurmctld -i 9>&- || true
+        for ((node = 1; node <= nodes; node++)); do
+            slurmd -N "n$node" 9>&- || true
+        done
+        if are_up "$folder" "$nodes"; then
             echo "export SLURM_CONF=$SLURM_CONF"
             return
         fi
-        sleep 0.2
+        grep --quiet --ignore-case 'address already in use' "$folder"/log/slurm*.log || break
+        end_processes "$folder"/run/slurmd.*.pid "$folder/run/slurmctld.pid"
+        port=$((port + nodes + 1))
     done
-    echo "error: the nodes did not come up within 30 s; see $folder/log." >&2
+    echo "error: the nodes did not come up; see $folder/log." >&2
     stop "$folder"
     exit 1
 }
 
+are_up() { # are_up FOLDER NODES: wait until all nodes are idle; fails after 30 s, or when a daemon has ended
+    local attempt
+    for ((attempt = 0; attempt < 150; attempt++)); do
+        [[ $(sinfo -h -N -t idle -o %N 2> /dev/null | wc -l) != "$2" ]] || return 0
+        ! grep --quiet --ignore-case --extended-regexp 'fatal:|address already in use' "$1"/log/slurm*.log || return 1
+        sleep 0.2
+    done
+    return 1
+}
+
 stop() { # stop FOLDER: end what start began, by the process numbers written there; running jobs are cancelled
-    local folder file process attempt processes=()
+    local folder attempt
     [[ -f $1/slurm.conf ]] || usage "there is no SLURM in $1;"
     folder=$(cd "$1" && pwd)
     export SLURM_CONF=$folder/slurm.conf
@@ -128,7 +155,12 @@ stop() { # stop FOLDER: end what start began, by the process numbers written the
             sleep 0.1
         done
     fi
-    for file in "$folder"/run/slurmd.*.pid "$folder"/run/slurmctld.pid "$folder"/run/munged.pid; do
+    end_processes "$folder"/run/slurmd.*.pid "$folder/run/slurmctld.pid" "$folder/run/munged.pid"
+}
+
+end_processes() { # end_processes FILE...: those whose numbers the files hold
+    local file process attempt processes=()
+    for file in "$@"; do
         [[ -s $file ]] || continue
         process=$(cat "$file") # which ends with its process
         if kill "$process" 2> /dev/null; then

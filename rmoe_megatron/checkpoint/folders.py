@@ -49,6 +49,7 @@ class RunState(TypedDict):
     skipped_steps: NotRequired[Annotated[int, Field(ge=0)]]
     pending: NotRequired[list[Literal["validation", "samples"]]]
     imported: NotRequired[bool]  # weights alone
+    job: NotRequired[str]  # SLURM's number of the job that saved it
     base_fingerprint: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
 
 

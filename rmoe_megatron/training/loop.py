@@ -67,6 +67,7 @@ class TrainingLoop:
             self.grid = SampleGrid(self.config, prompts, self.source.autoencoder)
         health = Health(run_dir, engine, self.source.locate, training.max_skipped_steps)
         self.throughput = Throughput(self.config, self.device)
+        self.forget_what_is_not_configured()
         self.saved = progress.step, list(progress.pending)
         why, draws, batches = None, None, iter(list[list[Batch]]())
         try:
@@ -117,6 +118,17 @@ class TrainingLoop:
         pauses = {"validation": training.validate_every} if has_validation else {}
         pauses["checkpoint"] = self.config.checkpoint.every
         return pauses | ({"samples": training.sample_every} if self.grid is not None else {})
+
+    def forget_what_is_not_configured(self) -> None:
+        """Leave out, and say so, what the checkpoint left to be done if the configuration no longer has it."""
+        progress = self.state.progress
+        for kind in list(progress.pending):
+            if kind not in self.pauses():
+                progress.pending.remove(kind)
+                self.log.announce(
+                    f"step {progress.step}: the checkpoint says that {kind} should follow, which the configuration no longer "
+                    f"has; the run goes on without."
+                )
 
     def look_and_save(self) -> None:
         """Do what is pending after a step: validate, save, sample; what fails in sampling has been saved before.

@@ -1,19 +1,22 @@
 """A training run from configuration to last checkpoint: ``rmoe train`` and ``rmoe train --resume``."""
 
 import logging
+import os
+import socket
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, list_checkpoints, read_state
-from rmoe_megatron.config.loading import load_config, save_config
+from rmoe_megatron.config.loading import load_config, to_yaml
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import Interrupted, RunError, UserError
-from rmoe_megatron.launch import rank, ranks_on_host, world_size
+from rmoe_megatron.launch import job_id, rank, ranks_on_host, world_size
 from rmoe_megatron.model.backend import resolve_precision
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import check_memory
@@ -108,23 +111,25 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
 
 
 def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
-    run_dir = Path(config.run_dir)
-    step, is_rank0 = checkpoint.step if checkpoint is not None else 0, rank() == 0
+    run_dir, is_rank0 = Path(config.run_dir), rank() == 0
+    first_step = checkpoint.step if checkpoint is not None else 0
+    loop: TrainingLoop | None = None
     with exclusive(run_dir) if is_rank0 else nullcontext() as fence:
         if is_rank0:
-            record(run_dir, "started" if checkpoint is None else "resumed", step)
+            record(run_dir, "started" if checkpoint is None else "resumed", first_step)
         try:
             with process_groups(config) as device:
                 if is_rank0:
-                    save_config(config, run_dir / "config.yaml")
+                    _write_down(config, run_dir)
                 loop = _build(config, checkpoint, device)
                 if fence is not None:
                     loop.restarts, loop.may_publish = count_restarts(read_history(run_dir)), fence.check
                 stopped = _train(loop)
                 step = loop.state.progress.step
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if fence is not None:
                 fence.check()
+                step = loop.state.progress.step if loop is not None else first_step
                 record(run_dir, "failed", step, reason(error))
             raise
         if is_rank0:
@@ -133,6 +138,15 @@ def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
         raise Interrupted(
             f"{stopped}: {run_dir} stopped after step {step}; `rmoe train --resume {run_dir}` goes on."
         )
+
+
+def _write_down(config: RunConfig, run_dir: Path) -> None:
+    """Save the configuration in the run's folder, with a first line that says who has written it.
+
+    A job that SLURM starts again resumes only what one of its own starts has written there.
+    """
+    writer = f"job {job_id()}" if job_id() is not None else f"process {os.getpid()} on {socket.gethostname()}"
+    durable.write(run_dir / "config.yaml", f"# written by {writer}\n{to_yaml(config)}")
 
 
 def _build(config: RunConfig, checkpoint: CheckpointFolder | None, device: torch.device) -> TrainingLoop:

@@ -5,8 +5,10 @@ job again elsewhere, and what ran on the lost node may still run there. So a lat
 takes over; an earlier one looks for that every second and before it publishes anything, and ends.
 """
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import sys
@@ -26,11 +28,16 @@ from rmoe_megatron.launch import job_id, restart_count
 from rmoe_megatron.regular_files import check_subfolder, open_to_append
 from rmoe_megatron.typed_files import parse_json, read_json
 
+logger = logging.getLogger(__name__)
+
 LOCK, TAKEOVER = "run.lock", "run.takeover"
 INTERVAL = 1.0  # seconds between two looks for a successor
 MAX_HOLDER = 4096  # characters that the lock file says of its holder
 WRITTEN = ("checkpoints", "samples", "tensorboard", "wandb")  # folders of a run
 PATIENCE = 120.0  # seconds that a later start of a job waits for the end of an earlier one
+
+# What a file system answers that has no locks (Lustre without its flock option, NFS without lockd, some of object stores).
+WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 STARTED = TypeAdapter(dict[str, str | int | None])
 
@@ -113,6 +120,17 @@ def _acquire(file: TextIO, run_dir: Path, fence: Fence) -> None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except OSError as error:
+            if error.errno in WITHOUT_LOCKS:
+                logger.warning(
+                    "The file system of %s has no locks (%s), so nothing keeps a second run out of this folder; train in it "
+                    "with one job at a time.", run_dir, error.strerror,
+                )  # fmt: skip
+                return
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{run_dir / LOCK} cannot be locked ({error.strerror}); look after its file system, or choose another "
+                    "run_dir."
+                ) from error
             file.seek(0)
             holder, name = _holder(file.read(MAX_HOLDER))
             if not fence.precedes_me(holder):

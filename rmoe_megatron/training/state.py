@@ -24,6 +24,7 @@ from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.errors import RunError, UserError
+from rmoe_megatron.launch import job_id
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 
@@ -99,6 +100,8 @@ def save_checkpoint(
             run_state: dict[str, Any] = asdict(state.progress)
             if state.base_fingerprint is not None:
                 run_state["base_fingerprint"] = state.base_fingerprint
+            if job_id() is not None:  # slurm/job.sh counts a job's restarts by the checkpoints of its own
+                run_state["job"] = job_id()
             (partial / "run_state.json").write_text(json.dumps(run_state))
     if is_rank0:
         remove_old(run_dir, config.checkpoint.keep_last, state.progress.step)

@@ -61,7 +61,7 @@ def site(slurm: LocalSlurm, tmp_path: Path) -> Site:
 
 SAVES_AT_A_SIGNAL = """\
     echo ready
-    mkdir -p {folder}/run; touch {folder}/run/config.yaml
+    mkdir -p {folder}/run; echo "# written by job $SLURM_JOB_ID" > {folder}/run/config.yaml
     if ((${{SLURM_RESTART_COUNT:-0}})); then exit 0; fi
     trap 'echo saved; exit 75' USR1
     for ((i = 0; i < 600; i++)); do sleep 0.1; done"""
@@ -89,7 +89,7 @@ def test_a_crash_loop_ends(site: Site) -> None:
     job = site.submit("pretrain_t2i.sh", "--nodes=1", "c.yaml")
     assert site.slurm.wait(job) == "FAILED"
     assert site.calls() == [f"{number} train c.yaml" for number in (0, 1, 2)]
-    assert f"error: job {job} was started again 2 times without a new checkpoint" in site.log()
+    assert f"error: job {job} was started again 2 times without a new checkpoint of its own" in site.log()
     assert site.slurm.describe(job)["ExitCode"] == "7:0"
 
 
@@ -103,11 +103,28 @@ def test_restarts_with_progress_are_not_counted(site: Site) -> None:
     assert len(site.calls()) == 5
 
 
-def test_a_mistake_is_not_repeated(site: Site) -> None:
-    site.stand_in("exit 2")
+def test_checkpoints_of_another_job_are_no_progress(site: Site) -> None:
+    body = """folder={folder}/run/checkpoints/step-0000000${{SLURM_RESTART_COUNT:-0}}; mkdir -p $folder
+        echo '{{"step": 1, "job": "999999"}}' > $folder/run_state.json; exit 1"""
+    site.stand_in(body.format(folder=site.folder))
+    job = site.submit("pretrain_t2i.sh", "--nodes=1", "c.yaml")
+    assert site.slurm.wait(job) == "FAILED"
+    assert len(site.calls()) == 3  # SITE_MAX_RESTARTS is 2
+    assert "2 times without a new checkpoint of its own (the newest is none" in site.log()
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["exit 2", "((SLURM_PROCID == 1)) && exit 2; kill -9 $$"],
+    ids=["all ranks", "one, and SLURM ends the other"],
+)
+def test_a_mistake_is_not_repeated(site: Site, body: str) -> None:
+    site.stand_in(body)
     job = site.submit("pretrain_t2i.sh", "--nodes=1", "c.yaml")
     assert site.slurm.wait(job) == "FAILED"
     assert len(site.calls()) == 1
+    assert site.slurm.describe(job)["ExitCode"] == "2:0"
+    assert f"job {job} ends after a mistake, see above; it is not started again." in site.log()
 
 
 def test_a_cancelled_job_stays_cancelled_and_squeue_shows_where_a_run_is(site: Site) -> None:
@@ -152,6 +169,22 @@ def test_a_sweep_trains_every_line(site: Site) -> None:
     assert sorted(site.calls()) == [
         f"0 train c.yaml seed=1 lr=1e-3 steps=2 run_dir={site.folder}/run-0",
         f"0 train c.yaml seed=1 lr=1e-4 run_dir={site.folder}/run-1",
+    ]
+
+
+def test_a_task_of_an_array_starts_itself_anew_and_no_other(site: Site) -> None:
+    """The last task has the array's number as its own."""
+    site.stand_in("((SLURM_ARRAY_TASK_ID == 2 && ${SLURM_RESTART_COUNT:-0} == 0)) && exit 75; exit 0")
+    (site.folder / "lines").write_text("a=1\na='b c'\na=[d, \"e f\"]\n")
+    job = site.submit("sweep.sh", "--nodes=1", "c.yaml", "lines")
+    for number in (0, 1, 2):
+        assert site.slurm.wait(f"{job}_{number}") == "COMPLETED", site.log()
+    run = f"{site.folder}/run"
+    assert sorted(site.calls()) == [
+        f"0 train c.yaml a=1 run_dir={run}-0",
+        f'0 train c.yaml a=[d, "e f"] run_dir={run}-2',
+        f"0 train c.yaml a=b c run_dir={run}-1",
+        f'1 train c.yaml a=[d, "e f"] run_dir={run}-2',
     ]
 
 

@@ -104,6 +104,100 @@ def test_a_command_that_this_version_has_not_is_said(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("lr=1e-3  steps=2\r", ["lr=1e-3", "steps=2"]),
+        ("  lr=1e-4   # smaller", ["lr=1e-4"]),
+        ("# nothing", []),
+        ("name=run#1 'a b=c' d=\"e f\" g\\ h", ["name=run#1", "a b=c", "d=e f", "g h"]),
+        (
+            'prompts=["a red circle", "it\'s # 2"] x={a: 1}',
+            ['prompts=["a red circle", "it\'s # 2"]', "x={a: 1}"],
+        ),
+        ("prompts='[\"a, b\", c]'", ['prompts=["a, b", c]']),
+        ("empty='' end", ["empty=", "end"]),
+        ("$HOME * `id` $(id)", ["$HOME", "*", "`id`", "$(id)"]),
+    ],
+)
+def test_a_line_of_a_sweep_is_split_as_a_shell_does(tmp_path: Path, line: str, words: list[str]) -> None:
+    done = call(tmp_path, 'split_line "$LINE"; printf "%s\\n" "${words_of_line[@]}"', LINE=line)
+    assert done.stdout.splitlines() == (words or [""]), done.stderr
+
+
+def test_a_quote_that_is_not_closed_is_a_mistake(tmp_path: Path) -> None:
+    done = call(tmp_path, 'split_line "$LINE"', LINE="a='b c")
+    assert (done.returncode, done.stderr) == (2, "error: a quote ' is not closed in: a='b c\n")
+
+
+@pytest.mark.parametrize(
+    ("array", "parts"),
+    [
+        ("0-3", ["0 0/4", "1 1/4", "2 2/4", "3 3/4"]),
+        ("0-14:7%2", ["0 0/3", "7 1/3", "14 2/3"]),
+        ("5,3", ["3 0/2", "5 1/2"]),
+        ("8", ["8 0/1"]),
+        ("010-12,11", ["10 0/3", "11 1/3", "12 2/3"]),
+    ],
+)
+def test_parts_follow_from_the_numbers_of_an_array(tmp_path: Path, array: str, parts: list[str]) -> None:
+    command = """array=$ARRAY; array_numbers; for number in "${numbers[@]}"; do
+        find_part "$number" "${numbers[0]}" "${numbers[-1]}" "${#numbers[@]}"; echo "$number $part"; done"""
+    assert call(tmp_path, command, ARRAY=array).stdout.splitlines() == parts
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        ("0,1,4", "do not lie at equal distances"),
+        ("0,3,4", "do not lie at equal distances"),
+        ("a", "no list of numbers"),
+        ("1-", "no list of numbers"),
+        ("0-3%0", "no list of numbers"),
+        ("3-1", "counts down"),
+        ("0-4:", "no list of numbers"),
+    ],
+)
+def test_an_array_without_parts_is_not_submitted(tmp_path: Path, array: str, words: str) -> None:
+    command = 'check_precompute() { :; }; precompute_job "$RMOE_ROOT/slurm/precompute_latents.sh" --array=$ARRAY c.yaml in out'
+    done = call(tmp_path, command, ARRAY=array)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "sbatch" not in done.stdout
+
+
+def test_a_training_is_no_array(tmp_path: Path) -> None:
+    command = 'submit_training "$RMOE_ROOT/slurm/pretrain_t2i.sh" configs/t2i_2b.yaml --array=0-3'
+    done = call(tmp_path, command, SITE_VENV=str(tmp_path))
+    assert done.returncode == 2
+    assert "pretrain_t2i.sh is one job, not an array" in done.stderr
+    assert "sbatch" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("configuration", "is_ours"),
+    [
+        ("# written by job 77\n", True),
+        ("# written by job 7\n", False),
+        ("# written by process 77 on host\n", False),
+        ("seed: 1\n", True),  # younger than the job
+        (None, False),
+    ],
+)
+def test_a_start_resumes_what_one_of_the_same_job_has_written(
+    tmp_path: Path, configuration: str | None, is_ours: bool
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 2\n")  # of other days
+    write = "rm run/config.yaml" if configuration is None else f"printf '{configuration}' > run/config.yaml"
+    decide = "was_started_by_this_job && echo ours || echo not"
+    command = (
+        f"run_dir=run; mark_start; {decide}; sleep 0.05; {write}; SLURM_RESTART_COUNT=1 mark_start; {decide}"
+    )
+    done = call(tmp_path, command, SLURM_JOB_ID="77")
+    assert done.stdout.splitlines() == ["not", "ours" if is_ours else "not"]
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "slurm").glob("*.sh")))
 def test_scripts_can_be_called(script: str) -> None:
     is_sourced = script in ("site.sh", "job.sh")

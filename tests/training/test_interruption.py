@@ -26,6 +26,7 @@ from rmoe_megatron.training import run
 from rmoe_megatron.training.history import read_history
 from rmoe_megatron.training.interruption import Interruption, StopRequest
 from rmoe_megatron.training.logging import RunLogger
+from rmoe_megatron.training.loop import TrainingLoop
 from tests.support.commands import Command, finish, kill, start
 from tests.support.configurations import one_rank, tiny_config
 from tests.support.runs import losses, make_run
@@ -192,3 +193,36 @@ def test_a_process_that_cannot_stop_ends_at_a_later_sigterm() -> None:
     finally:
         if process.poll() is None:
             kill(process)
+
+
+def test_what_a_new_configuration_no_longer_has_is_left_out_at_a_resume(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, settings = (
+        make_run(tmp_path),
+        [*SETTINGS, "training.steps=2", "training.sample_every=2", "optimizer.warmup_steps=0"],
+    )
+    run_dir = tmp_path / "run"
+    run.train(load_config(config, [*settings, "training.validate_every=100"]))
+    state = list_checkpoints(run_dir)[0].path / "run_state.json"
+    assert json.loads(state.read_text())["pending"] == ["samples"]
+    run.resume(run_dir, ["training.steps=3", "training.sample_prompts=[]"])
+    assert list_checkpoints(run_dir)[0].step == 3
+    assert "samples should follow, which the configuration no longer has" in capfd.readouterr().err
+
+
+def test_a_failure_is_recorded_with_the_step_that_the_run_was_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TrainingLoop.step
+
+    def failing(loop: TrainingLoop, micro_batches: list[Any]) -> Any:
+        if loop.state.progress.step == 2:
+            raise OSError(5, "Input/output error")
+        return step(loop, micro_batches)
+
+    monkeypatch.setattr(TrainingLoop, "step", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        run.train(load_config(make_run(tmp_path), SETTINGS))
+    (started, failed) = read_history(tmp_path / "run")
+    assert (started["event"], failed["event"], failed["step"]) == ("started", "failed", 2)

@@ -1,5 +1,7 @@
 """A later start of a SLURM job takes the run from an earlier one; nobody else does."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -102,6 +104,27 @@ def test_an_earlier_start_that_does_not_end_is_named(tmp_path: Path, monkeypatch
             pass
     finally:
         kill(process)
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    error = OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    def lockf(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with exclusive(tmp_path) as fence:
+        fence.check()
+    assert f"has no locks ({error.strerror})" in caplog.text
+    error = OSError(errno.EIO, "Input/output error")
+    with (
+        pytest.raises(UserError, match=r"run\.lock cannot be locked \(Input/output error\)"),
+        exclusive(tmp_path),
+    ):
+        pass
 
 
 def test_history_survives_a_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
