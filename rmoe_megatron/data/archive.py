@@ -1,4 +1,7 @@
-"""What lies where in an uncompressed tar archive: all of a shard once, then one sample from the bytes of its own members."""
+"""What lies where in an uncompressed tar archive: all of a shard once, then one sample from the bytes of its own members.
+
+The members of a sample lie side by side in most shards. Where they do not (``tar cf x.tar *.jpg *.txt``), a sample has several pieces.
+"""
 
 import io
 import os
@@ -14,8 +17,8 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass
-class ArchiveSample:
-    """Consecutive members with one key.
+class Piece:
+    """Members with one key that lie side by side: a whole sample, or a part of one.
 
     Attributes:
         key: the members' path up to the first dot of the file's name.
@@ -47,12 +50,12 @@ def is_litter(path: str) -> bool:
     return name.startswith("._") or name == ".DS_Store" or "__MACOSX" in folder.split("/")
 
 
-def scan(file: BinaryIO, damage: list[str]) -> Iterator[ArchiveSample]:
-    """Find the samples of a shard from its headers, one after the other.
+def scan(file: BinaryIO, damage: list[str]) -> Iterator[Piece]:
+    """Find the pieces of a shard's samples from its headers, one after the other.
 
     Of a damaged shard everything that can be found is yielded. Damage is what a sound archive cannot have: anything but
-    members and the zeros at the end. Between two samples the file may be read elsewhere. What a Mac has put between the members of
-    a sample is passed over.
+    members and the zeros at the end. Between two pieces the file may be read elsewhere. What a Mac has put between the members of
+    a sample is passed over. A piece has no extension twice: the second member that has it begins another piece.
 
     Args:
         damage: takes up where the shard is damaged.
@@ -60,34 +63,38 @@ def scan(file: BinaryIO, damage: list[str]) -> Iterator[ArchiveSample]:
     Raises:
         OSError: it cannot be read.
     """
-    sample: ArchiveSample | None = None
-    litter_end = -1  # of what lies behind the sample's last member and is none of it
+    piece: Piece | None = None
+    litter_end = -1  # of what lies behind the piece's last member and is none of it
     for member in _members(file, damage):
         key, extension = base_plus_ext(member.name)
         if member.isfile() and is_litter(member.name):
-            if sample is not None and member.offset in (sample.next_header, litter_end):
+            if piece is not None and member.offset in (piece.next_header, litter_end):
                 litter_end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
             continue
         if not member.isfile() or key is None:
             continue
-        # After a hole the other members of the sample are not to be had in one piece.
-        if sample is None or sample.key != key or member.offset not in (sample.next_header, litter_end):
-            if sample is not None:
-                yield sample
-            sample = ArchiveSample(key, member.offset)
-        sample.members[extension.lower()] = (member.offset_data, member.size)
-        sample.size = member.offset_data + member.size - sample.offset
-    if sample is not None:
-        yield sample
+        if (
+            piece is None
+            or piece.key != key
+            or extension.lower() in piece.members
+            or member.offset not in (piece.next_header, litter_end)
+        ):
+            if piece is not None:
+                yield piece
+            piece = Piece(key, member.offset)
+        piece.members[extension.lower()] = (member.offset_data, member.size)
+        piece.size = member.offset_data + member.size - piece.offset
+    if piece is not None:
+        yield piece
 
 
-def parse(content: memoryview, offset: int) -> ArchiveSample:
-    """Return the sample whose members' headers and contents are ``content``, read at ``offset``.
+def parse(content: memoryview, offset: int) -> Piece:
+    """Return the piece whose members' headers and contents are ``content``, read at ``offset``.
 
     Raises:
         ValueError: these bytes are no members of one sample.
     """
-    sample = ArchiveSample("", offset, len(content))
+    piece = Piece("", offset, len(content))
     position = 0
     while position + _BLOCK <= len(content):
         header = bytes(content[position : position + _BLOCK])
@@ -97,35 +104,35 @@ def parse(content: memoryview, offset: int) -> ArchiveSample:
         if header[257:263] == b"ustar\0" and (prefix := header[345:500].rstrip(b"\0")):
             name = prefix + b"/" + name
         size = int(header[124:136].strip(b" \0") or b"0", 8)
-        _add(sample, name.decode("utf-8", "surrogateescape"), offset + position + _BLOCK, size)
+        _add(piece, name.decode("utf-8", "surrogateescape"), offset + position + _BLOCK, size)
         position += _BLOCK + -(-size // _BLOCK) * _BLOCK
-    return sample
+    return piece
 
 
-def _parse_extended(content: memoryview, offset: int) -> ArchiveSample:
+def _parse_extended(content: memoryview, offset: int) -> Piece:
     """Do as :func:`parse` for names or sizes that take headers of their own."""
-    sample = ArchiveSample("", offset, len(content))
+    piece = Piece("", offset, len(content))
     try:
         padded = io.BytesIO(bytes(content) + bytes(-len(content) % _BLOCK))
         with tarfile.open(fileobj=padded, mode="r:") as tar:
             for member in tar:
                 if member.isfile():
-                    _add(sample, member.name, offset + member.offset_data, member.size)
+                    _add(piece, member.name, offset + member.offset_data, member.size)
     except Exception as error:  # on damaged headers tarfile raises nearly anything
         raise ValueError(f"damaged headers: {error}") from error
-    return sample
+    return piece
 
 
-def _add(sample: ArchiveSample, name: str, offset: int, size: int) -> None:
+def _add(piece: Piece, name: str, offset: int, size: int) -> None:
     if is_litter(name):
         return
     key, extension = base_plus_ext(name)
-    if key is None or (sample.members and key != sample.key):
+    if key is None or (piece.members and key != piece.key):
         raise ValueError(f"the member {name!r} is not of this sample")
-    if offset + size > sample.offset + sample.size:
+    if offset + size > piece.offset + piece.size:
         raise ValueError(f"the member {name!r} is cut off")
-    sample.key = key
-    sample.members[extension.lower()] = (offset, size)
+    piece.key = key
+    piece.members[extension.lower()] = (offset, size)
 
 
 def _members(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:

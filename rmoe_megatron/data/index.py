@@ -3,13 +3,16 @@
 The file ``.rmoe_index`` lies in the folder of the shards, or in the user's cache where that cannot be written. It is made when
 it is missing; when shards have come, gone or changed, only those are scanned again. One record of 32 bytes a sample is followed
 by the numbers of samples of each kind in every block of records (so the n-th sample of some kinds is found without a list of
-them), by a description in JSON (the shards, the kinds of samples, both with their counts) and by the length of that.
+them), by the places of the samples whose members do not lie side by side, by a description in JSON (the shards, the kinds of
+samples, both with their counts) and by the length of that.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Annotated, BinaryIO, Literal, Self
 
 import numpy as np
@@ -32,18 +35,22 @@ MAX_KINDS = 256
 MAX_REMEMBERED = 1 << 21  # samples whose places a selection remembers, at 2 bytes: eight windows of the order
 RECORD = np.dtype(
     [
-        ("offset", "<u8"),  # of the sample's first header, in its shard
-        ("size", "<u4"),  # bytes from there to the end of its last member
+        ("offset", "<u8"),  # of the sample's first header, in its shard; or the number of its first piece
+        ("size", "<u4"),  # bytes from there to the end of its last member; 0 if there are pieces
         ("shard", "<u4"),
         ("width", "<u4"),  # of the image or the latents; 0 if it cannot be told
         ("height", "<u4"),
         ("caption", "<u4"),  # bytes of the .txt member
         ("kind", "<u2"),
-        ("reserved", "<u2"),
+        ("pieces", "<u2"),  # in how many pieces its members lie; 0 if they lie side by side
     ]
 )
 assert RECORD.itemsize == 32
-_MAGIC = b"rmoe_megatron index 3\n".ljust(RECORD.itemsize)
+PIECE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("reserved", "<u4")])  # as of a record, in its shard
+NO_PIECES = np.empty(0, PIECE)
+MAX_PIECES = (1 << 16) - 1  # of a sample
+_MAX_IN_MEMORY = 1 << 26  # bytes of pieces while an index is made
+_MAGIC = b"rmoe_megatron index 4\n".ljust(RECORD.itemsize)
 
 
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
@@ -77,9 +84,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class _Description:
-    version: Literal[3]
+    version: Literal[4]
     shards: list[IndexedShard]
     kinds: Annotated[list[Kind], Field(max_length=MAX_KINDS)]
+    pieces: Count
     filter: str  # empty if there is none
 
 
@@ -94,6 +102,7 @@ class Index:
         folder: of the shards, as users name it.
         records: one of ``RECORD`` a sample, [samples].
         block_counts: samples of each kind in each block of ``BLOCK`` records, uint16 [blocks, kinds].
+        pieces: one of ``PIECE`` for every piece of the samples whose members do not lie side by side, [pieces].
     """
 
     folder: str
@@ -101,9 +110,41 @@ class Index:
     kinds: list[Kind]
     records: np.ndarray
     block_counts: np.ndarray
+    pieces: np.ndarray
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def is_sound(self, record: np.void) -> bool:
+        """Whether a record names a shard, a kind and pieces that there are; the file may be damaged."""
+        last_piece = int(record["offset"]) + int(record["pieces"]) if record["pieces"] else 0
+        return bool(
+            record["shard"] < len(self.shards)
+            and record["kind"] < len(self.kinds)
+            and last_piece <= len(self.pieces)
+        )
+
+    def extents(self, record: np.void) -> list[tuple[int, int]]:
+        """Return the offset and the size of every piece of a sample in its shard."""
+        first, count = int(record["offset"]), int(record["pieces"])
+        if not count:
+            return [(first, int(record["size"]))]
+        return [(int(piece["offset"]), int(piece["size"])) for piece in self.pieces[first : first + count]]
+
+    def shard_part(self, first: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return copies of a shard's records, and of its pieces, which these number from 0.
+
+        Args:
+            first: place of its first record.
+        """
+        records = self.records[first : first + samples].copy()
+        scattered = records[records["pieces"] > 0]
+        if not len(scattered):
+            return records, NO_PIECES
+        start = int(scattered["offset"].min())
+        end = int((scattered["offset"] + scattered["pieces"]).max())
+        records["offset"][records["pieces"] > 0] -= np.uint64(start)
+        return records, self.pieces[start:end].copy()
 
 
 def provided(members: set[str]) -> set[str]:
@@ -178,10 +219,17 @@ class IndexWriter:
         self.samples = np.zeros(MAX_KINDS, dtype=np.int64)
         self.block_counts: list[np.ndarray] = []
         self._block = np.empty(0, np.uint16)  # kinds of the records of the last block, which is not full
+        self._pieces = SpooledTemporaryFile(_MAX_IN_MEMORY)  # noqa: SIM115
         file.write(_MAGIC)
 
-    def add(self, shard: IndexedShard, records: np.ndarray, kinds: list[tuple[str, ...]]) -> None:
-        """Add a shard whose records number the kinds of ``kinds``.
+    def add(
+        self,
+        shard: IndexedShard,
+        records: np.ndarray,
+        kinds: list[tuple[str, ...]],
+        pieces: np.ndarray = NO_PIECES,
+    ) -> None:
+        """Add a shard whose records number the kinds of ``kinds`` and the pieces of ``pieces``.
 
         Raises:
             UserError: there are too many kinds.
@@ -196,6 +244,8 @@ class IndexWriter:
             )
         records["shard"] = len(self.shards)
         records["kind"] = numbers[records["kind"]]
+        records["offset"][records["pieces"] > 0] += np.uint64(self._pieces.tell() // PIECE.itemsize)
+        self._pieces.write(pieces.astype(PIECE, copy=False).tobytes())
         self.shards.append(shard)
         self.samples += np.bincount(records["kind"], minlength=MAX_KINDS)
         self.file.write(records.astype(RECORD, copy=False).data)
@@ -213,10 +263,14 @@ class IndexWriter:
             self._count(self._block)
         for counts in self.block_counts:
             self.file.write(np.pad(counts, (0, len(self.kinds) - len(counts))).data)
+        pieces = self._pieces.tell() // PIECE.itemsize
+        self._pieces.seek(0)
+        shutil.copyfileobj(self._pieces, self.file)
+        self._pieces.close()
         counted = zip(self.kinds, self.samples.tolist(), strict=False)
         kinds = [Kind(list(members), samples) for members, samples in counted]
         description = json.dumps(
-            asdict(_Description(3, self.shards, kinds, filter_text(self.filter)))
+            asdict(_Description(4, self.shards, kinds, pieces, filter_text(self.filter)))
         ).encode()
         self.file.write(description + len(description).to_bytes(8, "little"))
         self.file.flush()
@@ -258,8 +312,14 @@ def parse_index(content: np.ndarray, folder: str, sample_filter: SampleFilter | 
     samples = sum(shard.samples for shard in description.shards)
     kinds, blocks = description.kinds, -(-samples // BLOCK)
     counts = len(_MAGIC) + samples * RECORD.itemsize
-    if samples != sum(kind.samples for kind in kinds) or end != counts + 2 * blocks * len(kinds):
+    pieces = counts + 2 * blocks * len(kinds)
+    if samples != sum(kind.samples for kind in kinds) or end != pieces + description.pieces * PIECE.itemsize:
         raise ValueError("its length is not that of its samples")
-    records = content[len(_MAGIC) : counts].view(RECORD)
-    block_counts = content[counts:end].view("<u2").reshape(blocks, len(kinds))
-    return Index(folder, description.shards, kinds, records, block_counts)
+    return Index(
+        folder,
+        description.shards,
+        kinds,
+        records=content[len(_MAGIC) : counts].view(RECORD),
+        block_counts=content[counts:pieces].view("<u2").reshape(blocks, len(kinds)),
+        pieces=content[pieces:end].view(PIECE),
+    )

@@ -27,7 +27,7 @@ from rmoe_megatron.data.index import (
 )
 from rmoe_megatron.data.indexing import index_name, index_shards, open_index
 from rmoe_megatron.data.store import LocalStore, ShardStore
-from rmoe_megatron.data.unusable import side_by_side, what_to_do
+from rmoe_megatron.data.unusable import apart, what_to_do
 from rmoe_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class ShardDataset(Dataset[Any]):
             self.index = index_shards(self.store, chosen, sample_filter)
         self.bucketing: Bucketing | None = None  # of the images; None leaves them as they are
         self.skipped = 0
-        self._expected: dict[int, Future[bytes]] = {}
+        self._expected: dict[int, list[Future[bytes]]] = {}
         self.restrict(extensions)
         if sample_filter is not None:
             self._warn_of_a_filter_that_always_holds(sample_filter)
@@ -130,7 +130,7 @@ class ShardDataset(Dataset[Any]):
                 passing,
                 self.folder,
                 needed,
-                side_by_side([kind for kind in kinds if not is_usable(kind)], is_usable),
+                apart([kind for kind in kinds if not is_usable(kind)], is_usable),
             )
 
     def _warn_of_a_filter_that_always_holds(self, sample_filter: SampleFilter) -> None:
@@ -269,20 +269,19 @@ class ShardDataset(Dataset[Any]):
     def expect(self, indices: list[int]) -> None:
         """Begin to read samples that will be asked for next, where the store does that in the background."""
         for index in indices:
-            if (
-                index not in self._expected
-                and (coming := self.store.read_later(*self._place(index))) is not None
-            ):
-                self._expected[index] = coming
+            if index not in self._expected:
+                shard, extents = self._place(index)
+                coming = [self.store.read_later(shard, *extent) for extent in extents]
+                if None not in coming:
+                    self._expected[index] = [each for each in coming if each is not None]
 
-    def _place(self, index: int) -> tuple[str, int, int]:
-        """Return the shard of a sample, its offset there and its size."""
+    def _place(self, index: int) -> tuple[str, list[tuple[int, int]]]:
+        """Return the shard of a sample, and offset and size of each of its pieces there."""
         record = self._record(index)
-        shard = self.index.shards[int(record["shard"])]
-        return shard.name, int(record["offset"]), int(record["size"])
+        return self.index.shards[int(record["shard"])].name, self.index.extents(record)
 
     def contents(self, index: int) -> tuple[str, dict[str, memoryview]]:
-        """Read a sample's members in one go; returns its key and their contents by extension.
+        """Read a sample's members, those that lie side by side in one go; returns its key and their contents by extension.
 
         Members that it shares with another sample of its shard are read there.
 
@@ -290,10 +289,15 @@ class ShardDataset(Dataset[Any]):
             OSError: it cannot be read.
             ValueError: it is damaged.
         """
-        shard, offset, size = self._place(index)
+        shard, extents = self._place(index)
         coming = self._expected.pop(index, None)
-        content = memoryview(coming.result() if coming is not None else self.store.read(shard, offset, size))
-        key, members = _parsed(content, offset, size)
+        key, members = "", dict[str, memoryview]()
+        for number, extent in enumerate(extents):
+            content = coming[number].result() if coming is not None else self.store.read(shard, *extent)
+            piece_key, piece_members = _parsed(memoryview(content), *extent)
+            if number and piece_key != key:
+                raise ValueError(f"a member of {piece_key} lies where one of {key} should")
+            key, members = piece_key, members | piece_members
         if (shared := members.pop(SHARED, None)) is not None:
             other = _other_place(bytes(shared))
             _, others = _parsed(memoryview(self.store.read(shard, *other)), *other)
@@ -306,7 +310,7 @@ class ShardDataset(Dataset[Any]):
         """Return a sample's record of the index, whose file may be damaged."""
         bucket, inside = self.place(index)
         record = self.index.records[self.selections[bucket][inside]]
-        if record["shard"] >= len(self.index.shards) or record["kind"] >= len(self.index.kinds):
+        if not self.index.is_sound(record):
             raise UserError(
                 f"The index of {self.folder} is damaged at sample {index}; remove its {INDEX} and start again."
             )
@@ -338,13 +342,13 @@ class ShardDataset(Dataset[Any]):
 
 
 def _parsed(content: memoryview, offset: int, size: int) -> tuple[str, dict[str, memoryview]]:
-    """Return the key of a sample read at ``offset`` and its members' contents by extension."""
+    """Return the key of a piece read at ``offset`` and its members' contents by extension."""
     if len(content) != size:
         raise ValueError("cut off")
-    sample = parse(content, offset)
-    return sample.key, {
+    piece = parse(content, offset)
+    return piece.key, {
         name: content[start - offset :][:length]
-        for name, (start, length) in sample.members.items()
+        for name, (start, length) in piece.members.items()
         if name.rsplit(".", 1)[-1] in MEMBERS
     }
 

@@ -27,18 +27,21 @@ def what_to_do(kinds: list[set[str]]) -> str:
         return f"captions may lie in {', '.join(captions)}: say so with data.captions=[{sources}] (`rmoe data check --caption`)"
     if pictures and len(pictures) < len(kinds):
         return (
-            "pictures and what belongs to them do not lie side by side: unpack them and run `rmoe data pack`, or pack them in the "
-            "order of their names (`tar --sort=name`)"
+            "pictures and what belongs to them lie in different shards or under different names: the members of a sample are in one "
+            "shard, and their paths are the same up to the first dot, folders included"
         )
     return "build the data again"
 
 
-def side_by_side(kinds: list[set[str]], is_usable: Callable[[set[str]], bool]) -> str:
+def apart(kinds: list[set[str]], is_usable: Callable[[set[str]], bool]) -> str:
     """Return a remark if samples that are left out would be usable together, or nothing.
 
     Args:
         kinds: as in :func:`what_to_do`, of what is left out.
     """
     if len(kinds) > 1 and is_usable(set().union(*kinds)):
-        return "; members of a sample have to lie side by side (`tar --sort=name`, or unpack them and run `rmoe data pack`)"
+        return (
+            "; some would be usable together, but lie in different shards or under different names (the members of a sample are in one "
+            "shard, and their paths are the same up to the first dot)"
+        )
     return ""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.bucketing import NO_BUCKET, TOO_SMALL, BucketCounts, Bucketing
 from rmoe_megatron.data.decoding import View
-from rmoe_megatron.data.index import BLOCK, RECORD, Index, IndexedShard, Kind
+from rmoe_megatron.data.index import BLOCK, NO_PIECES, RECORD, Index, IndexedShard, Kind
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.data.test_index import picture
@@ -70,7 +70,7 @@ def test_every_record_is_counted_and_found(tmp_path: Path) -> None:
         Kind(["jpg"], int((records["kind"] == 1).sum())),
     ]
     shard = IndexedShard("a.tar", 1, 1, len(records), "")
-    index = Index(tmp_path, [shard], kinds, records, np.array(counts, "<u2"))
+    index = Index(tmp_path, [shard], kinds, records, np.array(counts, "<u2"), NO_PIECES)
     bucketing = Bucketing(BUCKETS)
     expected: dict[int, list[int]] = {number: [] for number in range(-2, len(BUCKETS))}
     for place, record in enumerate(records):

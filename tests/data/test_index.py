@@ -90,10 +90,10 @@ def test_only_shards_that_changed_are_scanned_again(tmp_path: Path, monkeypatch:
     for name in "abc":
         write_pictures(tmp_path / f"{name}.tar", [(ord(name), 1), (ord(name), 2)])
     scanned: list[str] = []
-    scan = indexing._scan
+    scan = indexing.scan_shard
     monkeypatch.setattr(
         indexing,
-        "_scan",
+        "scan_shard",
         lambda store, sample_filter, shard: scanned.append(shard.name) or scan(store, sample_filter, shard),
     )
     open_index(LocalStore(tmp_path))

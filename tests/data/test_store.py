@@ -24,7 +24,7 @@ from rmoe_megatron.data.store import LocalStore
 from rmoe_megatron.errors import UserError
 from tests.data.test_index import picture
 from tests.support.commands import rmoe
-from tests.support.runs import losses, make_run, write_shard
+from tests.support.runs import losses, make_run, write_members, write_shard
 from tests.support.web_server import WebServer, serving
 
 
@@ -95,7 +95,7 @@ def test_samples_of_an_object_store_are_those_of_the_folder(
     assert remote.shard(9) == f"{url}/1.tar"
     # Another machine takes the index that the first has put beside the shards.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    monkeypatch.setattr(indexing, "_scan", lambda *_: pytest.fail("the shards are scanned again"))
+    monkeypatch.setattr(indexing, "scan_shard", lambda *_: pytest.fail("the shards are scanned again"))
     assert_same_samples(ShardDataset(shard_store(url)), ShardDataset(folder))
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
@@ -131,6 +131,16 @@ def test_samples_of_a_web_server_are_those_of_the_folder(web: WebServer) -> None
     assert asked is not None
     first, last = map(int, asked.removeprefix("bytes=").split("-"))
     assert last - first + 1 == int(remote._record(3)["size"])  # the sample's own bytes and no more
+
+
+def test_members_of_a_web_server_need_not_lie_side_by_side(web: WebServer, tmp_path: Path) -> None:
+    pictures = [(f"{number}.png", picture(20 + number, 20, "png")) for number in range(4)]
+    captions = [(f"{number}.txt", str(number).encode()) for number in range(4)]
+    write_members(tmp_path / "served" / "apart" / "0.tar", pictures + captions)
+    samples = ShardDataset(shard_store(f"{web.url}/apart"), ["png", "txt"])
+    samples.expect([2, 3])
+    found = [(samples[place]["txt"], samples[place]["png"].shape) for place in (2, 0, 3, 1)]
+    assert found == [(str(number), (3, 20, 20 + number)) for number in (2, 0, 3, 1)]
 
 
 @pytest.mark.parametrize("trouble", ["failures", "cut_off"])
