@@ -67,6 +67,19 @@ class EngineName(Enum):
     deepspeed = "deepspeed"
 
 
+class LearningRateDecay(Enum):
+    """How the learning rate falls from its peak after the warm-up to ``min_learning_rate`` at the last step.
+
+    ``cosine`` and ``linear``: all the way; ``constant``: not at all; ``wsd`` (warm-up, stable, decay): it keeps its peak and falls
+    linearly in the last ``wsd_decay_steps`` steps.
+    """
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+    wsd = "wsd"
+
+
 class Fp8Recipe(Enum):
     """How the scales of eight-bit operands come about; names are Megatron-Core's.
 
@@ -189,11 +202,14 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay, and an exponential moving average of the weights."""
+    """AdamW with linear warm-up and a decay of the learning rate, and an exponential moving average of the weights."""
 
     learning_rate: float = number(MISSING, above=0, most=1000)
     min_learning_rate: float = number(0.0, least=0, most=1000)
     warmup_steps: int = number(0, least=0, most=10**9)
+    lr_decay_style: LearningRateDecay = LearningRateDecay.cosine
+    # the last steps of the run, in which the learning rate falls; for lr_decay_style=wsd, which needs it
+    wsd_decay_steps: int | None = number(None, least=1, most=10**9)
     weight_decay: float = number(0.0, least=0, most=1000)
     beta1: float = number(0.9, least=0, below=1)
     beta2: float = number(0.999, least=0, below=1)

@@ -10,7 +10,7 @@ from rmoe_megatron.config.engine_checks import check_engine
 from rmoe_megatron.config.layout_checks import check_batch, check_layout
 from rmoe_megatron.config.precision_checks import check_precision
 from rmoe_megatron.config.requirements import require, require_blocks, require_divides
-from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
+from rmoe_megatron.config.run import FineTuningConfig, LearningRateDecay, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.errors import UserError
 
@@ -50,6 +50,20 @@ def _check_schedule(config: RunConfig) -> None:
         optimizer.min_learning_rate <= optimizer.learning_rate,
         f"optimizer.min_learning_rate ({optimizer.min_learning_rate}) must not exceed optimizer.learning_rate "
         f"({optimizer.learning_rate}).",
+    )
+    style, falls_in = optimizer.lr_decay_style, optimizer.wsd_decay_steps
+    require(
+        style is not LearningRateDecay.constant or optimizer.min_learning_rate == 0,
+        "optimizer.min_learning_rate is never reached with lr_decay_style=constant; leave it out, or let the learning rate decay.",
+    )
+    require(
+        (style is LearningRateDecay.wsd) == (falls_in is not None),
+        f"optimizer.wsd_decay_steps belongs to lr_decay_style=wsd, and this run has lr_decay_style={style.value}; set both or neither.",
+    )
+    require(
+        falls_in is None or falls_in <= training.steps - optimizer.warmup_steps,
+        f"optimizer.wsd_decay_steps ({falls_in}) must not exceed training.steps ({training.steps}) without the "
+        f"{optimizer.warmup_steps} steps of warm-up.",
     )
 
 

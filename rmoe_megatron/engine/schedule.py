@@ -5,7 +5,7 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.run import LearningRateDecay, RunConfig
 
 
 def decays(parameter: Tensor, name: str) -> bool:
@@ -18,12 +18,13 @@ def decays(parameter: Tensor, name: str) -> bool:
 
 
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Return linear warm-up and cosine decay, counted in steps.
+    """Return linear warm-up and the decay that the configuration names, counted in steps.
 
     Args:
         optimizer: has ``param_groups`` with ``wd_mult``, as Megatron-Core's optimizers do.
     """
     settings = config.optimizer
+    is_wsd = settings.lr_decay_style is LearningRateDecay.wsd
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -31,7 +32,9 @@ def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler
         min_lr=settings.min_learning_rate,
         lr_warmup_steps=settings.warmup_steps,
         lr_decay_steps=config.training.steps,
-        lr_decay_style="cosine",
+        lr_decay_style="WSD" if is_wsd else settings.lr_decay_style.value,
+        wsd_decay_steps=settings.wsd_decay_steps,
+        lr_wsd_decay_style="linear",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=0,

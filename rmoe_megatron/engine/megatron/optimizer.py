@@ -43,7 +43,7 @@ WITHOUT_PARAMETERS: Any = "without parameters"
 def build_optimizer(
     config: RunConfig, model: ModelChunks
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Return AdamW with float32 main parameters and its warm-up and cosine schedule, counted in steps."""
+    """Return AdamW with float32 main parameters and the schedule of its learning rate, counted in steps."""
     optimizer = config.optimizer
     settings = OptimizerConfig(
         optimizer="adam",
