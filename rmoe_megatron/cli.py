@@ -15,6 +15,7 @@ from rmoe_megatron.cli_evaluation import eval_app
 from rmoe_megatron.cli_options import (
     Bar,
     BatchSize,
+    Depth,
     Dtype,
     Guidance,
     Overrides,
@@ -343,6 +344,7 @@ def sample(
         str | None,
         typer.Option(help="WIDTHxHEIGHT in pixels; default is the model's square.", show_default=False),
     ] = None,
+    depth: Depth = None,
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
 ) -> None:
@@ -353,11 +355,13 @@ def sample(
     prompts = read_prompts(prompt or [], prompts_file)
     durable.check_writable(out, "--out")
     from rmoe_megatron.pictures import labelled_grid, png, save_images
-    from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images
+    from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images, set_depth
 
     dtype = resolve_dtype(dtype)
     print(f"images are made {describe_place(dtype)}")
     pipeline = open_pipeline(model, dtype, scheduler)
+    if depth is not None:
+        set_depth(pipeline, depth)
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(repeated))]
     progress = Bar("sample", "image")

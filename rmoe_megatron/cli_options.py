@@ -23,6 +23,10 @@ Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance
 Dtype = Annotated[
     str, typer.Option(help="auto (bf16 on a GPU, on a CPU the faster of bf16 and fp32), fp32, fp16 or bf16.")
 ]
+Depth = Annotated[
+    int | None,
+    typer.Option(min=1, max=1024, help="Loops, or latent steps; default is what it was trained with."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
 
 

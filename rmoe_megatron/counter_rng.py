@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     guidance_dropout = 3
     gumbel = 4
     caption = 5
+    loop = 7  # a pass of looped blocks but the first
+    depth = 8  # the shallower depth that a sample's loss sees
     samples = 6  # the noise that the pictures of a run start from
 
 

@@ -160,6 +160,23 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
         )
 
 
+def set_depth(pipeline: DiffusionPipeline, depth: int) -> None:
+    """Have a model pass its loop ``depth`` times, or take so many latent steps; it may have been trained with another number.
+
+    Raises:
+        UserError: the model has neither a loop nor a recurrence of which the pipeline knows.
+    """
+    transformer = pipeline.transformer
+    if not hasattr(transformer, "set_depth"):
+        raise UserError(
+            f"--depth is for models with a loop or a recurrence; {type(transformer).__name__} has none."
+        )
+    try:
+        transformer.set_depth(depth)
+    except ValueError as error:
+        raise UserError(f"--depth {depth} does not fit: {error}") from error
+
+
 def _of_class(scheduler_class: Any, config: Any, shift: float | None) -> SchedulerMixin:
     """Return a scheduler of any class of diffusers for the model's objective."""
     name, parameters = scheduler_class.__name__, inspect.signature(scheduler_class).parameters

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rmoe_megatron.config.model import DepthLoss
 from rmoe_megatron.config.requirements import require
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Recompute, RunConfig
 
@@ -42,6 +43,10 @@ RULES = (
     Rule(
         "FP8 and NVFP4, emulated or not", "precision", lambda config: config.precision.is_below_bf16,
         _NOT_TESTED,
+    ),
+    Rule(
+        "loops of blocks, and losses of several depths", "loop and diffusion.depth_loss",
+        lambda config: config.loop is not None or config.diffusion.depth_loss is not DepthLoss.last, _NOT_TESTED,
     ),
     Rule("compiled blocks", "training.compile", lambda config: config.training.compile, _NOT_TESTED),
     Rule(

@@ -1,5 +1,6 @@
 """Checks of a parallel layout: how a model and its batches are spread over ranks."""
 
+from rmoe_megatron.config.model import DepthLoss
 from rmoe_megatron.config.requirements import require, require_divides
 from rmoe_megatron.config.run import ParallelConfig, Recompute, RunConfig, Trainable
 from rmoe_megatron.config.stages import stages_of
@@ -48,6 +49,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size greater than 1.",
     )
     _check_compile(config)
+    _check_depth(config)
     _check_trained_stages(config)
     _check_expert_parallelism(config, world_size // pipeline)
     _check_overlap(config)
@@ -68,6 +70,27 @@ def _check_compile(config: RunConfig) -> None:
             not (config.training.compile and is_set),
             f"training.compile=true is for blocks without {name}; set one of the two back to its default.",
         )
+
+
+def _check_depth(config: RunConfig) -> None:
+    """Blocks that are passed again, or with fewer latent steps, are iterated outside of Megatron-Core's schedules and contexts."""
+    if config.loop is None and config.diffusion.depth_loss is DepthLoss.last:
+        return
+    name = "loop" if config.loop is not None else f"diffusion.depth_loss={config.diffusion.depth_loss.value}"
+    fine_tuning, parallel = config.fine_tuning, config.parallel
+    refused = {
+        "parallel.pipeline_model_parallel_size greater than 1": parallel.pipeline_model_parallel_size > 1,
+        "training.compile=true": config.training.compile,
+        f"precision={config.precision.value}": config.precision.is_below_bf16,
+        "parallel.overlap_grad_reduce=true with training.recompute, which gives a gradient in several parts": (
+            parallel.overlap_grad_reduce and config.training.recompute is not Recompute.none
+        ),
+        "frozen weights; set fine_tuning.trainable=all": (
+            fine_tuning is not None and fine_tuning.trainable is not Trainable.all
+        ),
+    }
+    for what, is_set in refused.items():
+        require(not is_set, f"{name} is not for {what}.")
 
 
 def _check_trained_stages(config: RunConfig) -> None:

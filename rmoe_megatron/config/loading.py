@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rmoe_megatron import durable
-from rmoe_megatron.config.model import LoraConfig, RecurrenceConfig
+from rmoe_megatron.config.model import LoopConfig, LoraConfig, RecurrenceConfig
 from rmoe_megatron.config.presets import PRESETS
 from rmoe_megatron.config.run import BucketsConfig, FineTuningConfig, ParallelConfig, RunConfig
 from rmoe_megatron.config.yaml_text import parse_yaml
@@ -19,6 +19,7 @@ MAX_BYTES = 1 << 20  # of a configuration
 OPTIONAL_SECTIONS = {
     "recurrence": RecurrenceConfig,
     "lora": LoraConfig,
+    "loop": LoopConfig,
     "fine_tuning": FineTuningConfig,
     "data.buckets": BucketsConfig,
 }

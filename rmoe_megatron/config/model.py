@@ -40,6 +40,17 @@ class TimestepDensity(Enum):
     uniform = "uniform"
 
 
+class DepthLoss(Enum):
+    """Which depths (loops, or latent steps without a loop) training decodes.
+
+    ``last``: the deepest; ``every``: all of them; ``drawn``: the deepest, and a shallower one that is drawn for each sample.
+    """
+
+    last = "last"
+    every = "every"
+    drawn = "drawn"
+
+
 @dataclass
 class ModelConfig:
     """The transformer. Names follow diffusers' SD3Transformer2DModel and DiTTransformer2DModel."""
@@ -61,9 +72,8 @@ class ModelConfig:
     pos_embed_max_size: int = number(0, least=0, most=4096)  # in patches; images take a centred crop
     # base of rotary positions in two dimensions, which attention sees besides the embedded ones; null has none
     rope_theta: float | None = number(None, above=1, most=1.0e9)
-    text_on_grid: bool = (
-        False  # text tokens have rotary positions too: those of the image's patches, row by row
-    )
+    # the first text tokens have the rotary positions of the image's patches, row by row; others those of the first one
+    text_on_grid: bool = False
     dual_attention_layers: list[int] = field(
         default_factory=list
     )  # blocks with SD3.5-medium's second attention
@@ -99,6 +109,16 @@ class RecurrenceConfig:
 
 
 @dataclass
+class LoopConfig:
+    """Blocks that are passed several times with the same weights (Looped-DiT, arXiv 2609.40305)."""
+
+    first: int = number(MISSING, least=0, most=1023)  # block, from 0
+    last: int = number(MISSING, least=0, most=1023)
+    times: int = number(4, least=1, most=64)
+    recall: bool = True  # before each pass: a linear map of the state and of what entered the loop
+
+
+@dataclass
 class LoraConfig:
     """Plain low-rank adaptation of the vision Q/K/V projections: the baseline without recurrence."""
 
@@ -123,6 +143,11 @@ class DiffusionConfig:
     # sample_size that ``shift`` is for; others scale it by the ratio of sides
     shift_base_size: int | None = number(None, least=1, most=4096)
     prediction: Prediction = Prediction.velocity
+    # loops or latent steps
+    depth_loss: DepthLoss = DepthLoss.last
+    distillation: float = number(
+        0.5, least=0, most=1
+    )  # share of the distance from the deepest output, for drawn
     # DDPM with DiT's linear betas
     min_snr_gamma: float | None = number(
         None, above=0, most=1.0e6
@@ -151,5 +176,6 @@ class ModelDescription:
     model: ModelConfig = field(default_factory=ModelConfig)
     recurrence: RecurrenceConfig | None = None
     lora: LoraConfig | None = None
+    loop: LoopConfig | None = None
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     encoders: EncodersConfig = field(default_factory=EncodersConfig)

@@ -119,6 +119,7 @@ def _import(
         device=Device.cpu,
         model=architecture.model,
         recurrence=architecture.recurrence,
+        loop=architecture.loop,
         diffusion=architecture.diffusion,
         encoders=encoders,
         parallel=parallel,

@@ -1,13 +1,15 @@
 """From a batch to what the model sees, and from its answer to the loss. Knows no engine."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from rmoe_megatron.config.model import ModelDescription
+from rmoe_megatron.config.model import DiffusionConfig, ModelDescription
 from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.build import build_objective
+from rmoe_megatron.diffusion.depth_loss import depth_loss
 from rmoe_megatron.diffusion.guidance import drop_conditions
 from rmoe_megatron.diffusion.objective import TrainingExample, TrainingObjective
 
@@ -20,6 +22,7 @@ class Question:
     keys: Tensor  # int64 [B], of the counter-based random numbers
     conditions: Conditions
     objective: TrainingObjective
+    diffusion: DiffusionConfig
 
     def arguments(self) -> dict[str, Tensor]:
         """Return the model's arguments."""
@@ -27,8 +30,10 @@ class Question:
         return model_arguments(noisy, timestep, self.keys, self.conditions)
 
     def loss(self, output: Tensor) -> Tensor:
-        """Return the mean loss of the model's output [B, C or 2 C, H, W], a float32 scalar."""
-        return self.objective.loss(output, self.example)
+        """Return the mean loss of the model's output [B, C or 2 C, H, W], or of D depths [D, B, ...], a float32 scalar."""
+        if output.dim() == self.example.target.dim():
+            return self.objective.loss(output, self.example)
+        return depth_loss(self.diffusion, output, partial(self.objective.loss, example=self.example))
 
 
 class DiffusionLoss:
@@ -47,7 +52,7 @@ class DiffusionLoss:
         keys = sample_keys(self.seed, batch.sample_index)
         example = self.objective.add_noise(batch.latents, keys)
         conditions = drop_conditions(self.diffusion, batch.conditions, self.null_conditions, keys)
-        return Question(example, keys, conditions, self.objective)
+        return Question(example, keys, conditions, self.objective, self.diffusion)
 
 
 def model_arguments(

@@ -5,12 +5,28 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
+from rmoe_megatron.config.model import DepthLoss
 from rmoe_megatron.config.run import RunConfig
 
 
 def forget_losses() -> None:
     """Begin with an empty tracker: Megatron-Core's adds up and is the process's, as long as the first model that used it is deep."""
     destroy_moe_metrics_tracker()
+
+
+def calls_of_gates(config: RunConfig) -> int:
+    """Return how often the gates of a model decide in one forward pass of training."""
+    recurrence, loop, depth_loss = config.recurrence, config.loop, config.diffusion.depth_loss
+    assert recurrence is not None
+    if loop is None:
+        decoded = range(1, recurrence.steps + 1) if depth_loss is DepthLoss.every else [recurrence.steps]
+        return len(recurrence.layers) * sum(decoded)
+    decodings = {DepthLoss.last: 1, DepthLoss.drawn: 2, DepthLoss.every: loop.times}[depth_loss]
+    passes = [
+        1 if layer < loop.first else loop.times if layer <= loop.last else decodings
+        for layer in recurrence.layers
+    ]
+    return recurrence.steps * sum(passes)
 
 
 def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch.device) -> dict[str, float]:
@@ -29,5 +45,5 @@ def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch
     # Tensor- and context-parallel ranks have seen parts of the sequence, pipeline stages other gates.
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    gates = len(recurrence.layers) * recurrence.steps * num_micro_batches
+    gates = calls_of_gates(config) * num_micro_batches
     return {"load_balancing_loss": total.item() / (gates * parallel_state.get_data_parallel_world_size())}

@@ -3,9 +3,11 @@
 This file and those it imports need diffusers alone: an exported folder can carry them (``--remote-code``).
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import ModelMixin, SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import JointTransformerBlock
@@ -92,6 +94,54 @@ class RecurrentJointTransformerBlock(JointTransformerBlock):
         )
 
 
+class Recall(nn.Module):
+    """``W [h; h_0]`` for each token: its state, and the one that it had when it came to the loop."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, 2 * hidden_size))
+
+    def forward(self, state: Tensor, start: Tensor) -> Tensor:
+        """Return the next state [B, S, H]."""
+        return nn.functional.linear(torch.cat((state, start), dim=-1), self.weight)
+
+
+class LoopedBlocks(nn.ModuleList):
+    """Transformer blocks that are gone through in the order in which the model passes them: some several times.
+
+    Attributes:
+        times: passes of the blocks ``first`` to ``last``; may be changed between calls of the model.
+        recalls: what makes the states before each pass, of text and of vision.
+    """
+
+    recalls: tuple[Recall, ...] = ()
+
+    def __init__(self, blocks: nn.ModuleList, first: int, last: int, times: int) -> None:
+        super().__init__(list(blocks))
+        self.first, self.last, self.times = first, last, times
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over what the model calls in turn, each with the arguments of a block."""
+        blocks = list(super().__iter__())
+        yield from blocks[: self.first]
+        start: list[tuple[Tensor, Tensor]] = []
+
+        def recall(
+            hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            if not start:
+                start.append((encoder_hidden_states, hidden_states))
+            states = zip(self.recalls, (encoder_hidden_states, hidden_states), start[0], strict=True)
+            text, vision = (each(state, first) for each, state, first in states)
+            return text, vision
+
+        for _ in range(self.times):
+            if self.recalls:
+                yield recall
+            yield from blocks[self.first : self.last + 1]
+        yield from blocks[self.last + 1 :]
+
+
 class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
     """diffusers' SD3Transformer2DModel with recurrence in the blocks ``recurrence["layers"]``.
 
@@ -99,6 +149,7 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
         recurrence: keys ``layers`` (block numbers from 0), ``num_modules``, ``steps``, ``rank`` (None: full rank),
             ``modulation`` and ``gate_inputs``; None is exactly SD3Transformer2DModel. The other arguments are those
             of SD3Transformer2DModel.
+        loop: keys ``first`` and ``last`` (blocks that are passed ``times`` times) and ``recall``; None has none.
         rope_theta: base of the rotary positions in two dimensions; None has none.
         text_on_grid: text tokens have the rotary positions of the patches of an image of ``sample_size``.
         min_sigma: None: the network's output is the velocity. Otherwise the network predicts the sample, from which
@@ -109,6 +160,7 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
     _repeated_blocks = ["JointTransformerBlock", "RecurrentJointTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate"]
     _supports_gradient_checkpointing = True
+    transformer_blocks: Any
 
     @register_to_config
     def __init__(
@@ -128,6 +180,7 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
         qk_norm: str | None = None,
         recurrence: dict[str, Any] | None = None,
         min_sigma: float | None = None,
+        loop: dict[str, Any] | None = None,
         rope_theta: float | None = None,
         text_on_grid: bool = False,
     ) -> None:
@@ -157,19 +210,25 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
                 use_dual_attention=layer in dual_attention_layers,
                 recurrence=Recurrence(self.inner_dim, **settings),
             )
+        if loop is not None:
+            looped = LoopedBlocks(self.transformer_blocks, loop["first"], loop["last"], loop["times"])
+            self.transformer_blocks = looped
+            if loop["recall"]:
+                # Of text and of vision; what the blocks use belongs to the model, as its names say.
+                looped.recalls = (Recall(self.inner_dim), Recall(self.inner_dim))
+                self.recall = nn.ModuleList(looped.recalls)
         if rope_theta is not None:
-            for block in self.transformer_blocks:
+            blocks: Any = self.transformer_blocks.children()
+            for block in blocks:
                 if not isinstance(block, RecurrentJointTransformerBlock):
                     block.attn.set_processor(RotaryJointAttnProcessor())
 
     def forward(self, hidden_states: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Predict the velocity; see diffusers' SD3Transformer2DModel."""
         if self.config.rope_theta is not None:
-            arguments = {
-                **(kwargs.get("joint_attention_kwargs") or {}),
-                "positions": self.positions(hidden_states),
-            }
-            kwargs["joint_attention_kwargs"] = arguments
+            text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[0]
+            given = kwargs.get("joint_attention_kwargs") or {}
+            kwargs["joint_attention_kwargs"] = {**given, "positions": self.positions(hidden_states, text)}
         output = super().forward(hidden_states, *args, return_dict=False, **kwargs)[0]
         if self.config.min_sigma is not None:
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[2]
@@ -177,19 +236,34 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
             output = ((hidden_states.float() - output.float()) / sigma).to(output.dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def positions(self, latents: Tensor) -> tuple[Turn, Turn]:
-        """Return what turns queries and keys of vision and of text for latents [B, C, height, width]."""
+    def set_depth(self, depth: int) -> None:
+        """Pass the loop ``depth`` times from now on; without a loop, take so many latent steps in every recurrence.
+
+        Raises:
+            ValueError: the model has neither.
+        """
+        if isinstance(self.transformer_blocks, LoopedBlocks):
+            self.transformer_blocks.times = depth
+            return
+        if not self.recurrent_blocks:
+            raise ValueError("This model has neither a loop nor a recurrence, so it has no depth to set.")
+        for block in self.recurrent_blocks:
+            block.attn.recurrence.steps = depth
+
+    def positions(self, latents: Tensor, text: Tensor) -> tuple[Turn, Turn]:
+        """Return what turns queries and keys of vision and of text for latents [B, C, height, width], text [B, L, D]."""
         config = self.config
         height, width = (side // config.patch_size for side in latents.shape[2:])
         side = config.sample_size // config.patch_size
         of_grid = (config.attention_head_dim, config.rope_theta, latents.device)
         vision = partial(rotate, rotary=grid_rotary(height, width, *of_grid))
-        text = partial(rotate, rotary=grid_rotary(side, side, *of_grid)) if config.text_on_grid else None
-        return vision, text
+        if not config.text_on_grid:
+            return vision, None
+        text_grid = grid_rotary(side, side, *of_grid, length=text.shape[1])
+        return vision, partial(rotate, rotary=text_grid)
 
     @property
-    def recurrent_blocks(self) -> list[nn.Module]:
+    def recurrent_blocks(self) -> list[Any]:
         """Return the blocks that hold a recurrence."""
-        return [
-            block for block in self.transformer_blocks if isinstance(block, RecurrentJointTransformerBlock)
-        ]
+        blocks = self.transformer_blocks.children()
+        return [block for block in blocks if isinstance(block, RecurrentJointTransformerBlock)]

@@ -17,7 +17,9 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
-def grid_rotary(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
+def grid_rotary(
+    height: int, width: int, head_dim: int, theta: float, device: torch.device, length: int | None = None
+) -> Rotary:
     """Return the angles of the tokens of a grid, row by row.
 
     The first half of a head's dimensions turns with the row, the second with the column. Pair i of the d / 2 dimensions of an axis
@@ -25,10 +27,13 @@ def grid_rotary(height: int, width: int, head_dim: int, theta: float, device: to
 
     Args:
         head_dim: a multiple of 4.
+        length: tokens in all; those behind the grid stand where its first one does. None is the grid alone.
     """
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     places = rows.repeat_interleave(width), columns.repeat(height)
-    tables = [get_1d_rotary_pos_embed(head_dim // 2, place, theta, use_real=True) for place in places]
+    more = 0 if length is None else length - height * width
+    padded = [torch.cat((place, place.new_zeros(more))) for place in places]
+    tables = [get_1d_rotary_pos_embed(head_dim // 2, place, theta, use_real=True) for place in padded]
     cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*tables, strict=True))
     return Rotary(cos, sin)
 

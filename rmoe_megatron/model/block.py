@@ -104,7 +104,12 @@ class Block(MegatronModule, BaseTransformerLayer):
         raise NotImplementedError
 
     def transform(
-        self, hidden_states: Tensor, context: Tensor, keys: Tensor, positions: Positions | None = None
+        self,
+        hidden_states: Tensor,
+        context: Tensor,
+        keys: Tensor,
+        positions: Positions | None = None,
+        latent_steps: int | None = None,
     ) -> Tensor:
         """Return the hidden states after the block."""
         raise NotImplementedError
@@ -115,14 +120,16 @@ class Block(MegatronModule, BaseTransformerLayer):
         context: Tensor,
         context_mask: Tensor,
         rotary_pos_emb: Positions | None = None,
+        latent_steps: int | None = None,
         **_: object,
     ) -> tuple[Tensor, Tensor]:
         """Apply the block and hand ``context`` on, as TransformerBlock wants it; see :meth:`transform`."""
         inputs = (hidden_states, context, context_mask)
         if self.settings.recompute and self.training:
-            return checkpoint(partial(self.transform, positions=rotary_pos_emb), False, *inputs), context
+            again = partial(self.transform, positions=rotary_pos_emb, latent_steps=latent_steps)
+            return checkpoint(again, False, *inputs), context
         transform = self.compiled_transform if self.training else self.transform
-        return transform(*inputs, rotary_pos_emb), context
+        return transform(*inputs, rotary_pos_emb, latent_steps), context
 
     def build_mlp(self, submodules: BlockSubmodules) -> MegatronModule:
         """Build the MLP of one stream."""
@@ -135,10 +142,11 @@ class Block(MegatronModule, BaseTransformerLayer):
         conditioning: Tensor,
         keys: Tensor,
         positions: Positions | None = None,
+        latent_steps: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention output of modulated vision tokens [S, B, H] and text tokens [L, B, H]."""
         if self.addition is not None:
-            return self.addition(self.attention, vision, text, conditioning, keys, positions)
+            return self.addition(self.attention, vision, text, conditioning, keys, positions, latent_steps)
         vision_qkv = self.attention.project_vision(vision)
         text_qkv = None if text is None else self.attention.project_text(text, positions)
         return self.attention(vision_qkv, text_qkv, positions)

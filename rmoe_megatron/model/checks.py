@@ -1,12 +1,12 @@
 """Checks of what a model is: the transformer, what is added to it, its objective and its encoders."""
 
 from rmoe_megatron.config.bounds import check_bounds
-from rmoe_megatron.config.model import ModelConfig, ModelDescription, Objective, Prediction
+from rmoe_megatron.config.model import DepthLoss, ModelConfig, ModelDescription, Objective, Prediction
 from rmoe_megatron.config.requirements import require, require_blocks, require_divides
 from rmoe_megatron.model.registry import additions_of, family_of
 
 SD3_ENCODERS = ("clip_l", "clip_g", "t5")
-SECTIONS = ("model", "recurrence", "lora", "diffusion", "encoders")
+SECTIONS = ("model", "recurrence", "lora", "loop", "diffusion", "encoders")
 
 
 def check_model(description: ModelDescription) -> None:
@@ -23,6 +23,7 @@ def check_model(description: ModelDescription) -> None:
     _check_sizes(model)
     family_of(description).check(description)
     _check_objective(description)
+    _check_depth(description)
     _check_encoders(description)
     require_blocks(
         "model.dual_attention_layers", model.dual_attention_layers, model.num_layers, may_be_empty=True
@@ -62,6 +63,27 @@ def _check_objective(description: ModelDescription) -> None:
     require(
         is_ddpm or diffusion.min_snr_gamma is None,
         "diffusion.min_snr_gamma needs diffusion.objective=ddpm; rectified flow weights by its timestep_density.",
+    )
+
+
+def _check_depth(description: ModelDescription) -> None:
+    loop, model, depth_loss = description.loop, description.model, description.diffusion.depth_loss
+    require(
+        (loop is None and depth_loss is DepthLoss.last) or not model.is_class_conditional,
+        "loop and diffusion.depth_loss are for MM-DiTs; leave them out for a DiT.",
+    )
+    require(
+        loop is None or loop.first <= loop.last < model.num_layers - 1,
+        "loop.first and loop.last must be blocks in this order, and the last block, where the text ends, cannot be looped"
+        + (f": {loop.first} to {loop.last} of 0 to {model.num_layers - 1}." if loop is not None else ""),
+    )
+    require(
+        depth_loss is DepthLoss.last or loop is not None or description.recurrence is not None,
+        f"diffusion.depth_loss={depth_loss.value} needs loop or recurrence, whose depths it decodes; set it to last.",
+    )
+    require(
+        depth_loss is not DepthLoss.drawn or (loop is not None and loop.times > 1),
+        "diffusion.depth_loss=drawn needs a loop of two times or more; for latent steps take every.",
     )
 
 

@@ -13,16 +13,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from rmoe_megatron.config.model import ModelConfig
+from rmoe_megatron.config.model import DepthLoss, ModelConfig
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.rectified_flow import to_velocity
 from rmoe_megatron.hf.rotary import Rotary, grid_rotary
 from rmoe_megatron.model.attention import Positions
 from rmoe_megatron.model.block import BlockSettings
+from rmoe_megatron.model.depth import BlockInputs, Recall, latent_states, loop_states
 from rmoe_megatron.model.layer_specs import stage_spec
 from rmoe_megatron.model.layers import Layers
 from rmoe_megatron.model.modulation import Modulation, modulate
-from rmoe_megatron.model.sequence import gather, mark_partial, scatter_context
+from rmoe_megatron.model.sequence import gather, mark_partial, num_shards, padded_length, scatter_context
 from rmoe_megatron.model.transformer_config import transformer_config
 
 
@@ -84,6 +85,9 @@ class DiffusionTransformer(MegatronModule):
             )
             if post_process:
                 self.build_output()
+            has_recall = config.loop is not None and config.loop.recall
+            # Of text and of vision.
+            self.recall = nn.ModuleList(Recall(transformer) for _ in range(2)) if has_recall else None
 
     def build_conditioning(self) -> None:
         """Build what makes the conditioning vector."""
@@ -128,23 +132,58 @@ class DiffusionTransformer(MegatronModule):
                 state[name] = replace(entry, replica_id=(self.stage, *entry.replica_id[1:]))
         return state
 
+    def run_blocks(
+        self, hidden_states: Tensor | None, conditioning: Tensor, keys: Tensor, positions: Positions | None
+    ) -> list[Tensor]:
+        """Pass all blocks of this stage; returns hidden states to decode: the deepest last, in training maybe others before it.
+
+        Args:
+            hidden_states: this rank's tokens [(L_pad + S) / (CP TP), B, H] on the first pipeline stage, None on others.
+            conditioning: [1, B, H] or [num_layers, B, H], after SiLU.
+            keys: of the counter-based random numbers, int64 [B].
+        """
+        config = self.run_config
+        depth_loss = config.diffusion.depth_loss if self.training else DepthLoss.last
+        if config.loop is None and depth_loss is DepthLoss.last:
+            return [
+                self.transformer(
+                    hidden_states,
+                    attention_mask=None,
+                    context=conditioning,
+                    context_mask=keys,
+                    rotary_pos_emb=positions,
+                )
+            ]
+        assert hidden_states is not None  # layout_checks: there is one pipeline stage
+        inputs, layers = BlockInputs(conditioning, keys, positions), self.transformer.layers
+        if config.loop is not None:
+            shards = num_shards(self.config)
+            text_tokens = padded_length(config.model.text_length, shards) // shards
+            return loop_states(
+                layers, config.loop, self.recall, text_tokens, hidden_states, inputs, depth_loss
+            )
+        assert config.recurrence is not None
+        first, steps = min(config.recurrence.layers), config.recurrence.steps
+        return latent_states(layers, first, steps, hidden_states, inputs)
+
     def positions(self, latents: Tensor) -> Positions | None:
         """Return the rotary positions of this rank's tokens for latents [B, C, height, width]; None for a model without them.
 
-        Text tokens stand at the first row and column, or with ``model.text_on_grid`` on the grid of the model's own square.
+        Text tokens stand at the first row and column; with ``model.text_on_grid`` the first ones are the cells of the model's own square.
         """
         model = self.run_config.model
         if model.rope_theta is None:
             return None
         head_dim, theta = model.hidden_size // model.num_attention_heads, model.rope_theta
 
-        def scattered(height: int, width: int) -> Rotary:
-            whole = grid_rotary(height, width, head_dim, theta, latents.device)
+        def scattered(height: int, width: int, length: int | None = None) -> Rotary:
+            whole = grid_rotary(height, width, head_dim, theta, latents.device, length)
             return Rotary(*(scatter_context(table, self.config) for table in whole))
 
         height, width = (side // model.patch_size for side in latents.shape[2:])
         side = model.sample_size // model.patch_size
-        return Positions(scattered(height, width), scattered(side, side) if model.text_on_grid else None)
+        text = scattered(side, side, model.text_length) if model.text_on_grid else None
+        return Positions(scattered(height, width), text)
 
     def project_out(
         self, vision: Tensor, shift: Tensor, scale: Tensor, latents: Tensor, timestep: Tensor

@@ -21,7 +21,8 @@ def dense_parameters(description: ModelDescription) -> int:
         len(section.layers) * addition.parameters(model, section)
         for addition, section in additions_of(description)
     )
-    return family.conditioning_parameters(model) + ends + blocks + added
+    recall = 2 * 2 * hidden**2 if description.loop is not None and description.loop.recall else 0
+    return family.conditioning_parameters(model) + ends + blocks + added + recall
 
 
 def module_parameters(description: ModelDescription) -> int:

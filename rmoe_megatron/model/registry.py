@@ -33,6 +33,13 @@ def addition_in(description: ModelDescription, layer: int) -> tuple[Addition[Any
     return next((each for each in additions_of(description) if layer in each[1].layers), None)
 
 
+def depth_of(description: ModelDescription) -> int:
+    """Return the number of loops of a model, or of the latent steps of one without a loop; 1 for one without either."""
+    if description.loop is not None:
+        return description.loop.times
+    return description.recurrence.steps if description.recurrence is not None else 1
+
+
 def is_addition(name: str) -> bool:
     """Whether a parameter of this name belongs to an addition, which a base model need not have."""
     return any(f".{addition.name}." in name for addition in ADDITIONS)

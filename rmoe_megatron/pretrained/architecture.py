@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from rmoe_megatron.config.model import (
     Architecture,
     DiffusionConfig,
+    LoopConfig,
     ModelConfig,
     ModelDescription,
     Prediction,
@@ -43,6 +44,8 @@ def beyond_diffusers(config: ModelDescription) -> list[str]:
     found = []
     if config.recurrence is not None:
         found.append("recurrence")
+    if config.loop is not None:
+        found.append("loop")
     if config.model.rope_theta is not None:
         found.append(f"model.rope_theta={config.model.rope_theta:g}")
     if config.diffusion.prediction is Prediction.sample:
@@ -78,6 +81,8 @@ def transformer_arguments(config: ModelDescription) -> dict[str, Any]:
     if config.recurrence is not None:
         settings = asdict(config.recurrence)
         arguments["recurrence"] = {key: settings[key] for key in RECURRENCE_KEYS}
+    if config.loop is not None:
+        arguments["loop"] = asdict(config.loop)
     return arguments
 
 
@@ -98,6 +103,7 @@ class ImportedArchitecture:
     model: ModelConfig
     recurrence: RecurrenceConfig | None
     diffusion: DiffusionConfig
+    loop: LoopConfig | None = None
 
 
 def read_architecture(folder: Path, text_length: int) -> ImportedArchitecture:
@@ -122,11 +128,16 @@ def read_architecture(folder: Path, text_length: int) -> ImportedArchitecture:
         num_attention_heads=heads,
         **transformer.model_settings(values, path, text_length),
     )
-    recurrence = values.get("recurrence")
+    recurrence, loop = values.get("recurrence"), values.get("loop")
     diffusion = DiffusionConfig(objective=transformer.objective)
     if values.get("min_sigma") is not None:
         diffusion.prediction = Prediction.sample
-    return ImportedArchitecture(model, RecurrenceConfig(**recurrence) if recurrence else None, diffusion)
+    return ImportedArchitecture(
+        model,
+        RecurrenceConfig(**recurrence) if recurrence else None,
+        diffusion,
+        LoopConfig(**loop) if loop else None,
+    )
 
 
 def check_described_model(config: ModelDescription, where: str) -> None:

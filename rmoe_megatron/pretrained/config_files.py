@@ -47,6 +47,16 @@ class RecurrenceSettings(TypedDict):
     gate_inputs: Annotated[list[Literal["tokens", "conditioning"]], Field(min_length=1, max_length=2)]
 
 
+@with_config(CLOSED)
+class LoopSettings(TypedDict):
+    """The argument ``loop`` of this package's SD3 transformer."""
+
+    first: Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+    last: Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+    times: Few
+    recall: bool
+
+
 @with_config(OPEN)
 class TransformerConfig(TypedDict):
     """What the configurations of all transformers have."""
@@ -60,6 +70,7 @@ class TransformerConfig(TypedDict):
     num_attention_heads: Heads
     out_channels: NotRequired[Width | None]
     recurrence: NotRequired[RecurrenceSettings | None]
+    loop: NotRequired[LoopSettings | None]
 
 
 @with_config(OPEN)

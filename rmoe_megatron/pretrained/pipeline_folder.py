@@ -168,7 +168,10 @@ def _load_transformer(folder: Path, transformer_class: type[ModelMixin]) -> Mode
     check_class(read_config(path, TRANSFORMERS), transformer_class, folder)
     architecture = read_architecture(folder, text_length=1)
     config = ModelDescription(
-        model=architecture.model, recurrence=architecture.recurrence, diffusion=architecture.diffusion
+        model=architecture.model,
+        recurrence=architecture.recurrence,
+        loop=architecture.loop,
+        diffusion=architecture.diffusion,
     )
     check_described_model(config, str(path))
     empty = empty_transformer(config)

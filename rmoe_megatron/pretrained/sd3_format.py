@@ -63,6 +63,9 @@ class SD3Format(TransformerFormat):
         require_fixed(path, values, {"out_channels": values["in_channels"]})
         if values.get("qk_norm") not in (None, "rms_norm"):
             raise UserError(f"{path} has qk_norm {values['qk_norm']}; supported are null and rms_norm.")
+        on_grid = values.get("text_on_grid", False)
+        if on_grid:
+            text_length = max(text_length, (values["sample_size"] // values["patch_size"]) ** 2)
         return {
             "architecture": Architecture.mmdit,
             "qk_norm": values.get("qk_norm") == "rms_norm",
@@ -72,5 +75,5 @@ class SD3Format(TransformerFormat):
             "pos_embed_max_size": values["pos_embed_max_size"],
             "dual_attention_layers": list(values.get("dual_attention_layers") or ()),
             "rope_theta": values.get("rope_theta"),
-            "text_on_grid": values.get("text_on_grid", False),
+            "text_on_grid": on_grid,
         }

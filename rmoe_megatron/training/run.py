@@ -80,7 +80,7 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
         config.precision = saved.precision  # it was decided when the run started
     if config.fine_tuning and saved.fine_tuning:
         saved.fine_tuning.base = config.fine_tuning.base  # it may have moved; its fingerprint is checked
-    for section in ("model", "recurrence", "lora", "fine_tuning"):
+    for section in ("model", "recurrence", "lora", "loop", "fine_tuning"):
         if getattr(config, section) != getattr(saved, section):
             raise UserError(
                 f"The checkpoint {checkpoint.path} has another architecture ({section} differs from what is asked "

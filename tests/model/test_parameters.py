@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from rmoe_megatron.config.model import LoopConfig
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, FineTuningConfig, ParallelConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_transformer
@@ -16,6 +17,7 @@ MODELS = CASES | {
     "conditioning in every block": tiny_config(None, model=replace(DIT, shared_conditioning=False)),
     "recurrence": tiny_config(),
     "full rank": tiny_config(replace(RECURRENCE, rank=None, modulation=False)),
+    "loop": tiny_config(None, loop=LoopConfig(first=0, last=1)),
     "one gate input": tiny_config(replace(RECURRENCE, layers=[0], gate_inputs=["tokens"]), model=DIT),
 }
 

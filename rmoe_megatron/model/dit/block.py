@@ -32,7 +32,12 @@ class DiTBlock(Block):
         self.mlp = self.build_mlp(submodules)
 
     def transform(
-        self, hidden_states: Tensor, context: Tensor, keys: Tensor, positions: Positions | None = None
+        self,
+        hidden_states: Tensor,
+        context: Tensor,
+        keys: Tensor,
+        positions: Positions | None = None,
+        latent_steps: int | None = None,
     ) -> Tensor:
         """Apply the block.
 
@@ -41,12 +46,13 @@ class DiTBlock(Block):
             context: conditioning after SiLU, [1, B, H] for all blocks or [num_layers, B, H], one for each.
             keys: of the counter-based random numbers, int64 [B].
             positions: of a model with rotary ones.
+            latent_steps: of its recurrence; None is the model's number.
         """
         conditioning = (
             context if context.shape[0] == 1 else context[self.layer_number - 1 : self.layer_number]
         )
         shift, scale, gate, *modulation_mlp = self.modulation(conditioning)
         vision_input = modulate(hidden_states, shift, scale)
-        attended = self.attend(vision_input, None, conditioning, keys, positions)[0]
+        attended = self.attend(vision_input, None, conditioning, keys, positions, latent_steps)[0]
         hidden_states = hidden_states.addcmul(gate, attended)
         return self.feed_forward(self.mlp, hidden_states, *modulation_mlp)

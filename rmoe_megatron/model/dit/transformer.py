@@ -53,9 +53,7 @@ class DiT(DiffusionTransformer):
         if self.pre_process:
             vision = self.pos_embed(latents.to(dtype)).to(dtype)
             hidden_states = scatter(vision.transpose(0, 1), self.config).contiguous()
-        hidden_states = self.transformer(
-            hidden_states, attention_mask=None, context=conditioning, context_mask=sample_keys
-        )
+        hidden_states = self.run_blocks(hidden_states, conditioning, sample_keys, None)[-1]
         if not self.post_process:
             return hidden_states
         shift, scale = self.modulation_out(conditioning[:1])

@@ -54,7 +54,12 @@ class JointBlock(Block):
         self.dual_attention = build_module(submodules.dual_attention, **arguments) if has_dual else None
 
     def transform(
-        self, hidden_states: Tensor, context: Tensor, keys: Tensor, positions: Positions | None = None
+        self,
+        hidden_states: Tensor,
+        context: Tensor,
+        keys: Tensor,
+        positions: Positions | None = None,
+        latent_steps: int | None = None,
     ) -> Tensor:
         """Apply the block.
 
@@ -63,6 +68,7 @@ class JointBlock(Block):
             context: conditioning [1, B, H], after SiLU.
             keys: of the counter-based random numbers, int64 [B].
             positions: of a model with rotary ones.
+            latent_steps: of its recurrence; None is the model's number.
         """
         shards = num_shards(self.config)
         text, vision = hidden_states.tensor_split(
@@ -75,7 +81,9 @@ class JointBlock(Block):
             text_shift, text_scale, text_gate, *text_modulation_mlp = self.modulation_context(context)
 
         vision_input, text_input = modulate(vision, shift, scale), modulate(text, text_shift, text_scale)
-        attended, text_attended = self.attend(vision_input, text_input, context, keys, positions)
+        attended, text_attended = self.attend(
+            vision_input, text_input, context, keys, positions, latent_steps
+        )
         if self.dual_attention is not None:
             dual_shift, dual_scale, dual_gate = dual
             dual_input = modulate(vision, dual_shift, dual_scale)

@@ -27,8 +27,8 @@ def _check_rotary(model: ModelConfig) -> None:
         "model.rope_theta is not for blocks with a second attention; set dual_attention_layers=[] or rope_theta=null.",
     )
     require(
-        not model.text_on_grid or (model.rope_theta is not None and model.text_length == patches**2),
-        f"model.text_on_grid needs rope_theta and a text token for each of the image's {patches} x {patches} patches, but "
+        not model.text_on_grid or (model.rope_theta is not None and model.text_length >= patches**2),
+        f"model.text_on_grid needs rope_theta and a text token or more for each of the image's {patches} x {patches} patches, but "
         f"rope_theta is {model.rope_theta} and text_length {model.text_length}.",
     )
 

@@ -51,7 +51,8 @@ class MMDiT(DiffusionTransformer):
             text_pooled: [B, pooled_size].
 
         Returns:
-            Velocity float32 [B, C, height, width] on the last pipeline stage, hidden states of this rank's tokens
+            Velocity float32 [B, C, height, width] on the last pipeline stage; in training that decodes D depths
+            [D, B, C, height, width], the deepest last. Hidden states of this rank's tokens
             [(L_pad + S) / (CP TP), B, H] before it.
 
         Raises:
@@ -71,16 +72,15 @@ class MMDiT(DiffusionTransformer):
             text = self.context_embedder(text_hidden_states.to(dtype))
             streams = [scatter(tokens.transpose(0, 1), self.config) for tokens in (text, vision)]
             hidden_states = torch.cat(streams)
-        hidden_states = self.transformer(
-            hidden_states,
-            attention_mask=None,
-            context=conditioning,
-            context_mask=sample_keys,
-            rotary_pos_emb=self.positions(latents),
-        )
+        states = self.run_blocks(hidden_states, conditioning, sample_keys, self.positions(latents))
         if not self.post_process:
-            return hidden_states
+            return states[-1]
         shards = num_shards(self.config)
-        vision = hidden_states[padded_length(length, shards) // shards :]
         scale, shift = self.modulation_out(conditioning)
-        return self.project_out(vision, shift, scale, latents, timestep)
+        outputs = [
+            self.project_out(
+                state[padded_length(length, shards) // shards :], shift, scale, latents, timestep
+            )
+            for state in states
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs)

@@ -78,6 +78,7 @@ class Recurrence(MegatronModule):
         conditioning: Tensor,
         keys: Tensor,
         positions: Positions | None = None,
+        latent_steps: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the block's attention output for vision [S, B, H] and text [L, B, H] (None in SD3's last block and DiT).
 
@@ -88,9 +89,11 @@ class Recurrence(MegatronModule):
             conditioning: [1, B, H], after SiLU.
             keys: int64 [B], the samples' keys of the counter-based random numbers.
             positions: of a model with rotary ones; the same in every latent step.
+            latent_steps: T of this call; None is the configured number.
         """
+        steps = self.steps if latent_steps is None else latent_steps
         text_qkv = None if text is None else attention.project_text(text, positions)
-        noise = self.gate.draw_noise(keys, len(vision), self.steps) if self.training else [None] * self.steps
+        noise = self.gate.draw_noise(keys, len(vision), steps) if self.training else [None] * steps
         # What the latent steps have in common.
         scale, shift = self.modulation(conditioning) if self.modulation is not None else (None, None)
         shared = (conditioning, scale, shift)
@@ -102,7 +105,7 @@ class Recurrence(MegatronModule):
             return attention.attend_vision(module_qkv, text_qkv, positions)
 
         state = vision
-        for step in range(self.steps - 1):
+        for step in range(steps - 1):
             inputs = (state, *shared, *(text_qkv or ()))
             if self.recompute and self.training:
                 attended = checkpoint(partial(latent_step, step), False, *inputs)
