@@ -8,10 +8,25 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from rmoe_megatron import durable
+from rmoe_megatron.refusal import refusal
+from rmoe_megatron.regular_files import read_bytes
 
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")  # as Pillow names them; some of the others start programs
+MAX_BYTES = 1 << 28  # of a file
 CELL = 128  # pixels of a picture in a grid, at least
 LINE = 12  # pixels of a line of text
 TITLE = 20  # pixels above a titled picture
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open a picture that others may have made.
+
+    Raises:
+        UserError: it is no regular file, or no picture of the formats that are read.
+    """
+    content = read_bytes(path, MAX_BYTES)
+    with refusal(f"{path} cannot be read as a picture"):
+        return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def save_images(images: np.ndarray, folder: Path, names: list[str]) -> list[Path]:

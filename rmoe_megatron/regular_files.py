@@ -66,8 +66,9 @@ def read_bytes(path: Path, max_bytes: int, within: Path | None = None, follow: b
         UserError: it cannot be opened, or has more than ``max_bytes``.
     """
     with open_regular(path, within, follow) as file:
+        size = os.fstat(file.fileno()).st_size  # 0 for some files that the system makes when they are read
         try:
-            content = file.read(max_bytes + 1)
+            content = file.read(max_bytes + 1 if size == 0 else min(size, max_bytes) + 1)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     if len(content) > max_bytes:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from rmoe_megatron.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
+MAX_ZEROS = 1 << 30  # that are read to see whether anything comes behind them
 
 
 @dataclass
@@ -139,9 +140,10 @@ def _members(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
     """Yield the members whose headers pass their checksum; what else there is, is told to ``damage``."""
     end = 0  # of the members so far
     try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(_behind_zeros(file, 0, size))
         # Without ignore_zeros tarfile takes a damaged header, or zeros in the middle, for the end of the archive.
         with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
-            size = file.seek(0, os.SEEK_END)
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
                 if member.offset != end:
@@ -150,7 +152,8 @@ def _members(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
                     raise tarfile.ReadError(f"member {member.name} is cut off")
                 end = tar.offset
                 yield member
-            if not _is_end_of_archive(file, end):
+                tar.offset = _behind_zeros(file, end, size)  # tarfile would read them block by block
+            if not _is_end_of_archive(file, end, size):
                 damage.append(f"no header and no end of the archive at byte {end}")
     except (OSError, UserError):
         raise
@@ -158,11 +161,41 @@ def _members(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
         damage.append(f"{error} at byte {end}")
 
 
-def _is_end_of_archive(file: BinaryIO, offset: int) -> bool:
-    """Whether from ``offset`` on there are zeros only, and at least one block of them."""
+def _behind_zeros(file: BinaryIO, start: int, size: int) -> int:
+    """Return the offset of the first block from ``start`` on that is not of zeros, or the size of the file.
+
+    Holes, of which a file of any size may consist, are not read.
+
+    Raises:
+        ValueError: there are more zeros than anybody puts into an archive.
+    """
+    offset = start
     file.seek(offset)
-    block = file.read(_BLOCK)
-    complete = len(block) == _BLOCK
-    while block and not block.strip(b"\0"):
-        block = file.read(1 << 20)
-    return complete and not block
+    while content := file.read(1 << 20):
+        if rest := content.lstrip(b"\0"):
+            return offset + (len(content) - len(rest)) // _BLOCK * _BLOCK
+        offset += len(content)
+        if offset - start > MAX_ZEROS:
+            raise ValueError(f"more than {MAX_ZEROS} zeros from byte {start} on, not read further")
+        offset = file.seek(_next_data(file, offset, size))
+    return size
+
+
+def _next_data(file: BinaryIO, offset: int, size: int) -> int:
+    """Return the offset from which on there is something in a local file, which is behind a hole if there is one."""
+    try:
+        descriptor = file.fileno()
+    except io.UnsupportedOperation:  # no file of this machine
+        return offset
+    place = os.lseek(descriptor, 0, os.SEEK_CUR)  # that ``file`` counts on
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError:  # nothing but a hole
+        return size
+    finally:
+        os.lseek(descriptor, place, os.SEEK_SET)
+
+
+def _is_end_of_archive(file: BinaryIO, offset: int, size: int) -> bool:
+    """Whether from ``offset`` on there are zeros only, and at least one block of them."""
+    return size - offset >= _BLOCK and _behind_zeros(file, offset, size) == size

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from rmoe_megatron.config.buckets import Bucket
-from rmoe_megatron.data.index import FORMATS
+from rmoe_megatron.pictures import FORMATS
 
+MAX_TEXT = {"txt": 1 << 20, "caption": 1 << 20, "json": 1 << 24, "cls": 64}  # bytes of a member that is text
 BFLOAT16 = np.dtype("V2")  # numpy has no bfloat16: two bytes without a type
 
 

@@ -25,7 +25,6 @@ INDEX = ".rmoe_index"
 # By the last part of an extension; others are passed over.
 MEMBERS = ("png", "jpg", "jpeg", "webp", "avif", "txt", "caption", "json", "cls", "npy")  # fmt: skip
 IMAGES = ("png", "jpg", "jpeg", "webp", "avif")
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")  # as Pillow names them; some of the others start programs
 LATENTS = "latents.npy"
 SHARED = "shared.json"  # where in the same shard the other sample is whose text this one has, too
 TEXT_HIDDEN_STATES, TEXT_POOLED = "text_hidden_states.npy", "text_pooled.npy"

@@ -1,6 +1,7 @@
 """Pictures with captions, in a folder or named by a table, into WebDataset shards: ``rmoe data pack``."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,11 +10,13 @@ from typing import Any
 
 from rmoe_megatron import durable
 from rmoe_megatron.data.captions import captions_of
-from rmoe_megatron.data.decoding import decode_image
+from rmoe_megatron.data.decoding import MAX_TEXT, decode_image
 from rmoe_megatron.data.index import IMAGES
 from rmoe_megatron.data.shard_writer import open_shard
 from rmoe_megatron.data.tables import READERS, Row, read_table
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.pictures import MAX_BYTES
+from rmoe_megatron.regular_files import read_bytes
 
 SIDECARS = ("txt", "caption", "json")
 LEFT_OUT = "left_out.jsonl"
@@ -143,7 +146,7 @@ def _pictures(source: Path, columns: Columns, packed: Packed) -> tuple[int, Iter
         return _of_tables([source], columns, packed)
     if not source.is_dir():
         raise UserError(f"{source} is neither a folder nor a table ({', '.join(TABLES)}); name one.")
-    every = sorted(path for path in source.rglob("*") if path.is_file())
+    every = sorted(path for path in source.rglob("*") if not path.is_dir())
     files = [path for path in every if path.suffix[1:].lower() in IMAGES]
     tables = [path for path in every if path.suffix == ".parquet"]
     taken = {*files, *(path.with_suffix(f".{name}") for path in files for name in SIDECARS)}
@@ -152,24 +155,26 @@ def _pictures(source: Path, columns: Columns, packed: Packed) -> tuple[int, Iter
     packed.beside = [str(path.relative_to(source)) for path in every if path not in taken]
     if tables and not files:
         return _of_tables(tables, columns, packed)
-    return len(files), (Picture(str(path.relative_to(source)), partial(_load_file, path)) for path in files)
+    return len(files), (
+        Picture(str(path.relative_to(source)), partial(_load_file, path, source)) for path in files
+    )
 
 
-def _load_file(path: Path) -> tuple[bytes, dict[str, Any]]:
-    return path.read_bytes(), _sidecars(path)
+def _load_file(path: Path, source: Path) -> tuple[bytes, dict[str, Any]]:
+    return read_bytes(path, MAX_BYTES, within=source), _sidecars(path, source)
 
 
-def _sidecars(path: Path) -> dict[str, Any]:
+def _sidecars(path: Path, source: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for extension in SIDECARS:
         beside = path.with_suffix(f".{extension}")
-        if beside.is_file():
-            text = beside.read_text("utf-8-sig")
+        if os.path.lexists(beside):
+            text = read_bytes(beside, MAX_TEXT[extension], within=source).decode("utf-8-sig")
             if extension == "json":
                 found[extension] = json.loads(text)
             elif captions := captions_of(text):
                 found[extension] = captions[0]
-    if not found and any(path.with_suffix(f".{extension}").is_file() for extension in SIDECARS):
+    if not found and any(os.path.lexists(path.with_suffix(f".{extension}")) for extension in SIDECARS):
         raise ValueError("its caption is empty")
     return found
 
@@ -205,6 +210,8 @@ def _of_row(row: Row, table: Path, number: int, columns: Columns, packed: Packed
             others[key] = other
         else:
             packed.dropped_columns.setdefault(key, type(other).__name__)
+    if max(map(len, captions)) > MAX_TEXT["txt"]:
+        return Picture(name, partial(_refuse, f"its caption has more than {MAX_TEXT['txt']} characters"))
     members: dict[str, Any] = {"txt": captions[0]}
     if len(captions) > 1:
         packed.with_several_captions += 1
@@ -231,7 +238,7 @@ def _image_content(image: Any, folder: Path) -> bytes:
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str):
-        return (folder / image).read_bytes()
+        return read_bytes(folder / image, MAX_BYTES, follow=True)
     if not isinstance(image, bytes):
         raise ValueError(f"a picture is bytes or a path, not {type(image).__name__}")
     return image

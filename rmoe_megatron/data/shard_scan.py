@@ -12,7 +12,6 @@ from PIL import Image
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import Piece, scan
 from rmoe_megatron.data.index import (
-    FORMATS,
     IMAGES,
     LATENTS,
     LEFT_OUT,
@@ -25,6 +24,7 @@ from rmoe_megatron.data.index import (
 from rmoe_megatron.data.range_file import RangeFile
 from rmoe_megatron.data.store import ShardStore, StoredShard
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.pictures import FORMATS
 
 ORIENTATION = 0x0112  # of EXIF
 MAX_SIZE = 1 << 32  # bytes of a piece

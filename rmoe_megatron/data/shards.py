@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import parse
 from rmoe_megatron.data.bucketing import BucketCounts, Bucketing
-from rmoe_megatron.data.decoding import DECODERS, decode_image
+from rmoe_megatron.data.decoding import DECODERS, MAX_TEXT, decode_image
 from rmoe_megatron.data.index import (
     IMAGES,
     INDEX,
@@ -330,7 +330,10 @@ class ShardDataset(Dataset[Any]):
         """Decode a member of a sample."""
         if extension not in contents:
             raise ValueError(f"{extension}: no such member")
-        kind, content = extension.rsplit(".", 1)[-1], bytes(contents[extension])
+        kind, size = extension.rsplit(".", 1)[-1], len(contents[extension])
+        if size > (most := MAX_TEXT.get(kind, size)):
+            raise ValueError(f"{extension}: {size} bytes, more than the {most} that are read")
+        content = bytes(contents[extension])
         try:
             value = self._image(content, index) if kind in IMAGES else DECODERS[kind](content)
         except Exception as error:  # on damaged content the libraries raise nearly anything

@@ -119,6 +119,8 @@ class LocalStore(ShardStore):
             found = shard.stat()
         except OSError as error:
             raise _unreadable(shard, error) from error
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for its writer
+            raise _unreadable(shard, OSError(0, "it is no regular file"))
         return StoredShard(shard.name, found.st_size, found.st_mtime_ns)
 
     def open(self, name: str) -> BinaryIO:

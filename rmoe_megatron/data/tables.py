@@ -13,9 +13,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.regular_files import check_regular, read_bytes
 from rmoe_megatron.typed_files import lines_of, parse_json
 
 ROW = TypeAdapter(dict[str, Any])  # of JSON lines
+MAX_BYTES = 1 << 34  # of a table that is text; Parquet is read in parts
 MAX_FIELD = 1 << 24  # characters; Python's csv would stop at 2**17
 # A number as JSON writes it: neither 007, which names something, nor nan.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,3})?")
@@ -36,8 +38,8 @@ def read_table(table: Path) -> tuple[int, Iterator[Row]]:
 
 def _text_of(table: Path) -> str:
     try:
-        return table.read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
+        return read_bytes(table, MAX_BYTES, follow=True).decode("utf-8-sig")
+    except ValueError as error:
         raise UserError(f"The table {table} cannot be read ({error}).") from error
 
 
@@ -120,6 +122,7 @@ def _with_header(rows: list[list[str]]) -> tuple[int, Iterator[Row]]:
 def _read_parquet(table: Path) -> tuple[int, Iterator[Row]]:
     from pyarrow import ArrowException, parquet
 
+    check_regular(table, follow=True)
     try:
         file = parquet.ParquetFile(table)
     except (OSError, ArrowException) as error:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from rmoe_megatron import durable
-from rmoe_megatron.pictures import labelled_grid, png, stacked
+from rmoe_megatron.pictures import labelled_grid, open_picture, png, stacked
 
 SIDE = 192  # pixels of an image in a gallery
 
@@ -51,5 +51,5 @@ def gallery(examples: Sequence[Example]) -> Image.Image:
 
 
 def _thumbnail(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))

@@ -26,7 +26,7 @@ from rmoe_megatron.evaluation.generation import (
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
 from rmoe_megatron.launch import local_rank, rank
-from rmoe_megatron.pictures import png
+from rmoe_megatron.pictures import open_picture, png
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.typed_files import read_json
 
@@ -105,7 +105,7 @@ def _make_grids(
 
     def whole(index: int) -> bytes:
         tiles_of = requests[index * number : (index + 1) * number]
-        return png(grid([Image.open(request.path).convert("RGB") for request in tiles_of]))
+        return png(grid([open_picture(request.path).convert("RGB") for request in tiles_of]))
 
     fill(files, settings.out / "claims" / "grids", whole)
     return files
@@ -139,7 +139,7 @@ def ask_all(
     answerer = functools.cache(lambda: load_answerer(settings.answerer, _device()))
 
     def answers(number: int) -> bytes:
-        with Image.open(files[number]) as image:
+        with open_picture(files[number]) as image:
             of_images = [
                 {
                     key: answerer().answer(tile, each.question)

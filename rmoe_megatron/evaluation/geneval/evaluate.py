@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from pydantic import TypeAdapter
 
 from rmoe_megatron import durable
@@ -28,6 +28,7 @@ from rmoe_megatron.evaluation.geneval.rules import QUIRKS, Detection, judge, kee
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
 from rmoe_megatron.launch import local_rank, rank
+from rmoe_megatron.pictures import open_picture
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.typed_files import read_json
 
@@ -120,7 +121,7 @@ def judge_image(
     path: Path, metadata: Metadata, detector: Detector, classifier: ColorClassifier, protocol: Protocol
 ) -> dict[str, Any]:
     """Return the verdict of one image in the form of the published results, and its detections."""
-    with Image.open(path) as file:
+    with open_picture(path) as file:
         image = ImageOps.exif_transpose(file).convert("RGB")
     threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
     kept = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from pydantic import TypeAdapter
 
 from rmoe_megatron.evaluation.generation import (
@@ -28,6 +28,7 @@ from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import QWEN3_VL, Qwen3VL
 from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
 from rmoe_megatron.launch import rank
+from rmoe_megatron.pictures import open_picture
 from rmoe_megatron.typed_files import read_json
 
 SCORES = TypeAdapter(list[float])
@@ -97,7 +98,7 @@ def ask_all(
     answerer = functools.cache(lambda: Qwen3VL(settings.answerer))
 
     def scores(number: int) -> bytes:
-        with Image.open(images[number].path) as file:
+        with open_picture(images[number].path) as file:
             image = ImageOps.exif_transpose(file)
             atoms = [
                 score_atom(answerer(), image, question, answer, settings.protocol)

@@ -11,7 +11,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
@@ -34,9 +33,10 @@ from rmoe_megatron.evaluation.imagenet.metrics import (
 )
 from rmoe_megatron.evaluation.results import markdown_table, write_results
 from rmoe_megatron.launch import local_rank, rank
-from rmoe_megatron.pictures import labelled_grid, png
+from rmoe_megatron.pictures import labelled_grid, open_picture, png
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.refusal import refusal
+from rmoe_megatron.regular_files import check_regular, open_regular
 from rmoe_megatron.sampling import sample_images
 
 NUM_IMAGES = 50_000  # of FID-50K
@@ -96,7 +96,7 @@ def evaluate_imagenet(
         return network()(images)
 
     features = _compute_features(
-        parts, lambda number: np.load(parts[number]), out / "features", extractor, progress("features")
+        parts, lambda number: _load(parts[number]), out / "features", extractor, progress("features")
     )
     of_reference = _compute_features(
         range(0, reference.shape[0], REFERENCE_PART),
@@ -121,7 +121,7 @@ def evaluate_imagenet(
             **compare(features, of_reference, reference, device),
         }
         write_results(out, results, table(results), [])
-        shown = np.load(parts[0])[:SHOWN]
+        shown = _load(parts[0])[:SHOWN]
         durable.write(
             out / "gallery.png", png(labelled_grid(shown, [str(each) for each in classes[: len(shown)]]))
         )
@@ -149,7 +149,7 @@ def _make_parts(
     def images(number: int) -> bytes:
         indices = range(number * sampling.batch_size, min((number + 1) * sampling.batch_size, len(classes)))
         if given is not None:
-            made = np.stack([np.asarray(Image.open(given[index]).convert("RGB")) for index in indices])
+            made = np.stack([np.asarray(open_picture(given[index]).convert("RGB")) for index in indices])
         else:
             made = sample_images(
                 pipeline(), [str(classes[index]) for index in indices],
@@ -217,7 +217,7 @@ def open_reference(path: Path) -> Reference:
     Raises:
         UserError: there is no such file, or it holds no images.
     """
-    if not path.is_file():
+    if not path.is_file():  # may be a link: the user names it
         raise UserError(f"There is no file {path} (--reference); get ADM's VIRTUAL_imagenet256_labeled.npz.")
     with refusal(f"{path} cannot be read as a reference"), np.load(path, allow_pickle=False) as file:
         names = set(file.files)
@@ -265,12 +265,19 @@ def _gaussian(files: list[Path], name: str) -> Gaussian:
 
 def _read(files: list[Path], name: str) -> Iterator[NDArray[np.float32]]:
     for path in files:
-        with np.load(path, allow_pickle=False) as file:
+        with open_regular(path) as stream, np.load(stream, allow_pickle=False) as file:
             yield file[name]
+
+
+def _load(part: Path) -> NDArray[np.uint8]:
+    with open_regular(part) as file:
+        array: NDArray[np.uint8] = np.load(file, allow_pickle=False)
+    return array
 
 
 def write_npz(path: Path, parts: list[Path], number: int) -> None:
     """Write parts [B, H, W, 3] as one array ``arr_0``, part by part: the images are never all in memory."""
+    check_regular(parts[0])
     shape = np.load(parts[0], mmap_mode="r").shape
     header = io.BytesIO()
     description = {"descr": "|u1", "fortran_order": False, "shape": (number, *shape[1:])}
@@ -282,7 +289,7 @@ def write_npz(path: Path, parts: list[Path], number: int) -> None:
     ):
         member.write(header.getvalue())
         for part in parts:
-            member.write(np.load(part).tobytes())
+            member.write(_load(part).tobytes())
 
 
 def table(results: dict[str, Any]) -> str:
