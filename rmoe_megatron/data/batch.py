@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -66,6 +66,12 @@ class Batch:
     sample_index: (
         Tensor  # int64 [B], the number of the draw, which all random numbers of the sample depend on
     )
+    time: Tensor | None = None  # float32 [B] in [0, 1), the share of the way to noise; None draws it
+
+    def at(self, time: float) -> Batch:
+        """Return the batch to be noised to a time that is not drawn."""
+        times = torch.full((len(self.latents),), time, device=self.latents.device)
+        return replace(self, time=times)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device`` in float32; of pinned memory the host does not wait for the copy."""
@@ -74,7 +80,8 @@ class Batch:
             moved = tensor.to(device, non_blocking=True)
             return moved.float() if moved.is_floating_point() else moved
 
-        return Batch(move(self.latents), self.conditions.map(move), move(self.sample_index))
+        time = None if self.time is None else move(self.time)
+        return Batch(move(self.latents), self.conditions.map(move), move(self.sample_index), time)
 
     def not_finite(self) -> dict[str, Tensor]:
         """Return for every floating-point input which samples have values that are not finite, bool [B]."""

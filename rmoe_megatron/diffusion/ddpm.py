@@ -46,9 +46,13 @@ class DDPM:
         self.posterior_from_sample = table(betas * previous.sqrt() / (1 - alphas_cumprod))
         self.posterior_from_noisy = table((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod))
 
-    def add_noise(self, latents: Tensor, keys: Tensor) -> TrainingExample:
-        """Draw timesteps uniformly and noise for latents float32 [B, C, H, W]; keys are int64 [B]."""
-        timestep = (uniform(derive(keys, Purpose.timestep), 1).squeeze(-1) * NUM_TIMESTEPS).long()
+    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> TrainingExample:
+        """Draw timesteps uniformly and noise for latents float32 [B, C, H, W]; keys are int64 [B].
+
+        A time that is given is the timestep's share of all, rounded down.
+        """
+        share = uniform(derive(keys, Purpose.timestep), 1).squeeze(-1) if time is None else time
+        timestep = (share * NUM_TIMESTEPS).long()
         noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
         noisy = self._at(self.signal, timestep) * latents + self._at(self.noise_scale, timestep) * noise
         return TrainingExample(noisy, timestep.float(), noise, latents)

@@ -50,7 +50,7 @@ class DiffusionLoss:
     def ask(self, batch: Batch) -> Question:
         """Return the question that a batch is to the model."""
         keys = sample_keys(self.seed, batch.sample_index)
-        example = self.objective.add_noise(batch.latents, keys)
+        example = self.objective.add_noise(batch.latents, keys, batch.time)
         conditions = drop_conditions(self.diffusion, batch.conditions, self.null_conditions, keys)
         return Question(example, keys, conditions, self.objective, self.diffusion)
 

@@ -19,8 +19,12 @@ class TrainingExample:
 class TrainingObjective(Protocol):
     """Rectified flow or DDPM."""
 
-    def add_noise(self, latents: Tensor, keys: Tensor) -> TrainingExample:
-        """Draw timesteps and noise for latents [B, C, H, W] from one int64 key per sample, [B]."""
+    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> TrainingExample:
+        """Draw timesteps and noise for latents [B, C, H, W] from one int64 key per sample, [B].
+
+        Args:
+            time: float32 [B] in [0, 1), the share of the way to noise, instead of a drawn timestep; the noise is the same.
+        """
         ...
 
     def loss(self, output: Tensor, example: TrainingExample) -> Tensor:

@@ -50,11 +50,17 @@ class RectifiedFlow:
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
 
-    def add_noise(self, latents: Tensor, keys: Tensor) -> TrainingExample:
-        """Draw sigma and noise for latents float32 [B, C, H, W]; keys are int64 [B], one per sample."""
-        sigma = draw_sigma(self.config, keys)
-        shift = resolution_shift(self.config, *latents.shape[2:])
-        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> TrainingExample:
+        """Draw sigma and noise for latents float32 [B, C, H, W]; keys are int64 [B], one per sample.
+
+        A time that is given is sigma itself: no density and no shift is applied to it.
+        """
+        if time is None:
+            sigma = draw_sigma(self.config, keys)
+            shift = resolution_shift(self.config, *latents.shape[2:])
+            sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        else:
+            sigma = time
         noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
         weight = sigma.view(-1, 1, 1, 1)
         return TrainingExample(

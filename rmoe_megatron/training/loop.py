@@ -26,6 +26,9 @@ from rmoe_megatron.training.source import TrainingSource
 from rmoe_megatron.training.state import TrainingState, save_checkpoint
 from rmoe_megatron.training.throughput import Throughput
 
+# Shares of the way to noise at which the validation loss is taken too: those of MLPerf's FLUX.1 benchmark.
+FIXED_TIMES = [number / 8 for number in range(8)]
+
 
 @dataclass
 class TrainingLoop:
@@ -189,13 +192,23 @@ class TrainingLoop:
             self.save()
 
     def validate(self) -> None:
-        """Log the loss of the averaged weights on the validation samples, with noise that is the same each time."""
+        """Log the loss of the averaged weights on the validation samples, with noise that is the same each time.
+
+        ``validation_loss`` is at drawn timesteps, as in training; ``fixed_timestep_loss`` is the mean at eight that don't change.
+        """
         step, losses = self.state.progress.step, dict[str, list[float]]()
+        at_times = dict[float, list[float]]()
         with self.state.ema.applied():
             for bucket, micro_batches in self.source.validation_batches(step - 1):
                 self.interruption.check()
                 losses.setdefault(bucket, []).append(self.state.engine.evaluate(micro_batches))
+                for share in FIXED_TIMES:
+                    self.interruption.check()
+                    loss = self.state.engine.evaluate([batch.at(share) for batch in micro_batches])
+                    at_times.setdefault(share, []).append(loss)
         metrics = {"validation_loss": fmean(chain(*losses.values()))}
+        metrics["fixed_timestep_loss"] = fmean(chain(*at_times.values()))
+        metrics |= {f"fixed_timestep_loss_{share:.3f}": fmean(found) for share, found in at_times.items()}
         if self.config.data.buckets is not None:
             metrics |= {f"validation_loss_{bucket}": fmean(found) for bucket, found in losses.items()}
         self.log.log_metrics(step, metrics)

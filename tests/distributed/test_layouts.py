@@ -69,8 +69,10 @@ def test_two_ranks_go_on_as_one(one_rank_run: Path, name: str, overrides: list[s
     assert max(abs(actual[step] - expected[step]) for step in expected) < 1e-5
     # The run learns: equal losses are not equal because nothing moves.
     assert len(set(expected.values())) == 20
-    validation = losses(one, "validation_loss")
-    assert losses(run_dir, "validation_loss") == pytest.approx(validation, abs=1e-5)
+    for key in ("validation_loss", "fixed_timestep_loss"):
+        validation = losses(one, key)
+        assert len(validation) == 2
+        assert losses(run_dir, key) == pytest.approx(validation, abs=1e-5)
     pictures = [
         np.asarray(Image.open(run / "samples" / "step-00000020.png"), dtype=int) for run in (one, run_dir)
     ]

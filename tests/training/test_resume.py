@@ -30,6 +30,17 @@ def saves(step: int) -> Callable[[Path], bool]:
     return lambda run_dir: any(run_dir.glob(f"checkpoints/step-{step:08d}*"))
 
 
+def test_the_loss_at_fixed_timesteps_is_the_mean_over_them(finished_run: Path) -> None:
+    found = losses(finished_run / "whole", "fixed_timestep_loss")
+    assert list(found) == [10, 20]
+    at_times = [
+        losses(finished_run / "whole", f"fixed_timestep_loss_{number / 8:.3f}") for number in range(8)
+    ]
+    for step, loss in found.items():
+        assert loss == pytest.approx(sum(each[step] for each in at_times) / 8)
+    assert len({each[20] for each in at_times}) == 8
+
+
 def test_killed_run_resumes_bitwise_and_leaves_no_process(finished_run: Path) -> None:
     run_dir = finished_run / "killed"
     command = ["train", str(finished_run / "config.yaml"), f"run_dir={run_dir}", "data.num_workers=1"]
@@ -51,7 +62,8 @@ def test_killed_run_resumes_bitwise_and_leaves_no_process(finished_run: Path) ->
     code, errors = rmoe(*command)
     assert code == 0, errors
     assert losses(run_dir) == losses(finished_run / "whole")
-    assert losses(run_dir, "validation_loss") == losses(finished_run / "whole", "validation_loss")
+    for key in ("validation_loss", "fixed_timestep_loss", "fixed_timestep_loss_0.875"):
+        assert losses(run_dir, key) == losses(finished_run / "whole", key)
 
 
 def test_delayed_scales_are_resumed(tmp_path: Path) -> None:
