@@ -8,7 +8,7 @@ from typing import Any
 from rmoe_megatron import durable
 from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.encoders.source import model_folder
-from rmoe_megatron.encoders.text import TEXT_FILES, minilm_folder
+from rmoe_megatron.encoders.text import MINILM_BLOCKS, TEXT_FILES, minilm_folder
 from rmoe_megatron.errors import UserError
 
 DATASET = "dataset.json"  # beside precomputed shards
@@ -28,9 +28,12 @@ def describe_text_encoder(config: ModelDescription) -> dict[str, Any]:
     name = config.encoders.text_encoder
     folder = minilm_folder() if name == "minilm" else model_folder(name, TEXT_FILES)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("text_encoder*/*.safetensors"))
+    weights = _sha256(files)
+    if name == "minilm":  # only some of its blocks are used
+        weights = hashlib.sha256(f"{weights} {MINILM_BLOCKS}".encode()).hexdigest()
     return {
         "text_encoder": name,
-        "text_encoder_sha256": _sha256(files),
+        "text_encoder_sha256": weights,
         "text_encoders_dropped": config.encoders.dropped,
         "text_length": config.model.text_length,
     }

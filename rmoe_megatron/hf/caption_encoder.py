@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# MiniLM's token states have standard deviation 0.436 over the toy shapes captions; this brings them to about 1.
-TOKEN_STATE_SCALE = 2.3
+# The token states of MiniLM's third block have standard deviation 0.572 over the toy shapes captions; this brings them to about 1.
+TOKEN_STATE_SCALE = 1.75
 
 
 @dataclass

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from transformers import AutoModel, AutoTokenizer
 
 from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.encoders.autoencoder import decode_latents, encode_images, load_autoencoder
-from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
+from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder, minilm_folder
 from rmoe_megatron.errors import UserError
 from tests.support.sd3_pipeline import TEXT_LENGTH, save_pipeline
 
@@ -60,6 +61,30 @@ def test_a_dropped_clip_leaves_zeros(
     ours = load_text_encoder(encoders, TEXT_LENGTH, CPU).encode(CAPTIONS)
     torch.testing.assert_close(ours.hidden_states, states)
     torch.testing.assert_close(ours.pooled, pooled)
+
+
+def test_minilm_gives_the_states_of_its_third_block() -> None:
+    """Compared with all states of the whole model; they are scaled to unit variance, padding is zero."""
+    captions = [
+        "a white cross left of a red diamond", "a red diamond left of a white cross",
+        "a photo of two green squares", "an image of a blue square and a yellow circle",
+    ]  # fmt: skip
+    encoder = load_text_encoder(EncodersConfig(), 16, CPU)
+    ours = encoder.encode(captions)
+    tokens = AutoTokenizer.from_pretrained(minilm_folder())(captions, padding=True, return_tensors="pt")
+    whole = AutoModel.from_pretrained(minilm_folder()).eval()
+    with torch.no_grad():
+        states = whole(**tokens, output_hidden_states=True).hidden_states[3]
+    taken = tokens["attention_mask"].bool()
+    length = taken.shape[1]
+    scale = ours.hidden_states[:, :length][taken] / states[taken]
+    torch.testing.assert_close(scale, scale.flatten()[0].expand_as(scale))
+    assert ours.hidden_states[:, :length][taken].std() == pytest.approx(1, abs=0.05)
+    assert ours.hidden_states[:, length:].abs().max() == 0
+    assert ours.hidden_states[:, :length][~taken].abs().max() == 0
+    mean = torch.stack([states[row][taken[row]].mean(dim=0) for row in range(len(captions))])
+    torch.testing.assert_close(ours.pooled, mean / mean.norm(dim=1, keepdim=True) * 384**0.5)
+    assert encoder.components()["text_encoder"].config.num_hidden_layers == 3  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("shift", [0.06, None])
