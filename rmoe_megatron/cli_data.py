@@ -1,4 +1,4 @@
-"""The command line of data: ``rmoe data build-shapes / pack / check / index / precompute / show``."""
+"""The command line of data: ``rmoe data build-shapes / build-mazes / pack / check / index / precompute / show``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from rmoe_megatron import durable, launch
-from rmoe_megatron.cli_options import Bar, Overrides, parse_part
+from rmoe_megatron.cli_options import Bar, Overrides, parse_numbers, parse_part
+from rmoe_megatron.errors import UserError
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and prepare data.")
 
@@ -23,6 +24,43 @@ def build_shapes_command(
     from rmoe_megatron.data.shapes.build import build_shapes
 
     build_shapes(out, train, val, seed, progress=Bar("shapes", "image"))
+
+
+@data_app.command("build-mazes")
+def build_mazes_command(
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    task: Annotated[
+        str, typer.Option(help="path (from mark to mark in a maze) or region (that a mark reaches).")
+    ] = "region",
+    canvas: Annotated[int, typer.Option(min=2, max=64, help="Cells of a side of the pictures.")] = 8,
+    train_sides: Annotated[str, typer.Option(help="Sides of the squares of training.")] = "5,6",
+    train_steps: Annotated[
+        int, typer.Option(min=1, max=4096, help="Most steps of a search in training.")
+    ] = 8,
+    test_sides: Annotated[str, typer.Option(help="Sides of the squares of the test.")] = "6,7,8",
+    test_steps: Annotated[
+        str, typer.Option(help="Ends of the ranges of steps in the test.")
+    ] = "4,8,12,16,20",
+    train: Annotated[int, typer.Option(min=1, max=10_000_000, help="Training grids.")] = 40000,
+    val: Annotated[int, typer.Option(min=0, max=1_000_000, help="Validation grids.")] = 512,
+    test: Annotated[int, typer.Option(min=0, max=1_000_000, help="Test grids, of all ranges.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the drawn grids.")] = 0,
+) -> None:
+    """Write mazes as WebDataset shards, with the text encoder that reads them."""
+    from rmoe_megatron.data.mazes.build import MazeSettings, build_mazes
+    from rmoe_megatron.data.mazes.sample import Task
+
+    if task not in list(Task):
+        raise UserError(f"--task {task} must be {' or '.join(Task)}.")
+    settings = MazeSettings(
+        Task(task),
+        canvas,
+        parse_numbers("--train-sides", train_sides),
+        train_steps,
+        parse_numbers("--test-sides", test_sides),
+        parse_numbers("--test-steps", test_steps),
+    )
+    build_mazes(out, settings, {"train": train, "val": val, "test": test}, seed, Bar("mazes", "grid"))
 
 
 @data_app.command("pack")

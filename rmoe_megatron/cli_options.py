@@ -79,6 +79,18 @@ def parse_part(part: str) -> tuple[int, int]:
     return number, count
 
 
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return the whole numbers of ``4,8,12``.
+
+    Raises:
+        UserError: it is none.
+    """
+    numbers = text.split(",")
+    if not all(number.isascii() and number.isdigit() and len(number) < 8 for number in numbers):
+        raise UserError(f"{option} {text!r:.40} must be whole numbers with commas between them, like 4,8,12.")
+    return tuple(map(int, numbers))
+
+
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """Return the prompts of the command line and those of the file.
 
