@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from rmoe_megatron import durable, launch
-from rmoe_megatron.cli_options import Bar, BatchSize, Dtype, Guidance, Seed, Steps, check_guidance
+from rmoe_megatron.cli_options import (
+    Bar,
+    BatchSize,
+    Dtype,
+    Guidance,
+    Seed,
+    Steps,
+    check_guidance,
+    parse_numbers,
+)
 from rmoe_megatron.errors import UserError
 
 eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score models.")
@@ -63,6 +72,52 @@ def eval_shapes(
     sampling = {"model": str(model), "steps": steps, "guidance": guidance, "dtype": dtype}
     evaluate_shapes(
         generate, data, out, sampling, images_per_prompt, limit, seed, progress=Bar("eval shapes", "image")
+    )
+
+
+@eval_app.command("mazes")
+def eval_mazes(
+    model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
+    data: Annotated[Path, typer.Option(help="Folder made by `rmoe data build-mazes`.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json and gallery.png.")],
+    steps: Annotated[str, typer.Option(help="Numbers of sampling steps.")] = "1,2,4",
+    depths: Annotated[
+        str | None,
+        typer.Option(
+            help="Loops or latent steps to try; default is what it was trained with.", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Grids; default is all.")] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    dtype: Dtype = "auto",
+) -> None:
+    """Score a model on mazes: a picture is right if every cell of it is."""
+    import numpy as np
+
+    from rmoe_megatron.evaluation.mazes.evaluate import evaluate_mazes, read_set
+
+    launch.require_one_rank("rmoe eval mazes")
+    counts = parse_numbers("--steps", steps)
+    tried = [None] if depths is None else list(parse_numbers("--depths", depths))
+    if 0 in (*counts, *tried):
+        raise UserError("--steps and --depths are 1 or more.")
+    durable.check_writable(out, "--out")
+    read_set(data, limit)  # a missing set is named before the model is loaded
+    from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images, set_depth
+
+    dtype = resolve_dtype(dtype)
+    print(f"images are made {describe_place(dtype)}")
+    pipeline = open_pipeline(model, dtype)
+
+    def generate(texts: list[str], seeds: list[int], count: int, depth: int | None) -> np.ndarray:
+        if depth is not None:
+            set_depth(pipeline, depth)
+        return sample_images(pipeline, texts, seeds, count, guidance=1.0, batch_size=batch_size)
+
+    sampling = {"model": str(model), "dtype": dtype}
+    evaluate_mazes(
+        generate, data, out, sampling, counts, tried, limit, seed, progress=Bar("eval mazes", "setting")
     )
 
 
