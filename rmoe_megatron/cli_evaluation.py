@@ -318,6 +318,23 @@ def eval_imagenet(
     evaluate_imagenet(sampling, settings, _bars())
 
 
+@eval_app.command("compare")
+def eval_compare(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders of evaluations, or their results.json; the first is what the others are compared with."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.")],
+) -> None:
+    """Results side by side with published ones, and whether they differ by more than chance, prompt by prompt."""
+    durable.check_writable(out, "--out")
+    from rmoe_megatron.evaluation.comparison.compare import compare
+
+    print(compare(results, out), end="")
+
+
 def _one_of(protocol: str) -> str:
     if protocol not in ("official", "fixed"):
         raise UserError(f"--protocol {protocol} must be official or fixed.")
