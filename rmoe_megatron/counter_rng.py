@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     loop = 7  # a pass of looped blocks but the first
     depth = 8  # the shallower depth that a sample's loss sees
     samples = 6  # the noise that the pictures of a run start from
+    latents = 7  # which latents of an autoencoder's distribution are taken
 
 
 def _signed(value: int) -> int:

@@ -86,6 +86,15 @@ def building(final: Path, replace: bool = False) -> Iterator[Path]:
         raise
     for path in [*partial.rglob("*"), partial]:
         sync(path)
+    put_in_place(partial, final, replace)
+
+
+def put_in_place(partial: Path, final: Path, replace: bool = False) -> None:
+    """Give a folder that is on the disk its name.
+
+    Args:
+        replace: ``final`` may hold something, which gives way; else it may exist if it is empty.
+    """
     replaced = final.with_name(f".{final.name}.replaced.partial")
     if replace and final.exists():  # whatever fails here, one of the two stays whole
         remove(replaced)

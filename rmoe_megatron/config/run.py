@@ -167,11 +167,23 @@ class Storage(Enum):
     bfloat16 = "bfloat16"
 
 
+class Latents(Enum):
+    """What is kept of the distribution that an autoencoder gives for a picture.
+
+    ``mean``: its mean. ``distribution``: mean and log-variance, twice the bytes, of which every draw of training takes a sample of its
+    own. ``none``: nothing; the pictures are kept, and the texts alone embedded.
+    """
+
+    mean = "mean"
+    distribution = "distribution"
+    none = "none"
+
+
 @dataclass
 class PrecomputeConfig:
     """What ``rmoe data precompute`` makes of a sample."""
 
-    latents: bool = True  # false keeps the pictures, and embeds the texts alone
+    latents: Latents = Latents.mean
     storage: Storage = Storage.float16
     crops: int = number(1, least=1, most=16)  # parts of a picture along its longer side, each a sample
     flips: bool = False  # each also mirrored, as a sample of its own

@@ -26,6 +26,7 @@ INDEX = ".rmoe_index"
 MEMBERS = ("png", "jpg", "jpeg", "webp", "avif", "txt", "caption", "json", "cls", "npy")  # fmt: skip
 IMAGES = ("png", "jpg", "jpeg", "webp", "avif")
 LATENTS = "latents.npy"
+LOG_VARIANCE = "latents_log_variance.npy"  # beside latents that are the mean of a distribution
 SHARED = "shared.json"  # where in the same shard the other sample is whose text this one has, too
 TEXT_HIDDEN_STATES, TEXT_POOLED = "text_hidden_states.npy", "text_pooled.npy"
 LEFT_OUT = "left out by the filter"  # stands among the members of such samples

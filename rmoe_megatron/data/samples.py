@@ -9,11 +9,11 @@ import torch
 
 from rmoe_megatron.config.captions import CaptionSource
 from rmoe_megatron.config.sample_filter import SampleFilter
-from rmoe_megatron.counter_rng import Purpose, derive, sample_keys, uniform
+from rmoe_megatron.counter_rng import Purpose, derive, normal, sample_keys, uniform
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.captions import captions_of
 from rmoe_megatron.data.decoding import BFLOAT16
-from rmoe_megatron.data.index import IMAGES, LATENTS, TEXT_HIDDEN_STATES, TEXT_POOLED, provided
+from rmoe_megatron.data.index import IMAGES, LATENTS, LOG_VARIANCE, TEXT_HIDDEN_STATES, TEXT_POOLED, provided
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.data.store import ShardStore
 from rmoe_megatron.errors import UserError
@@ -119,11 +119,13 @@ class TrainingDataset:
     """Training samples of a shard folder, raw or precomputed; which one is read off the first sample.
 
     Raw samples are ``{"image": uint8 [3, H, W], "caption": str}``; precomputed ones float16 or bfloat16 tensors (float32 if
-    stored otherwise) ``latents`` [C, H, W], ``text_hidden_states`` [L, D] and ``text_pooled`` [P]. Raw samples whose text is
+    stored otherwise) ``latents`` [C, H, W], ``text_hidden_states`` [L, D] and ``text_pooled`` [P]. Latents that are stored as a
+    distribution are drawn from it in float32, by seed and draw: anew in every epoch, alike in every layout. Raw samples whose text is
     precomputed have these two in the caption's place; for a class-conditional model ``class_labels``, an int, is there.
 
     Attributes:
         precomputed: samples have latents.
+        has_distributions: these are drawn from mean and log-variance.
         has_text: captions are embedded, too.
 
     Args:
@@ -138,6 +140,8 @@ class TrainingDataset:
         self.format = sample_format
         members = provided(set(self.samples.members(0)))
         self.precomputed = LATENTS in members
+        kinds = self.samples.index.kinds
+        self.has_distributions = self.precomputed and any(LOG_VARIANCE in kind.members for kind in kinds)
         self.has_text = not sample_format.num_classes and {TEXT_HIDDEN_STATES, TEXT_POOLED} <= members
         if self.precomputed and sample_format.filter is not None:
             raise UserError(
@@ -146,7 +150,11 @@ class TrainingDataset:
             )
         if self.precomputed:
             text = list(PRECOMPUTED_TEXT.values())
-            needed = [LATENTS, *([CLASS_LABEL] if sample_format.num_classes else text)]
+            needed = [
+                LATENTS,
+                *([LOG_VARIANCE] if self.has_distributions else []),
+                *([CLASS_LABEL] if sample_format.num_classes else text),
+            ]
             self.samples.restrict(needed, self._divided_by(sample_format.pixels_per_latent))
         else:
             self.samples.bucketing = sample_format.bucketing
@@ -163,7 +171,7 @@ class TrainingDataset:
     def kind(self) -> str:
         """Return what the samples are, in words; those of a batch are of one kind."""
         if self.precomputed:
-            return "precomputed"
+            return "precomputed as distributions" if self.has_distributions else "precomputed"
         return "raw, with embedded text," if self.has_text else "raw"
 
     def _takes(self, members: set[str]) -> bool:
@@ -211,11 +219,20 @@ class TrainingDataset:
 
         return self.samples.read(
             index,
-            lambda sample: self._image(sample) | self._conditions(sample, draw),
+            lambda sample: self._image(sample, draw) | self._conditions(sample, draw),
             note if bad is not None else None,
         )
 
-    def _image(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def _image(self, sample: dict[str, Any], draw: int) -> dict[str, Any]:
+        if self.has_distributions:
+            mean, log_variance = _tensor(sample[LATENTS]).float(), _tensor(sample[LOG_VARIANCE]).float()
+            if mean.shape != log_variance.shape:
+                raise ValueError(
+                    f"{LOG_VARIANCE} has shape {tuple(log_variance.shape)}, {LATENTS} {tuple(mean.shape)}"
+                )
+            key = derive(sample_keys(self.format.seed, torch.tensor(draw)), Purpose.latents)
+            noise = normal(key, mean.numel()).reshape(mean.shape)
+            return {"latents": mean + torch.exp(log_variance / 2) * noise}
         if self.precomputed:
             return {"latents": _tensor(sample[LATENTS])}
         return {"image": torch.from_numpy(image_of(sample))}

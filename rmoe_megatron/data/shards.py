@@ -18,6 +18,7 @@ from rmoe_megatron.data.index import (
     INDEX,
     LATENTS,
     LEFT_OUT,
+    LOG_VARIANCE,
     MEMBERS,
     SHARED,
     TEXT_HIDDEN_STATES,
@@ -173,7 +174,9 @@ class ShardDataset(Dataset[Any]):
         arrays = {name: value for name, value in self[0].items() if isinstance(value, np.ndarray)}
         shapes = {"image" if name in IMAGES else name: array.shape for name, array in arrays.items()}
         if len(self.selections) > 1:  # those of a bucket have its size
-            shapes = {name: shape for name, shape in shapes.items() if name not in ("image", LATENTS)}
+            shapes = {
+                name: shape for name, shape in shapes.items() if name not in ("image", LATENTS, LOG_VARIANCE)
+            }
         self.shapes = shapes
 
     def __len__(self) -> int:

@@ -1,5 +1,9 @@
 """The autoencoder of a run: diffusers' AutoencoderKL, or pixels themselves behind the same interface."""
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -37,20 +41,39 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
 def encode_images(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """Encode uint8 images [B, 3, H, W] to latents float32, shifted and scaled as the autoencoder's config says.
 
-    An image of more pixels than are encoded at once is encoded in diffusers' overlapping tiles.
+    They are the mean of the distribution that the autoencoder gives. An image of more pixels than are encoded at once is encoded in
+    diffusers' overlapping tiles.
     """
+    latents = torch.cat([posterior.mode() for posterior in _posteriors(autoencoder, images)])
+    return ((latents - shift_factor(autoencoder)) * autoencoder.config.scaling_factor).float()
+
+
+@torch.no_grad()
+def encode_distributions(autoencoder: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode uint8 images [B, 3, H, W] to normal distributions of latents, shifted and scaled as the autoencoder's config says.
+
+    Returns:
+        Mean and log-variance, float32 [B, C, h, w] each.
+    """
+    posteriors = list(_posteriors(autoencoder, images))
+    mean = torch.cat([posterior.mean for posterior in posteriors])
+    log_variance = torch.cat([posterior.logvar for posterior in posteriors])
+    scale = autoencoder.config.scaling_factor
+    mean = (mean - shift_factor(autoencoder)) * scale
+    return mean.float(), (log_variance + 2 * math.log(abs(scale))).float()
+
+
+def _posteriors(autoencoder: Autoencoder, images: Tensor) -> Iterator[Any]:
+    """Yield the distributions of images [B, 3, H, W], as many at once as are encoded at once."""
     size = images.shape[2] * images.shape[3]
     tiled = size > PIXELS_AT_ONCE and isinstance(autoencoder, AutoencoderKL)
     if tiled:
         autoencoder.enable_tiling()
-    encoded = []
     for part in images.split(max(PIXELS_AT_ONCE // size, 1)):
         pixels = part.to(autoencoder.device, autoencoder.dtype) / 127.5 - 1
-        encoded.append(autoencoder.encode(pixels).latent_dist.mode())
+        yield autoencoder.encode(pixels).latent_dist
     if tiled:
         autoencoder.disable_tiling()
-    latents = torch.cat(encoded)
-    return ((latents - shift_factor(autoencoder)) * autoencoder.config.scaling_factor).float()
 
 
 def shift_factor(autoencoder: Autoencoder) -> float:

@@ -1,7 +1,9 @@
 """Who encodes which shards, where they go, and when the set is there."""
 
 import json
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from safetensors.torch import save
 from rmoe_megatron import durable
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.requirements import require
-from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.run import Latents, RunConfig
+from rmoe_megatron.data.index import INDEX
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT
 from rmoe_megatron.encoders.fingerprint import DATASET, describe_autoencoder, describe_text_encoder
@@ -22,8 +25,19 @@ from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.platform import select_device
 from rmoe_megatron.precompute.captions import CaptionCache
 from rmoe_megatron.precompute.shard import DTYPES, ShardEncoder
+from rmoe_megatron.precompute.sources import (
+    SOURCES,
+    Records,
+    ShardSource,
+    describe,
+    link,
+    read_sources,
+    remove_records,
+)
 from rmoe_megatron.training.preflight import buckets_of, sample_format
 from rmoe_megatron.typed_files import read_json
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = TypeAdapter(dict[str, Any])
 
@@ -39,8 +53,10 @@ def precompute(
 
     Several processes, one a part and one a rank of it, fill one folder whose name says that it is not finished; who finds the
     last shard there publishes it as ``out``, which appears whole or not at all. What an earlier attempt with the same
-    configuration has finished is kept. Beside the shards ``out`` holds ``dataset.json`` with the encoders' fingerprints and
-    the embedding of the empty caption. For a class-conditional model only images are encoded.
+    configuration has finished is kept, also that of a finished ``out``, if its source is as it was: a shard of the source that was
+    written to since is encoded anew, and ``out`` gives way to the new set when that is whole. Beside the shards ``out`` holds
+    ``dataset.json`` with the encoders' fingerprints and the settings, ``sources.jsonl`` with what each shard was made of, and the
+    embedding of the empty caption. For a class-conditional model only images are encoded.
 
     Args:
         config: its ``encoders``, ``model`` and ``device`` sections are used.
@@ -51,27 +67,50 @@ def precompute(
         Whether ``out`` is there now.
 
     Raises:
-        UserError: ``source`` has no shards, ``out`` is not empty, overlaps with ``source`` or cannot be written, or an
-            unfinished one was made with other encoders.
+        UserError: ``source`` has no shards, ``out`` holds something else, overlaps with ``source`` or cannot be written, an
+            unfinished one was made with other encoders, or a shard is written to while it is encoded.
     """
     shards = check_precompute(config, source, out)
     if not shards:
         return True
     mine = shards[part[0] * world_size() + rank() :: part[1] * world_size()]
     unfinished = durable.unfinished(out)
-    _claim(config, source, unfinished)
+    finished = _claim(config, source, out)
+    records = Records(unfinished, source)
     encoder: ShardEncoder | None = None
     for done, shard in enumerate(mine):
-        target = unfinished / shard.relative_to(source)
-        if not target.exists():
+        name = str(shard.relative_to(source))
+        is_there = records.is_current(name)
+        if not is_there and name in finished:
+            is_there = records.take_over(out, finished[name])
+        if not is_there:
             if encoder is None:  # who has nothing left to do loads nothing
                 encoder = _load_encoder(config, unfinished)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with durable.writing(target) as partial:
-                encoder.encode(shard, partial)
+            _encode(encoder, shard, unfinished / name, records)
         if progress is not None:
             progress(done + 1, len(mine))
-    return _publish(unfinished, out, [shard.relative_to(source) for shard in shards])
+    return _publish(records, out, [str(shard.relative_to(source)) for shard in shards], finished)
+
+
+def _encode(encoder: ShardEncoder, shard: Path, target: Path, records: Records) -> None:
+    """Encode a shard, and say what it was made of.
+
+    Raises:
+        UserError: it was written to meanwhile.
+    """
+    name = str(shard.relative_to(records.source))
+    records.forget(name)
+    described = describe(records.source, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with durable.writing(target) as partial:
+        places = encoder.encode(shard, partial)
+    if not described.is_untouched(shard):
+        raise UserError(
+            f"The shard {shard} was written to while it was encoded; precompute it again when it is complete."
+        )
+    records.put(described)
+    if encoder.captions is not None and places:
+        encoder.captions.remember(target, places)
 
 
 def _load_encoder(config: RunConfig, unfinished: Path) -> ShardEncoder:
@@ -86,7 +125,7 @@ def _load_encoder(config: RunConfig, unfinished: Path) -> ShardEncoder:
             tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
             with durable.writing(unfinished / NULL_TEXT) as partial:
                 partial.write_bytes(save(tensors))
-    if asked.latents:
+    if asked.latents is not Latents.none:
         autoencoder = load_autoencoder(config.encoders.autoencoder, device)
     return ShardEncoder(captions, autoencoder, sample_format(config), asked)
 
@@ -94,16 +133,22 @@ def _load_encoder(config: RunConfig, unfinished: Path) -> ShardEncoder:
 def check_precompute(config: RunConfig, source: Path, out: Path) -> list[Path]:
     """Check where shards come from and go to; returns those that are to be encoded, in the order of their names.
 
-    None are if ``out`` is the finished work of the same configuration: a part of it may be asked for again.
+    The list is empty if ``out`` already holds what would be made; asking for a finished part again is no error.
 
     Raises:
         UserError: see :func:`precompute`.
     """
     check_model(config)
     check_bounds(config.data)
+    latents = config.data.precompute.latents
     require(
-        config.data.precompute.latents or not config.model.is_class_conditional,
-        "data.precompute.latents=false encodes texts alone, and a class-conditional model has none; leave it out.",
+        latents is not Latents.none or not config.model.is_class_conditional,
+        "data.precompute.latents=none encodes texts alone, and a class-conditional model has none; leave it out.",
+    )
+    require(
+        latents is not Latents.distribution or config.encoders.autoencoder != "pixel",
+        "data.precompute.latents=distribution needs an autoencoder whose latents are drawn from one, and pixels are themselves; leave "
+        "it out.",
     )
     inner, outer = out.resolve(), source.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
@@ -111,17 +156,43 @@ def check_precompute(config: RunConfig, source: Path, out: Path) -> list[Path]:
     shards = sorted(source.rglob("*.tar"))
     if not shards:
         raise UserError(f"There are no .tar shards in or below {source}; build or download the data first.")
-    is_there = (out / DATASET).is_file() and all(
-        (out / shard.relative_to(source)).is_file() for shard in shards
+    if not _is_of(config, source, out):
+        durable.require_empty(out, "The output")
+        return shards
+    sources = read_sources(out)
+    names = [str(shard.relative_to(source)) for shard in shards]
+    is_current = sources.keys() == set(names) and all(
+        (out / name).is_file() and sources[name].is_untouched(source / name) for name in names
     )
-    if is_there and read_json(out / DATASET, DESCRIPTION) == _description(config, source):
-        return []
-    durable.require_empty(out, "The output")
-    return shards
+    return [] if is_current else shards
 
 
-def _claim(config: RunConfig, source: Path, unfinished: Path) -> None:
-    """Make the unfinished folder, or find that it was made for the same: its ``dataset.json`` says for what."""
+def _is_of(config: RunConfig, source: Path, out: Path) -> bool:
+    """Whether a finished set lies at ``out``.
+
+    Raises:
+        UserError: one of other encoders or settings, or of another source.
+    """
+    if not (out / DATASET).is_file() or not (out / SOURCES).is_file():
+        return False
+    if read_json(out / DATASET, DESCRIPTION) != _description(config, source):
+        raise UserError(
+            f"{out} holds a set that was precomputed with other encoders or settings, or of another source, as its {DATASET} says; "
+            "choose another output, or remove it first."
+        )
+    return True
+
+
+def _claim(config: RunConfig, source: Path, out: Path) -> dict[str, ShardSource]:
+    """Make the unfinished folder, or find that it was made for the same: its ``dataset.json`` says for what.
+
+    Returns:
+        What the shards of a finished set at ``out`` were made of; those whose source is as it was need not be encoded again.
+    """
+    unfinished = durable.unfinished(out)
+    if not unfinished.exists():
+        with suppress(FileNotFoundError):  # what a process was about to publish that was killed
+            _ready(out).rename(unfinished)
     unfinished.mkdir(parents=True, exist_ok=True)
     description = _description(config, source)
     path = unfinished / DATASET
@@ -133,24 +204,65 @@ def _claim(config: RunConfig, source: Path, unfinished: Path) -> None:
             f"{unfinished} holds shards of an unfinished precomputation with other encoders or of another source; remove it "
             "or choose another output."
         )
+    if not _is_of(config, source, out):
+        return {}
+    if (out / NULL_TEXT).is_file():
+        link(out / NULL_TEXT, unfinished / NULL_TEXT)
+    return read_sources(out)
 
 
-def _publish(unfinished: Path, out: Path, names: list[Path]) -> bool:
-    """Give the folder its name if all shards are there; another process may do so at the same moment."""
+def _publish(records: Records, out: Path, names: list[str], finished: dict[str, ShardSource]) -> bool:
+    """Give the folder its name if all shards are there and the source is as it was for each; another process may do so, too.
+
+    Args:
+        finished: what the shards of the set at ``out`` were made of, which gives way.
+    """
+    unfinished = records.folder
     try:
-        if not all((unfinished / name).exists() for name in names):
-            return out.is_dir() and all((out / name).exists() for name in names)
+        if not all(records.get(name) is not None for name in names):
+            return not unfinished.is_dir() and (out / SOURCES).is_file()
+        if outdated := records.outdated(names):
+            logger.warning(
+                "%s is not finished: %s%s changed in %s after it was encoded; run all parts again, what has not changed is kept.",
+                out, outdated[0], f" and {len(outdated) - 1} more" if len(outdated) > 1 else "", records.source,
+            )  # fmt: skip
+            return False
         for leftover in unfinished.rglob("*.partial"):  # of processes that were killed
             leftover.unlink(missing_ok=True)
+        if gone := finished.keys() - set(names):
+            logger.warning(
+                "%s no longer has what was made of %d shards that %s no longer has.",
+                out,
+                len(gone),
+                records.source,
+            )
+        if finished:
+            _keep_beside(out, unfinished, {*names, *finished})
+        records.finish(names)
         for folder in {unfinished, *((unfinished / name).parent for name in names)}:
             durable.sync(folder)
-        if out.is_dir():
-            out.rmdir()
-        unfinished.rename(out)
+        ready = _ready(out)
+        unfinished.rename(ready)  # of several processes one does
+        durable.put_in_place(ready, out, replace=bool(finished))
     except FileNotFoundError:
         return True
-    durable.sync(out.parent)
+    remove_records(out)
     return True
+
+
+def _ready(out: Path) -> Path:
+    """Return the name of a set that is whole and about to take its place."""
+    return out.with_name(f".{out.name}.ready.partial")
+
+
+def _keep_beside(out: Path, unfinished: Path, made: set[str]) -> None:
+    """Take over what others have put into a finished set; indices of its shards are made again."""
+    for path in out.rglob("*"):
+        name = path.relative_to(out)
+        is_own = str(name) in {*made, DATASET, SOURCES, NULL_TEXT} or name.name.startswith(INDEX)
+        if path.is_file() and not is_own and not (unfinished / name).exists():
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            link(path, unfinished / name)
 
 
 def _description(config: RunConfig, source: Path) -> dict[str, Any]:
@@ -160,17 +272,21 @@ def _description(config: RunConfig, source: Path) -> dict[str, Any]:
     if path.exists():
         description = read_json(path, DESCRIPTION)
     asked = config.data.precompute
-    described = describe_autoencoder(config.encoders.autoencoder) if asked.latents else {}
+    described = describe_autoencoder(config.encoders.autoencoder) if asked.latents is not Latents.none else {}
     if not config.model.is_class_conditional:
         described |= describe_text_encoder(config)
     samples = {
         "captions": config.data.captions,
         "upscale": config.data.upscale,
         "filter": config.data.filter,
+        "latents": asked.latents.value,
         "storage": asked.storage.value,
         "crops": asked.crops,
         "flips": asked.flips,
     }
-    if config.data.buckets is not None:
-        samples["buckets"] = list(map(str, buckets_of(config, config.model.sample_size)))
+    if asked.latents is not Latents.none:
+        samples["sizes"] = list(map(str, buckets_of(config, config.model.sample_size)))
+        samples["buckets"] = config.data.buckets is not None
+    if config.data.captions != ["txt"]:
+        samples["seed"] = config.seed  # which of several captions is taken depends on it
     return description | {"encoders": described, "samples": samples}

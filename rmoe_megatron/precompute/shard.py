@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from rmoe_megatron.config.buckets import Bucket
-from rmoe_megatron.config.run import PrecomputeConfig, Storage
+from rmoe_megatron.config.run import Latents, PrecomputeConfig, Storage
 from rmoe_megatron.data.decoding import View, decode_image
-from rmoe_megatron.data.index import IMAGES, LATENTS, SHARED
+from rmoe_megatron.data.index import IMAGES, LATENTS, LOG_VARIANCE, SHARED
 from rmoe_megatron.data.samples import CLASS_LABEL, TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat
 from rmoe_megatron.data.shard_writer import ShardWriter, open_shard
 from rmoe_megatron.data.shards import NoSamplesError, ShardDataset
-from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_images
+from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_distributions, encode_images
 from rmoe_megatron.precompute.captions import CaptionCache
 
 logger = logging.getLogger(__name__)
@@ -65,16 +65,21 @@ class ShardEncoder:
             for flipped in ([False, True] if config.flips else [False])
         ]
         self.dtype = DTYPES[config.storage]
+        self.keeps_distribution = config.latents is Latents.distribution
 
-    def encode(self, shard: Path, target: Path) -> None:
-        """Encode the samples of one shard; a caption's embedding is in the shard once, the other samples say where."""
+    def encode(self, shard: Path, target: Path) -> dict[str, dict[str, int]]:
+        """Encode the samples of one shard; a caption's embedding is in the shard once, the other samples say where.
+
+        Returns:
+            ``offset`` and ``size`` of the sample with the embedding of each caption.
+        """
         places: dict[str, dict[str, int]] = {}  # of captions in the shard
         with open_shard(target) as write:
             try:
                 samples = self._open(shard)
             except NoSamplesError as error:  # others may have some
                 logger.warning("Nothing of %s is encoded: %s", shard, error)
-                return
+                return places
             step = max(BATCH // len(self.views), 1)
             for start in range(0, len(samples), step):
                 batch = range(start, min(start + step, len(samples)))
@@ -83,6 +88,7 @@ class ShardEncoder:
                     self.captions.add({view.caption for view in views if view.caption is not None})
                 for view, latents in zip(views, self._latents(views), strict=True):
                     self._write(write, view, latents, places)
+        return places
 
     def _open(self, shard: Path) -> ShardDataset:
         samples = ShardDataset(shard.parent, shards=[shard.name], sample_filter=self.format.filter)
@@ -147,19 +153,28 @@ class ShardEncoder:
             )
             encoded.members["json"] = (described if isinstance(described, dict) else {}) | {"crop": crop}
 
-    def _latents(self, views: list[Encoded]) -> Iterator[Tensor | None]:
-        """Yield the latents of views one after the other; neighbours of one size are encoded together."""
+    def _latents(self, views: list[Encoded]) -> Iterator[dict[str, Tensor]]:
+        """Yield the members with latents of views one after the other; neighbours of one size are encoded together."""
         if self.autoencoder is None:
-            yield from [None] * len(views)
+            yield from ({} for _ in views)
             return
         images = [view.image for view in views if view.image is not None]
         for _, alike in groupby(images, lambda image: image.shape):
-            yield from encode_images(self.autoencoder, torch.from_numpy(np.stack(list(alike))))
+            batch = torch.from_numpy(np.stack(list(alike)))
+            if self.keeps_distribution:
+                for mean, log_variance in zip(*encode_distributions(self.autoencoder, batch), strict=True):
+                    yield {LATENTS: mean, LOG_VARIANCE: log_variance}
+            else:
+                yield from ({LATENTS: mean} for mean in encode_images(self.autoencoder, batch))
 
     def _write(
-        self, write: ShardWriter, view: Encoded, latents: Tensor | None, places: dict[str, dict[str, int]]
+        self,
+        write: ShardWriter,
+        view: Encoded,
+        latents: dict[str, Tensor],
+        places: dict[str, dict[str, int]],
     ) -> None:
-        members = {LATENTS: latents.to(self.dtype).cpu()} if latents is not None else {}
+        members = {name: tensor.to(self.dtype).cpu() for name, tensor in latents.items()}
         if self.captions is None or view.caption is None:
             write(view.key, members | view.members)
         elif view.caption in places:

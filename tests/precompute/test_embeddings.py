@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from rmoe_megatron.config.buckets import Bucket
-from rmoe_megatron.config.run import PrecomputeConfig, Storage
+from rmoe_megatron.config.run import Latents, PrecomputeConfig, Storage
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.index import LATENTS, SHARED
 from rmoe_megatron.data.mixture import Mixture
@@ -150,7 +150,7 @@ def test_a_shard_without_a_usable_sample_ends_nothing(
 
 
 def test_pictures_may_stay_as_they_are(tmp_path: Path) -> None:
-    encode(tmp_path, PrecomputeConfig(latents=False), autoencoder=False)
+    encode(tmp_path, PrecomputeConfig(latents=Latents.none), autoencoder=False)
     dataset = TrainingDataset(tmp_path / "out", SQUARE)
     assert (dataset.precomputed, dataset.has_text) == (False, True)
     assert bytes(dataset.samples.contents(2)[1]["png"]) == png(24, 8)
@@ -194,7 +194,7 @@ def test_every_way_of_precomputing_trains_alike(config: Path) -> None:
     for name, settings, tolerance in (
         ("float16", [], 2e-3),
         ("bfloat16", ["data.precompute.storage=bfloat16"], 2e-2),
-        ("text", ["data.precompute.latents=false"], 2e-3),
+        ("text", ["data.precompute.latents=none"], 2e-3),
     ):
         found = trained(config, f"on-{name}", *prepared(config, name, *settings))
         assert found == pytest.approx(raw, rel=tolerance), name

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL
 from rmoe_megatron.cli_options import parse_part
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.model import DiffusionConfig, Objective
-from rmoe_megatron.config.run import PrecomputeConfig, RunConfig
+from rmoe_megatron.config.run import PrecomputeConfig, RunConfig, Storage
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.index import LATENTS
-from rmoe_megatron.data.samples import SampleFormat
+from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.encoders.autoencoder import encode_images
 from rmoe_megatron.encoders.text import TextEmbeddings
@@ -99,7 +99,7 @@ def test_parts_make_what_one_process_makes_and_the_last_publishes(tmp_path: Path
     assert not out.exists()
     assert precompute(config, source, out, (0, 2))
     assert contents(out) == contents(tmp_path / "whole")
-    assert len(contents(out)) == 4
+    assert len(contents(out)) == 5  # three shards, dataset.json, sources.jsonl
     assert not list(tmp_path.glob(".*"))
     assert precompute(config, source, out, (1, 2))  # asked for again after the others: nothing is left to do
     assert contents(out) == contents(tmp_path / "whole")
@@ -191,6 +191,36 @@ def test_the_caption_cache_keeps_the_latest_within_its_bytes() -> None:
     assert (states == 1).all()
     assert (pooled == 1).all()
     assert states.untyped_storage().nbytes() == 2 * 4 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_captions_that_repeat_in_other_shards_are_read_again_not_encoded(
+    tmp_path: Path, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The memory takes what one shard has, and the third shard has the captions of the first."""
+    captions = [["a", "bb"], ["ccc", "dddd"], ["bb", "a"]]
+    encoder, taken = CountingEncoder(), SampleFormat(bucketing=Bucketing((Bucket(4, 4),)))
+    cache = CaptionCache(encoder, dtype, max_bytes=2 * (4 * 8 + 8))
+    storage = Storage.float16 if dtype is torch.float16 else Storage.bfloat16
+    encoding = ShardEncoder(cache, PixelCodec(), taken, PrecomputeConfig(storage=storage))
+    (tmp_path / "out").mkdir()
+    for number, texts in enumerate(captions):
+        source, target = (tmp_path / folder / f"{number}.tar" for folder in ("in", "out"))
+        write_shard(source, [{"png": png(1), "txt": text.encode()} for text in texts])
+        cache.remember(target, encoding.encode(source, target))
+    assert encoder.asked == [["a", "bb"], ["ccc", "dddd"]]
+    samples = TrainingDataset(tmp_path / "out", taken)
+    for index, text in enumerate([text for texts in captions for text in texts]):
+        drawn = samples.draw(index, 0)
+        assert drawn["text_pooled"].dtype == dtype
+        assert (drawn["text_pooled"] == len(text)).all()
+        assert (drawn["text_hidden_states"] == len(text)).all()
+    for shard in (tmp_path / "out").glob("*.tar"):
+        shard.unlink()
+    with caplog.at_level(logging.WARNING):
+        cache.add({"ccc"})
+    assert encoder.asked[2:] == [["ccc"]]
+    assert "cannot be read again" in caplog.text
 
 
 def test_an_autoencoder_sees_few_large_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
