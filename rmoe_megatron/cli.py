@@ -354,10 +354,14 @@ def sample(
     bucket = parse_bucket("--size", size) if size is not None else None
     prompts = read_prompts(prompt or [], prompts_file)
     durable.check_writable(out, "--out")
-    from rmoe_megatron.pictures import labelled_grid, png, save_images
+    from rmoe_megatron.evaluation.generation import Sampling, sampling_record
+    from rmoe_megatron.evaluation.provenance import save_pictures
+    from rmoe_megatron.pictures import labelled_grid, png
     from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images, set_depth
 
     dtype = resolve_dtype(dtype)
+    how = Sampling(str(model), steps, guidance, seed, batch_size, guidance_interval, scheduler, None, dtype)
+    record = sampling_record(how) | {"depth": depth}
     print(f"images are made {describe_place(dtype)}")
     pipeline = open_pipeline(model, dtype, scheduler)
     if depth is not None:
@@ -368,6 +372,8 @@ def sample(
     images = sample_images(
         pipeline, repeated, seeds, steps, guidance, batch_size, progress, guidance_interval, size=bucket
     )
-    save_images(images, out, [f"{index:05d}" for index in range(len(repeated))])
+    others = save_pictures(images, out, [{"prompt": text} | record for text in repeated])
     durable.write(out / "grid.png", png(labelled_grid(images, repeated)))
     print(f"{len(images)} images and grid.png in {out}")
+    if others:
+        print(f"beside them {len(others)} of an earlier command: {others[0].name} to {others[-1].name}")

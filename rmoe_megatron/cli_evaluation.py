@@ -24,7 +24,11 @@ Model = Annotated[
     str, typer.Argument(help="diffusers folder, or a folder of images in the benchmark's layout.")
 ]
 Out = Annotated[
-    Path, typer.Option(help="Folder for images, verdicts and results; what is there is not done again.")
+    Path, typer.Option(help="Folder for images, verdicts and results; what this command left there is kept.")
+]
+Again = Annotated[
+    bool,
+    typer.Option("--again", help="Make anew what another command left in OUT; without it that is refused."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="The first so many prompts only.")]
 Interval = Annotated[tuple[float, float], typer.Option(help="Guide where timestep / 1000 lies in it.")]
@@ -49,6 +53,7 @@ def eval_shapes(
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     dtype: Dtype = "auto",
+    again: Again = False,
 ) -> None:
     """Score a model on the toy shapes set by GenEval's rules."""
     import numpy as np
@@ -60,18 +65,28 @@ def eval_shapes(
     check_guidance(guidance)
     durable.check_writable(out, "--out")
     LocalStore(data / "val").shards()  # a missing set is named before the model is loaded
+    from rmoe_megatron.evaluation.generation import Sampling, sampling_record
+    from rmoe_megatron.evaluation.provenance import require_results
+    from rmoe_megatron.evaluation.shapes import set_record
     from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images
 
-    dtype = resolve_dtype(dtype)
-    print(f"images are made {describe_place(dtype)}")
-    pipeline = open_pipeline(model, dtype)
+    sampling = Sampling(str(model), steps, guidance, seed, batch_size, dtype=resolve_dtype(dtype))
+    identity = {
+        "benchmark": "toy shapes",
+        "images_per_prompt": images_per_prompt,
+        "prompt_set": set_record(data) | {"limit": limit},
+        "sampling": sampling_record(sampling),
+    }
+    require_results(out / "results.json", identity, again)
+    print(f"images are made {describe_place(sampling.dtype)}")
+    pipeline = open_pipeline(model, sampling.dtype)
 
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
         return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
 
-    sampling = {"model": str(model), "steps": steps, "guidance": guidance, "dtype": dtype}
+    described = identity | {"model": str(model.absolute())}
     evaluate_shapes(
-        generate, data, out, sampling, images_per_prompt, limit, seed, progress=Bar("eval shapes", "image")
+        generate, data, out, described, images_per_prompt, limit, seed, progress=Bar("eval shapes", "image")
     )
 
 
@@ -91,6 +106,7 @@ def eval_mazes(
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     dtype: Dtype = "auto",
+    again: Again = False,
 ) -> None:
     """Score a model on mazes: a picture is right if every cell of it is."""
     import numpy as np
@@ -104,20 +120,29 @@ def eval_mazes(
         raise UserError("--steps and --depths are 1 or more.")
     durable.check_writable(out, "--out")
     read_set(data, limit)  # a missing set is named before the model is loaded
+    from rmoe_megatron.evaluation.generation import Sampling, sampling_record
+    from rmoe_megatron.evaluation.mazes.evaluate import set_record
+    from rmoe_megatron.evaluation.provenance import require_results
     from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images, set_depth
 
-    dtype = resolve_dtype(dtype)
-    print(f"images are made {describe_place(dtype)}")
-    pipeline = open_pipeline(model, dtype)
+    how = Sampling(str(model), counts[0], 1.0, seed, batch_size, dtype=resolve_dtype(dtype))
+    identity = {
+        "benchmark": "mazes",
+        "prompt_set": set_record(data) | {"limit": limit},
+        "sampling": sampling_record(how) | {"steps": list(counts), "depths": tried},
+    }
+    require_results(out / "results.json", identity, again)
+    print(f"images are made {describe_place(how.dtype)}")
+    pipeline = open_pipeline(model, how.dtype)
 
     def generate(texts: list[str], seeds: list[int], count: int, depth: int | None) -> np.ndarray:
         if depth is not None:
             set_depth(pipeline, depth)
         return sample_images(pipeline, texts, seeds, count, guidance=1.0, batch_size=batch_size)
 
-    sampling = {"model": str(model), "dtype": dtype}
+    described = identity | {"model": str(model.absolute())}
     evaluate_mazes(
-        generate, data, out, sampling, counts, tried, limit, seed, progress=Bar("eval mazes", "setting")
+        generate, data, out, described, counts, tried, limit, seed, progress=Bar("eval mazes", "setting")
     )
 
 
@@ -149,6 +174,7 @@ def eval_geneval(
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
+    again: Again = False,
 ) -> None:
     """GenEval: objects, counts, colours, positions; with torchrun or srun all ranks share the work."""
     from rmoe_megatron.evaluation.generation import Sampling
@@ -172,7 +198,7 @@ def eval_geneval(
         resolve_dtype(dtype),
         compile,
     )
-    settings = Settings(out, images_per_prompt, Protocol(_one_of(protocol)), detector, clip)
+    settings = Settings(out, images_per_prompt, Protocol(_one_of(protocol)), detector, clip, again)
     evaluate_geneval(prompts[:limit], sampling, settings, _bars())
 
 
@@ -195,6 +221,7 @@ def eval_geneval2(
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
+    again: Again = False,
 ) -> None:
     """GenEval 2: Soft-TIFA by skill and atomicity; with torchrun or srun all ranks share the work."""
     from rmoe_megatron.evaluation.generation import Sampling
@@ -217,7 +244,7 @@ def eval_geneval2(
         resolve_dtype(dtype),
         compile,
     )
-    settings = Settings(out, Protocol(_one_of(protocol)), answerer)
+    settings = Settings(out, Protocol(_one_of(protocol)), answerer, again)
     evaluate_geneval2(read_prompts(data)[:limit], sampling, settings, _bars())
 
 
@@ -226,7 +253,13 @@ def eval_dpg(
     model: Model,
     data: Annotated[Path, typer.Option(help="DPG-Bench's dpg_bench.csv.")],
     out: Out,
-    images_per_prompt: Annotated[int, typer.Option(help="4, in a grid of two by two, or 1.")] = 4,
+    images_per_prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="4, in a grid of two by two, or 1; default is 4, and of a folder what its pictures say.",
+            show_default=False,
+        ),
+    ] = None,
     protocol: ProtocolName = "official",
     answerer: Annotated[
         str, typer.Option(help="mplug (through modelscope), or a Qwen3-VL: folder or hub repository.")
@@ -241,17 +274,18 @@ def eval_dpg(
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
+    again: Again = False,
 ) -> None:
     """DPG-Bench: long prompts by proposition and category; with torchrun or srun all ranks share the work."""
     from rmoe_megatron.evaluation.dpg.evaluate import Settings, evaluate_dpg
-    from rmoe_megatron.evaluation.dpg.questions import read_items
+    from rmoe_megatron.evaluation.dpg.questions import is_published, read_items
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.protocol import Protocol
     from rmoe_megatron.sampling import resolve_dtype
 
     check_guidance(guidance, guidance_interval)
     durable.check_writable(out, "--out")
-    if images_per_prompt not in (1, 4):
+    if images_per_prompt not in (None, 1, 4):
         raise UserError(f"--images-per-prompt {images_per_prompt} must be 4 or 1.")
     rules = Protocol(_one_of(protocol))
     sampling = Sampling(
@@ -266,8 +300,10 @@ def eval_dpg(
         resolve_dtype(dtype),
         compile,
     )
-    settings = Settings(out, images_per_prompt, rules, answerer)
-    evaluate_dpg(read_items(data, rules)[:limit], sampling, settings, _bars())
+    items = read_items(data, rules)
+    is_official = limit is None and is_published(data)
+    settings = Settings(out, images_per_prompt, rules, answerer, is_official, again)
+    evaluate_dpg(items[:limit], sampling, settings, _bars())
 
 
 @eval_app.command("imagenet")
@@ -294,6 +330,7 @@ def eval_imagenet(
     batch_size: BatchSize = 50,
     dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
+    again: Again = False,
 ) -> None:
     """ImageNet 256: FID, sFID, Inception score, precision, recall; with torchrun or srun all ranks share the work."""
     from rmoe_megatron.evaluation.generation import Sampling
@@ -314,7 +351,7 @@ def eval_imagenet(
         resolve_dtype(dtype),
         compile,
     )
-    settings = Settings(out, reference, inception, num_images, balanced=balanced)
+    settings = Settings(out, reference, inception, num_images, balanced=balanced, again=again)
     evaluate_imagenet(sampling, settings, _bars())
 
 

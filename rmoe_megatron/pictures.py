@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from rmoe_megatron import durable
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.regular_files import read_bytes
 
@@ -27,15 +26,6 @@ def open_picture(path: Path) -> Image.Image:
     content = read_bytes(path, MAX_BYTES)
     with refusal(f"{path} cannot be read as a picture"):
         return Image.open(io.BytesIO(content), formats=FORMATS)
-
-
-def save_images(images: np.ndarray, folder: Path, names: list[str]) -> list[Path]:
-    """Write uint8 images [N, H, W, 3] as ``folder/name.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png" for name in names]
-    for image, path in zip(images, paths, strict=True):
-        durable.write(path, png(Image.fromarray(image)))
-    return paths
 
 
 def png(image: Image.Image) -> bytes:

@@ -24,12 +24,13 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import local_rank, world_size
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.pretrained.finite import require_finite
-from rmoe_megatron.pretrained.pipeline_folder import load_pipeline
+from rmoe_megatron.pretrained.pipeline_folder import load_pipeline, load_pipeline_scheduler
 from rmoe_megatron.processor import bf16_is_fast, product_seconds
 from rmoe_megatron.refusal import refusal
 
 __all__ = [
     "describe_place",
+    "load_sampler",
     "load_pipeline",
     "open_pipeline",
     "resolve_dtype",
@@ -127,37 +128,51 @@ def describe_place(dtype: str) -> str:
     return f"{where} in {dtype}{shared}"
 
 
+def load_sampler(folder: Path, name: str | None) -> SchedulerMixin:
+    """Return the sampler that :func:`open_pipeline` gives to a folder's pipeline, without loading any model.
+
+    Raises:
+        UserError: the folder is none, or the sampler does not fit.
+    """
+    sampler = load_pipeline_scheduler(folder)
+    return sampler if name is None else make_sampler(name, sampler.config)
+
+
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
-    """Replace a pipeline's sampler by another one for the same objective.
+    """Replace a pipeline's sampler by another one for the same objective; see :func:`make_sampler`."""
+    pipeline.scheduler = make_sampler(name, pipeline.scheduler.config)
+
+
+def make_sampler(name: str, config: Any) -> SchedulerMixin:
+    """Return another sampler for the objective of a model.
 
     Args:
         name: ``euler`` (rectified flow), ``ddim`` (DDPM), ``dpm`` (DPM-Solver++ of either), or the class of a scheduler of
             diffusers that does the model's objective (``FlowMatchHeunDiscreteScheduler``, ``UniPCMultistepScheduler``).
+        config: of the model's own sampler.
 
     Raises:
         UserError: the sampler is unknown or for the other objective.
     """
-    config = pipeline.scheduler.config
     # The shift of a flow's sigmas, which DPM-Solver's configuration has under another name.
     shift = config.flow_shift if config.get("use_flow_sigmas", False) else config.get("shift")
     is_flow = shift is not None
     if name == "euler" and is_flow:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    elif name == "dpm" and is_flow:
-        pipeline.scheduler = DPMSolverMultistepScheduler(
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    if name == "dpm" and is_flow:
+        return DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
         )
-    elif name == "ddim" and not is_flow:
-        pipeline.scheduler = DDIMScheduler.from_config(config)
-    elif name == "dpm":
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config)
-    elif name.endswith("Scheduler") and issubclass(getattr(diffusers, name, object), SchedulerMixin):
-        pipeline.scheduler = _of_class(getattr(diffusers, name), config, shift)
-    else:
-        fitting = "euler and dpm" if is_flow else "ddim and dpm"
-        raise UserError(
-            f"--scheduler {name} does not fit this model; {fitting} and scheduler classes of diffusers do."
-        )
+    if name == "ddim" and not is_flow:
+        return DDIMScheduler.from_config(config)
+    if name == "dpm":
+        return DPMSolverMultistepScheduler.from_config(config)
+    if name.endswith("Scheduler") and issubclass(getattr(diffusers, name, object), SchedulerMixin):
+        return _of_class(getattr(diffusers, name), config, shift)
+    fitting = "euler and dpm" if is_flow else "ddim and dpm"
+    raise UserError(
+        f"--scheduler {name} does not fit this model; {fitting} and scheduler classes of diffusers do."
+    )
 
 
 def set_depth(pipeline: DiffusionPipeline, depth: int) -> None:

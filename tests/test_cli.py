@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -100,7 +99,10 @@ def test_the_whole_chain_on_a_tiny_model(tmp_path: Path) -> None:
         assert code == 0, errors
     # Half-precision storage of the embeddings is the only difference.
     assert losses(tmp_path / "raw") == pytest.approx(losses(tmp_path / "run"), rel=1e-3)
-    assert np.asarray(Image.open(tmp_path / "images" / "00000.png")).shape == (32, 32, 3)
+    with Image.open(tmp_path / "images" / "00000.png") as picture:
+        assert picture.size == (32, 32)
+        made_by = json.loads(picture.info["made_by"])
+    assert (made_by["prompt"], made_by["steps"], made_by["guidance"]) == ("two red circles", 2, 2.0)
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
     assert results["splits"]["seen"]["images"] == 24
     assert results["splits"]["heldout"]["images"] == 6

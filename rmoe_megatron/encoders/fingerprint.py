@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rmoe_megatron.encoders.text import MINILM_BLOCKS, TEXT_FILES, minilm_folder
 from rmoe_megatron.errors import UserError
 
 DATASET = "dataset.json"  # beside precomputed shards
+SETTLED = 2.0  # seconds: the coarsest clock of a file system's times
 
 
 def describe_autoencoder(name: str) -> dict[str, Any]:
@@ -71,12 +73,15 @@ def check_encoders(
 def _sha256(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        digest.update(bytes.fromhex(_sha256_of(file)))
+        digest.update(bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()
 
 
-def _sha256_of(file: Path) -> str:
-    """Return a file's SHA-256, which is kept in the user's cache: some files have gigabytes."""
+def sha256_of(file: Path) -> str:
+    """Return a file's SHA-256, which is kept in the user's cache: some files have gigabytes.
+
+    That of a file of this moment is not: it can change again within what the file system's clock tells apart.
+    """
     found = file.stat()
     identity = f"{file.resolve()} {found.st_size} {found.st_mtime_ns}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -85,6 +90,8 @@ def _sha256_of(file: Path) -> str:
         return text
     with file.open("rb") as stream:
         text = hashlib.file_digest(stream, "sha256").hexdigest()
+    if time.time() - found.st_mtime < SETTLED:
+        return text
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         durable.write(kept, text)

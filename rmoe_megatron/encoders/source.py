@@ -39,6 +39,11 @@ def present_folder(name: str, key: str) -> Path:
     return folder
 
 
+def is_of_the_hub(name: str, repository: str) -> bool:
+    """Whether a name stands for a repository of the hub: a local folder of the same name is another model."""
+    return name == repository and not Path(name).is_dir()
+
+
 def model_folder(name: str, patterns: list[str]) -> Path:
     """Return the local folder of ``name``; a repository's files that match ``patterns`` are downloaded first.
 

@@ -4,28 +4,37 @@ An image depends on its prompt's number, its own number and the seed. The images
 cut the same way in every run, so that neither the number of ranks nor a restart changes a bit.
 """
 
-import json
+import functools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import TypeAdapter
 
-from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import rank, speaks, world_size
-from rmoe_megatron.pictures import png
-from rmoe_megatron.sampling import describe_place, open_pipeline, sample_images
-from rmoe_megatron.typed_files import read_json
+from rmoe_megatron.evaluation.fingerprints import pipeline_record
+from rmoe_megatron.evaluation.provenance import (
+    Product,
+    Record,
+    content_digest,
+    digest,
+    png_with,
+    read_record,
+    require_records,
+    require_results,
+)
+from rmoe_megatron.launch import local_rank, rank, speaks, world_size
+from rmoe_megatron.platform import inference_device
+from rmoe_megatron.pretrained.pipeline_folder import MODEL_INDEX
+from rmoe_megatron.sampling import describe_place, load_sampler, open_pipeline, sample_images
+from rmoe_megatron.versions import INFERENCE, versions_of
 from rmoe_megatron.work_queue import WorkQueue
 
 Progress = Callable[[int, int], None]
-MADE_BY = "made_by.json"
-DESCRIPTION = TypeAdapter(dict[str, Any])
-MODEL_INDEX = "model_index.json"  # what a diffusers folder has and a folder of images has not
+OF_ONE_IMAGE = ("prompt", "prompt_number", "image_number")  # in its record; the rest is that of all
 
 
 @dataclass(frozen=True)
@@ -46,18 +55,15 @@ class Sampling:
     dtype: str = "fp32"
     compile: bool = False
 
-    def described(self) -> dict[str, Any]:
-        """Return what of it changes images, for a result; of a folder of images its name."""
-        if is_folder_of_images(Path(self.model)):
-            return {"images": self.model}
-        return {
-            name: value for name, value in asdict(self).items() if value is not None and value is not False
-        }
+    @property
+    def is_given(self) -> bool:
+        """Whether the model is a folder of images, to be scored as they are."""
+        return is_folder_of_images(Path(self.model))
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image: of which prompt, the how-manieth of it, and the file."""
+    """One image to make: its prompt, its number among that prompt's images, and its file."""
 
     prompt: str
     prompt_index: int
@@ -65,9 +71,120 @@ class ImageRequest:
     path: Path
 
 
+class Picture:
+    """An image of a benchmark, which this evaluation makes or finds in a folder.
+
+    Args:
+        product: the file that is made; None if it is given.
+    """
+
+    def __init__(self, request: ImageRequest, product: Product | None) -> None:
+        self.request, self.product = request, product
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What tells it from other pictures: a digest of its record, or of its content if it is given."""
+        return digest(self.product.record) if self.product else content_digest(self.request.path)
+
+
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
     """Return a seed of its own for every image."""
     return int(np.random.SeedSequence([seed, prompt_index, image_index]).generate_state(1)[0])
+
+
+def sampling_record(sampling: Sampling) -> Record:
+    """Return what the images of a diffusers folder depend on besides prompt and number, with all defaults resolved.
+
+    Raises:
+        UserError: the folder is none, or the sampler does not fit it.
+    """
+    folder = Path(sampling.model)
+    sampler = load_sampler(folder, sampling.scheduler)
+    return {
+        "weights": pipeline_record(folder),
+        "sampler": {"class": type(sampler).__name__, **_settings(sampler.config)},
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "guidance_interval": list(sampling.guidance_interval),
+        "negative_prompt": sampling.negative_prompt,
+        "seed": sampling.seed,
+        "batch_size": sampling.batch_size,
+        "dtype": sampling.dtype,
+        "compile": sampling.compile,
+        "device": inference_device(local_rank()).type,
+        "versions": versions_of(*INFERENCE),
+    }
+
+
+def _settings(config: Any) -> Record:
+    """Return a sampler's settings as JSON has them; it has no infinity, which is DPM-Solver's lambda_min_clipped."""
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in settings.items()
+    }
+
+
+def given_record(pictures: Sequence[Picture]) -> Record:
+    """Return what is known of the images of a folder: a digest of them all, and what made them if all say the same."""
+    records = [read_record(picture.request.path) or {} for picture in pictures]
+    common = [{key: value for key, value in each.items() if key not in OF_ONE_IMAGE} for each in records]
+    made_by = common[0] if common[0] and all(each == common[0] for each in common) else None
+    return {"images": digest([picture.identity for picture in pictures]), "made_by": made_by}
+
+
+def plan(
+    requests_below: Callable[[Path], list[ImageRequest]], sampling: Sampling, out: Path
+) -> tuple[list[Picture], Record]:
+    """Return the images of a benchmark, to be made below ``out/images`` or those of a folder, and what a result says of them.
+
+    Args:
+        requests_below: from a folder to what belongs there.
+
+    Raises:
+        UserError: the folder lacks images, or has some of other prompts; or the model is none.
+    """
+    if not sampling.is_given:
+        record = sampling_record(sampling)
+        requests = requests_below(out / "images")
+        return [Picture(request, image_product(request, record)) for request in requests], record
+    requests = requests_below(Path(sampling.model))
+    require_images([request.path for request in requests], Path(sampling.model))
+    for request in requests:
+        _require_prompt(request)
+    pictures = [Picture(request, None) for request in requests]
+    return pictures, given_record(pictures)
+
+
+def image_product(request: ImageRequest, record: Record) -> Product:
+    """Return an image to be made; ``record`` is what all images of the evaluation have in theirs."""
+    values = (request.prompt, request.prompt_index, request.image_index)
+    of_one = dict(zip(OF_ONE_IMAGE, values, strict=True))
+    return Product(request.path, lambda: of_one | record)
+
+
+def _require_prompt(request: ImageRequest) -> None:
+    made_of = (read_record(request.path) or {}).get("prompt", request.prompt)
+    if made_of != request.prompt:
+        raise UserError(
+            f"{request.path} was made of {made_of!r:.80}, but is to be scored as {request.prompt!r:.80}; give the prompts that the "
+            "images were made of."
+        )
+
+
+def products_of(pictures: Sequence[Picture]) -> list[Product]:
+    """Return the files of the pictures that are made here."""
+    return [picture.product for picture in pictures if picture.product is not None]
+
+
+def check_out(out: Path, products: Sequence[Product], identity: Record, again: bool) -> None:
+    """Check before anything is made that what lies in ``out`` is of this evaluation; see :mod:`.provenance`.
+
+    Raises:
+        UserError: something of another evaluation lies there, and ``again`` does not ask to make it anew.
+    """
+    require_results(out / "results.json", identity, again)
+    require_records(products, again)
 
 
 def build_pipeline(sampling: Sampling) -> Any:
@@ -80,35 +197,35 @@ def build_pipeline(sampling: Sampling) -> Any:
 
 
 def generate(
-    requests: Sequence[ImageRequest], sampling: Sampling, claims: Path, progress: Progress | None = None
+    pictures: Sequence[Picture], sampling: Sampling, claims: Path, progress: Progress | None = None
 ) -> None:
     """Make the images that are not there yet; every rank takes part, and returns when all images are there.
 
     Args:
-        requests: the same on every rank, in the same order.
+        pictures: the same on every rank, in the same order; nothing is done for those that are given.
         claims: folder of the ranks' claims.
         progress: called with (images done by all ranks, images in total).
 
     Raises:
         UserError: the model cannot be loaded or does not take the prompts.
     """
+    wanted = [(each.request, each.product) for each in pictures if each.product is not None]
     batches = [
-        requests[start : start + sampling.batch_size]
-        for start in range(0, len(requests), sampling.batch_size)
+        wanted[start : start + sampling.batch_size] for start in range(0, len(wanted), sampling.batch_size)
     ]
 
     def report(done: int, total: int) -> None:
         if progress is not None:
-            progress(min(done * sampling.batch_size, len(requests)), len(requests))
+            progress(min(done * sampling.batch_size, len(wanted)), len(wanted))
 
     queue = WorkQueue(
         claims,
         len(batches),
-        lambda number: all(request.path.exists() for request in batches[number]),
+        lambda number: all(product.is_made for _, product in batches[number]),
         first=rank() * len(batches) // world_size(),
     )
     pipeline = None
-    if speaks() and not all(request.path.exists() for request in requests):
+    if speaks() and not all(product.is_made for _, product in wanted):
         print(f"images are made {describe_place(sampling.dtype)}")
     for number in queue.take(report):
         if pipeline is None:
@@ -116,70 +233,21 @@ def generate(
         batch = batches[number]
         images = sample_images(
             pipeline,
-            [request.prompt for request in batch],
-            [image_seed(sampling.seed, request.prompt_index, request.image_index) for request in batch],
+            [request.prompt for request, _ in batch],
+            [image_seed(sampling.seed, request.prompt_index, request.image_index) for request, _ in batch],
             sampling.steps,
             sampling.guidance,
             sampling.batch_size,
             guidance_interval=sampling.guidance_interval,
             negative_prompt=sampling.negative_prompt,
         )
-        for request, image in zip(batch, images, strict=True):
-            request.path.parent.mkdir(parents=True, exist_ok=True)
-            if not request.path.exists():
-                with durable.writing(request.path) as partial:
-                    partial.write_bytes(png(Image.fromarray(image)))
-
-
-def make_or_require(
-    requests_below: Callable[[Path], list[ImageRequest]],
-    sampling: Sampling,
-    out: Path,
-    progress: Progress | None,
-) -> list[ImageRequest]:
-    """Return the images of a benchmark: made below ``out/images``, or those of the folder that stands in the model's place.
-
-    Args:
-        requests_below: from a folder to what belongs there.
-
-    Raises:
-        UserError: the folder lacks images, or ``out`` holds another evaluation.
-    """
-    model = Path(sampling.model)
-    if is_folder_of_images(model):
-        require_same(out, {"model": str(model.absolute())})
-        requests = requests_below(model)
-        require_images(requests, model)
-    else:
-        require_same(out, sampling.described())
-        requests = requests_below(out / "images")
-        generate(requests, sampling, out / "claims" / "images", progress)
-    return requests
-
-
-def require_same(out: Path, description: dict[str, Any]) -> None:
-    """Check that what lies in ``out`` was made in the same way, or write down how it is going to be made.
-
-    Raises:
-        UserError: it was made in another way; names the difference.
-    """
-    path = out / MADE_BY
-    described = json.loads(json.dumps(description))
-    if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        with durable.writing(path) as partial:
-            partial.write_text(json.dumps(described, indent=1) + "\n")
-    found = read_json(path, DESCRIPTION)
-    for key in {**found, **described}:
-        if found.get(key) != described.get(key):
-            raise UserError(
-                f"{out} holds an evaluation with {key} {found.get(key)!r:.80}, not {described.get(key)!r:.80}; choose another "
-                "--out, or remove it first."
-            )
+        for (_, product), image in zip(batch, images, strict=True):
+            if not product.is_made:
+                product.write(png_with(Image.fromarray(image), product.record))
 
 
 def fill(
-    files: Sequence[Path], claims: Path, make: Callable[[int], bytes], progress: Progress | None = None
+    products: Sequence[Product], claims: Path, make: Callable[[int], bytes], progress: Progress | None = None
 ) -> None:
     """Write the files that are not there yet, each by one rank; every rank takes part, and returns when all are there.
 
@@ -187,25 +255,25 @@ def fill(
         make: from a file's number to its content.
     """
     queue = WorkQueue(
-        claims, len(files), lambda number: files[number].exists(), rank() * len(files) // world_size()
+        claims,
+        len(products),
+        lambda number: products[number].is_made,
+        rank() * len(products) // world_size(),
     )
     for number in queue.take(progress):
-        files[number].parent.mkdir(parents=True, exist_ok=True)
-        content = make(number)
-        with durable.writing(files[number]) as partial:
-            partial.write_bytes(content)
+        products[number].write(make(number))
 
 
-def require_images(requests: Sequence[ImageRequest], folder: Path) -> None:
+def require_images(files: Sequence[Path], folder: Path) -> None:
     """Check that a folder that is scored as it is holds every image.
 
     Raises:
         UserError: names the first that is missing, and how many are.
     """
-    missing = [request.path for request in requests if not request.path.is_file()]
+    missing = [file for file in files if not file.is_file()]
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of {len(requests)} images, {missing[0].relative_to(folder)} the first; "
+            f"{folder} lacks {len(missing)} of {len(files)} images, {missing[0].relative_to(folder)} the first; "
             "generate them, or give a diffusers folder to generate them from."
         )
 

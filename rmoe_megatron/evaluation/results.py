@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from scipy.stats import bootstrap
 
 from rmoe_megatron import durable
 from rmoe_megatron.pictures import labelled_grid, open_picture, png, stacked
 
 SIDE = 192  # pixels of an image in a gallery
+RESAMPLES = 5000  # of a bootstrap: the standard error itself is off by one part in a hundred
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ def write_results(out: Path, results: dict[str, Any], table: str, examples: Sequ
     print(table, end="")
 
 
+def with_error(value: float, error: float | None, digits: int) -> str:
+    """Return a score for a table, with its standard error where it is known."""
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -53,3 +61,26 @@ def gallery(examples: Sequence[Example]) -> Image.Image:
 def _thumbnail(path: Path) -> np.ndarray:
     with open_picture(path) as image:
         return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def standard_error(groups: Sequence[Sequence[float]]) -> float | None:
+    """Return how far a score would move with other prompts: the standard error by bootstrap over prompts.
+
+    Args:
+        groups: the scores of the prompts of every task; the score is the mean of the tasks' means. The prompts of a task are
+            drawn anew, as many as there are.
+
+    Returns:
+        None where a task has a single prompt.
+    """
+    if min(map(len, groups), default=0) < 2:
+        return None
+
+    def mean_of_means(*tasks: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return np.mean([task.mean(axis=axis) for task in tasks], axis=0)
+
+    drawn = bootstrap(
+        tuple(np.asarray(group, dtype=np.float64) for group in groups), mean_of_means, n_resamples=RESAMPLES, batch=500,
+        vectorized=True, method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return float(drawn.standard_error)

@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     ModelMixin,
+    SchedulerMixin,
     StableDiffusion3Pipeline,
 )
 from pydantic import Field, TypeAdapter
@@ -44,6 +45,7 @@ from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, check
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.typed_files import check_value, read_json, shown
 
+MODEL_INDEX = "model_index.json"
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
     cls.__name__: cls
     for cls in (RecurrentSD3Pipeline, RecurrentDiTPipeline, StableDiffusion3Pipeline, DiTPipeline)
@@ -78,11 +80,9 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
         UserError: the folder is none, names a class that is not known here, carries code that only
             ``trust_remote_code`` would run, or a file in it is malformed.
     """
-    path = folder / "model_index.json"
+    path = folder / MODEL_INDEX
     if not path.exists():
-        raise UserError(
-            f"{folder} is not a diffusers folder (no model_index.json); make one with `rmoe convert to-hf`."
-        )
+        raise UserError(_no_diffusers_folder(folder))
     index = read_json(path, OBJECT)
     name = index.get("_class_name")
     if isinstance(name, list):
@@ -115,6 +115,24 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
         pipeline.register_to_config(_name_or_path=str(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_pipeline_scheduler(folder: Path) -> SchedulerMixin:
+    """Return the sampler of a diffusers folder alone.
+
+    Raises:
+        UserError: the folder is none, or the sampler's file is malformed.
+    """
+    path = folder / MODEL_INDEX
+    if not path.exists():
+        raise UserError(_no_diffusers_folder(folder))
+    found = _component_class(path, "scheduler", read_json(path, OBJECT).get("scheduler"))
+    assert found is not None  # no pipeline goes without
+    return load_scheduler(folder / "scheduler", found)
+
+
+def _no_diffusers_folder(folder: Path) -> str:
+    return f"{folder} is not a diffusers folder (no {MODEL_INDEX}); make one with `rmoe convert to-hf`."
 
 
 def _component_class(path: Path, key: str, value: object) -> type | None:

@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.dpg.evaluate import _device
-from rmoe_megatron.evaluation.generation import ImageRequest, Sampling, build_pipeline, generate, image_seed
+from rmoe_megatron.evaluation.generation import (
+    ImageRequest,
+    Sampling,
+    build_pipeline,
+    generate,
+    image_seed,
+    plan,
+)
 from rmoe_megatron.evaluation.geneval.evaluate import Settings as GenEvalSettings
 from rmoe_megatron.evaluation.geneval.evaluate import _load_judges
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
@@ -36,12 +43,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(folder: Path, sampling: Sampling, prompts: list[str] | None = None) -> np.ndarray:
     prompts = prompts or ["two red circles", "a cat", "a cat"]
-    requests = [
-        ImageRequest(prompt, index, 0, folder / f"{index}.png") for index, prompt in enumerate(prompts)
-    ]
-    generate(requests, sampling, folder / "claims")
+    pictures, _ = plan(
+        lambda images: [
+            ImageRequest(prompt, index, 0, images / f"{index}.png") for index, prompt in enumerate(prompts)
+        ],
+        sampling,
+        folder,
+    )
+    generate(pictures, sampling, folder / "claims")
     assert not (folder / "claims").exists()
-    return np.stack([np.asarray(Image.open(request.path)) for request in requests]).astype(int)
+    return np.stack([np.asarray(Image.open(each.request.path)) for each in pictures]).astype(int)
 
 
 def test_settings_have_their_effect(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +256,7 @@ def test_images_that_are_not_finite_are_not_written(models: Path, tmp_path: Path
         UserError, match="makes 2 of 2 images with values that are not finite, of 'two red circles' for one"
     ):
         make(tmp_path / "out", Sampling(str(folder), 2, 7.0, 0, 2))
-    assert not list((tmp_path / "out").glob("*.png"))
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_infinite_latents_of_pixels_are_no_white_image(models: Path) -> None:

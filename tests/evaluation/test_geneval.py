@@ -435,7 +435,9 @@ def test_the_whole_with_two_ranks_again_and_from_a_folder(models: Path, tmp_path
     score(models, tmp_path / "one")
     assert images(tmp_path / "one" / "images") == made
     assert kept.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="holds an evaluation with seed 0, not 1; choose another --out"):
+    with pytest.raises(
+        UserError, match=r"holds another evaluation \(sampling seed 0 instead of 1\); choose another --out"
+    ):
         score(models, tmp_path / "one", seed=1)
     # A folder of images is scored as it is, under the other rules.
     given = tmp_path / "given"

@@ -162,7 +162,9 @@ def test_the_whole(tmp_path: Path) -> None:
         mu_s=np.zeros(3),
         sigma_s=np.eye(3),
     )
-    evaluate_imagenet(sampling, settings, lambda title: None, extract=colours)
+    with pytest.raises(UserError, match="another evaluation .judge reference_sha256"):
+        evaluate_imagenet(sampling, settings, lambda title: None, extract=colours)
+    evaluate_imagenet(sampling, replace(settings, again=True), lambda title: None, extract=colours)
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     pool = found.pool.astype(np.float64)
     expected = frechet_distance(

@@ -3,32 +3,47 @@
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from pydantic import TypeAdapter
 
+from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.dpg.answering import load_answerer
+from rmoe_megatron.evaluation.dpg.answering import MPLUG, load_answerer
 from rmoe_megatron.evaluation.dpg.questions import NUM_PROMPTS, Item
 from rmoe_megatron.evaluation.dpg.scoring import QUIRKS, score
+from rmoe_megatron.evaluation.fingerprints import model_digest
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
+    Picture,
     Progress,
     Sampling,
+    check_out,
     fill,
     generate,
-    is_folder_of_images,
-    require_same,
+    image_product,
+    plan,
+    products_of,
+    sampling_record,
 )
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
+from rmoe_megatron.evaluation.provenance import Product, Record, digest, png_with, read_record
+from rmoe_megatron.evaluation.question_answering import MODEL_FILES
+from rmoe_megatron.evaluation.results import (
+    Example,
+    markdown_table,
+    standard_error,
+    with_error,
+    write_results,
+)
 from rmoe_megatron.launch import local_rank, rank
-from rmoe_megatron.pictures import open_picture, png
+from rmoe_megatron.pictures import open_picture
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.typed_files import read_json
+from rmoe_megatron.versions import INFERENCE, versions_of
 
 ANSWERS = TypeAdapter(list[dict[str, str]])
 EXAMPLES = 12
@@ -36,12 +51,17 @@ EXAMPLES = 12
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked by which model and rules. ``images_per_prompt`` is 4, in a grid of two by two, or 1."""
+    """What is asked by which model and rules.
+
+    ``images_per_prompt`` is 4, in a grid of two by two, or 1; None is 4, and for a folder of pictures what they say themselves.
+    """
 
     out: Path
-    images_per_prompt: int = 4
+    images_per_prompt: int | None = None
     protocol: Protocol = Protocol.official
     answerer: str = "mplug"
+    is_official: bool = False  # the published table, whole
+    again: bool = False  # make anew what was made by another command, which is refused otherwise
 
 
 def evaluate_dpg(
@@ -54,23 +74,37 @@ def evaluate_dpg(
     Raises:
         UserError: images are missing, or a model cannot be had.
     """
-    model, out = Path(sampling.model), settings.out
-    if is_folder_of_images(model):
-        require_same(out, {"model": str(model.absolute())})
-        files = [model / f"{item.name}.png" for item in items]
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise UserError(
-                f"{model} lacks {len(missing)} of {len(files)} images, {missing[0].name} the first."
-            )
+    number = images_in_a_file(items, sampling, settings.images_per_prompt)
+    out, tile_pictures = settings.out, list[Picture]()
+    if sampling.is_given:
+        grids, made = plan(lambda folder: _requests(items, folder), sampling, out)
     else:
-        require_same(out, sampling.described() | {"images_per_prompt": settings.images_per_prompt})
-        files = _make_grids(items, sampling, settings, progress)
-    answers = ask_all(items, files, settings, progress("ask"))
+        made = sampling_record(sampling)
+        tile_pictures, grids = _tiles_and_grids(items, made, out, number)
+    answerer_made_of = answerer_record(settings.answerer) | {
+        "device": inference_device(local_rank()).type,
+        "versions": versions_of(*INFERENCE),
+    }
+    answers_of = _answer_products(items, grids, number, settings, answerer_made_of)
+    identity: Record = {
+        "benchmark": "DPG-Bench",
+        "protocol": settings.protocol.value,
+        "images_per_prompt": number,
+        "prompt_set": {"number": len(items), "sha256": digest([asdict(item) for item in items])},
+        "sampling": made,
+        "judge": answerer_made_of,
+    }
+    products = [*products_of(tile_pictures), *products_of(grids), *answers_of]
+    check_out(out, products, identity, settings.again)
+    if not sampling.is_given:
+        generate(tile_pictures, sampling, out / "claims" / "images", progress("sample"))
+        _put_together(tile_pictures, products_of(grids), out / "claims" / "grids")
+    files = [picture.request.path for picture in grids]
+    answers = ask_all(items, files, number, answers_of, settings, progress("ask"))
     if rank() == 0:
-        results = {
-            "benchmark": "DPG-Bench",
-            "protocol": settings.protocol.value,
+        results = identity | {
+            "model": str(Path(sampling.model).absolute()),
+            "answerer": settings.answerer,
             "quirks": QUIRKS if settings.protocol is Protocol.official else [],
             "differences": [
                 *(
@@ -78,11 +112,12 @@ def evaluate_dpg(
                     if settings.answerer == "mplug"
                     else [f"asked of {settings.answerer}, not of mPLUG: not comparable"]
                 ),
-                *([] if len(items) == NUM_PROMPTS else [f"not the published {NUM_PROMPTS} prompts"]),
-                *([] if settings.images_per_prompt == 4 else ["not four images a prompt"]),
+                *([] if settings.is_official else [f"not the published table of {NUM_PROMPTS} prompts"]),
+                *([] if number == 4 else ["not four images a prompt"]),
             ],
-            "sampling": sampling.described(),
+            "cut": _how_cut(files[0], number),
             **score(items, answers, settings.protocol),
+            "standard_error": _standard_error(items, answers, settings.protocol),
         }
         examples = [Example("prompts", file, item.prompt) for item, file in zip(items, files, strict=True)][
             :EXAMPLES
@@ -90,25 +125,85 @@ def evaluate_dpg(
         write_results(out, results, table(results), examples)
 
 
-def _make_grids(
-    items: list[Item], sampling: Sampling, settings: Settings, progress: Callable[[str], Progress | None]
-) -> list[Path]:
-    """Make the images one by one, then put those of a prompt into the published layout."""
-    number = settings.images_per_prompt
+def images_in_a_file(items: list[Item], sampling: Sampling, asked: int | None) -> int:
+    """Return how many images of a prompt a file holds: as asked for, as a folder's pictures say, or four.
+
+    Raises:
+        UserError: the pictures of a folder say nothing, or something else than is asked for.
+    """
+    if not sampling.is_given:
+        return asked or 4
+    files = [Path(sampling.model) / f"{item.name}.png" for item in items]
+    for file in files:
+        said = (read_record(file) or {}).get("tiles") if file.is_file() else None
+        if said is not None and said != (asked or said):
+            raise UserError(f"{file} holds {said} images, not {asked}; leave --images-per-prompt out.")
+        asked = asked or said
+    if asked is None:
+        raise UserError(
+            f"The pictures in {sampling.model} do not say what they are; give --images-per-prompt 4 for grids of two by two, or "
+            "1 for single images."
+        )
+    return asked
+
+
+def _requests(items: list[Item], folder: Path) -> list[ImageRequest]:
+    return [
+        ImageRequest(item.prompt, number, 0, folder / f"{item.name}.png") for number, item in enumerate(items)
+    ]
+
+
+def _tiles_and_grids(
+    items: list[Item], record: Record, out: Path, number: int
+) -> tuple[list[Picture], list[Picture]]:
+    """Return the single images, and the files in the published layout that they are put into."""
     requests = [
-        ImageRequest(item.prompt, index, image, settings.out / "tiles" / item.name / f"{image}.png")
+        ImageRequest(item.prompt, index, image, out / "tiles" / item.name / f"{image}.png")
         for index, item in enumerate(items)
         for image in range(number)
     ]
-    generate(requests, sampling, settings.out / "claims" / "images", progress("sample"))
-    files = [settings.out / "images" / f"{item.name}.png" for item in items]
+    tiles_made = [Picture(request, image_product(request, record)) for request in requests]
+
+    def of_grid(request: ImageRequest) -> Record:
+        of_prompt = tiles_made[request.prompt_index * number : (request.prompt_index + 1) * number]
+        parts = {"tiles": number, "images": [picture.identity for picture in of_prompt]}
+        return {"prompt": request.prompt, "prompt_number": request.prompt_index} | parts | record
+
+    whole = _requests(items, out / "images")
+    return tiles_made, [
+        Picture(request, Product(request.path, functools.partial(of_grid, request))) for request in whole
+    ]
+
+
+def _put_together(tile_pictures: list[Picture], grids: list[Product], claims: Path) -> None:
+    """Put the single images of every prompt into a file."""
+    number = len(tile_pictures) // len(grids)
 
     def whole(index: int) -> bytes:
-        tiles_of = requests[index * number : (index + 1) * number]
-        return png(grid([open_picture(request.path).convert("RGB") for request in tiles_of]))
+        of_prompt = tile_pictures[index * number : (index + 1) * number]
+        images = [open_picture(picture.request.path).convert("RGB") for picture in of_prompt]
+        return png_with(grid(images), grids[index].record)
 
-    fill(files, settings.out / "claims" / "grids", whole)
-    return files
+    fill(grids, claims, whole)
+
+
+def _how_cut(file: Path, number: int) -> str:
+    with open_picture(file) as image:
+        width, height = image.size
+    if number == 1:
+        return f"not at all: {width} x {height} pixels are one image"
+    return f"{width} x {height} pixels into four tiles of {width // 2} x {height // 2}"
+
+
+def _standard_error(
+    items: list[Item], answers: list[list[dict[int, str]]], protocol: Protocol
+) -> float | None:
+    """Return the standard error of the overall score in percent, by bootstrap over prompts."""
+    of_prompts = [
+        score([item], [of_images], protocol)["overall"]
+        for item, of_images in zip(items, answers, strict=True)
+    ]
+    return standard_error([[each for each in of_prompts if each is not None]])
 
 
 def grid(images: list[Image.Image]) -> Image.Image:
@@ -123,19 +218,62 @@ def grid(images: list[Image.Image]) -> Image.Image:
 
 
 def tiles(image: Image.Image, number: int) -> list[Image.Image]:
-    """Cut a grid of two by two into its images, or take one image as it is."""
+    """Cut a grid of two by two into its images, or take one image as it is.
+
+    Raises:
+        UserError: it has a side that two equal images do not make.
+    """
     if number == 1:
         return [image]
+    if image.width % 2 or image.height % 2:
+        raise UserError(
+            f"A picture of {image.width} x {image.height} pixels is no grid of two by two; give --images-per-prompt 1 for single "
+            "images."
+        )
     width, height = image.width // 2, image.height // 2
     places = [(place % 2 * width, place // 2 * height) for place in range(4)]
     return [image.crop((left, top, left + width, top + height)) for left, top in places]
 
 
+def answerer_record(name: str) -> Record:
+    """Return what the model that answers is told by; modelscope fetches mPLUG itself, and is told by its version."""
+    if name == "mplug":
+        return {"answerer": MPLUG, "library": versions_of("modelscope")}
+    return {"answerer_sha256": model_digest(model_folder(name, MODEL_FILES))}
+
+
+def _answer_products(
+    items: list[Item], grids: list[Picture], images: int, settings: Settings, answerer_made_of: Record
+) -> list[Product]:
+    """Return the file of the answers about every prompt's images."""
+
+    def record(number: int) -> Record:
+        return {
+            "asked": digest(asdict(items[number])),
+            "pictures": [grids[number].identity],
+            "images_per_prompt": images,
+            "protocol": settings.protocol.value,
+            "judge": answerer_made_of,
+        }
+
+    return [
+        Product(
+            settings.out / "answers" / f"{item.name}.{settings.protocol.value}.json",
+            functools.partial(record, number),
+        )
+        for number, item in enumerate(items)
+    ]
+
+
 def ask_all(
-    items: list[Item], files: list[Path], settings: Settings, progress: Progress | None
+    items: list[Item],
+    files: list[Path],
+    images: int,
+    products: list[Product],
+    settings: Settings,
+    progress: Progress | None,
 ) -> list[list[dict[int, str]]]:
     """Ask about the images of every prompt that is not answered yet; returns all answers, of all ranks."""
-    answered = [settings.out / "answers" / f"{item.name}.{settings.protocol.value}.json" for item in items]
     answerer = functools.cache(lambda: load_answerer(settings.answerer, _device()))
 
     def answers(number: int) -> bytes:
@@ -145,14 +283,17 @@ def ask_all(
                     key: answerer().answer(tile, each.question)
                     for key, each in items[number].propositions.items()
                 }
-                for tile in tiles(image.convert("RGB"), settings.images_per_prompt)
+                for tile in tiles(image.convert("RGB"), images)
             ]
         return json.dumps(of_images).encode()
 
-    fill(answered, settings.out / "claims" / "answers", answers, progress)
+    fill(products, settings.out / "claims" / "answers", answers, progress)
     return [
-        [{int(key): answer for key, answer in of_image.items()} for of_image in read_json(file, ANSWERS)]
-        for file in answered
+        [
+            {int(key): answer for key, answer in of_image.items()}
+            for of_image in read_json(product.path, ANSWERS)
+        ]
+        for product in products
     ]
 
 
@@ -163,7 +304,9 @@ def _device() -> str:
 def table(results: dict[str, Any]) -> str:
     """Return the scores as Markdown tables, with what they differ in from published ones."""
     header = ["DPG-Bench", "overall", *results["categories_l1"]]
-    overall = "-" if results["overall"] is None else f"{results['overall']:.2f}"
+    overall = "-"
+    if results["overall"] is not None:
+        overall = with_error(results["overall"], results["standard_error"], digits=2)
     row = [results["protocol"], overall, *(f"{value:.2f}" for value in results["categories_l1"].values())]
-    notes = "".join(f"- {note}\n" for note in results["differences"])
+    notes = "".join(f"- {note}\n" for note in (*results["differences"], f"cut: {results['cut']}"))
     return f"{markdown_table(header, [row])}\n{notes}"

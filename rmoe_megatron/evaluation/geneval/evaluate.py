@@ -14,27 +14,42 @@ from pydantic import TypeAdapter
 
 from rmoe_megatron import durable
 from rmoe_megatron.encoders.source import model_folder
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.fingerprints import model_digest
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
+    Picture,
     Progress,
     Sampling,
+    check_out,
     fill,
-    make_or_require,
+    generate,
+    plan,
+    products_of,
 )
 from rmoe_megatron.evaluation.geneval.colors import ColorClassifier
 from rmoe_megatron.evaluation.geneval.detector import Detector
-from rmoe_megatron.evaluation.geneval.prompts import Metadata, is_official
+from rmoe_megatron.evaluation.geneval.prompts import Metadata, is_official, read_metadata
 from rmoe_megatron.evaluation.geneval.rules import QUIRKS, Detection, judge, keep_most_confident
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
+from rmoe_megatron.evaluation.provenance import Product, Record, digest
+from rmoe_megatron.evaluation.results import (
+    Example,
+    markdown_table,
+    standard_error,
+    with_error,
+    write_results,
+)
 from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.pictures import open_picture
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.typed_files import read_json
+from rmoe_megatron.versions import INFERENCE, versions_of
 
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS = 0.3, 0.9, 16  # of scores; objects per class
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
+METADATA_FILE = "metadata.jsonl"  # beside the samples of a prompt
 EXAMPLES_PER_TASK = 3
 JUDGED = TypeAdapter(list[dict[str, Any]])
 
@@ -48,6 +63,7 @@ class Settings:
     protocol: Protocol = Protocol.official
     detector: str = DETECTOR
     clip: str = CLIP
+    again: bool = False  # make anew what was made by another command, which is refused otherwise
 
 
 def evaluate_geneval(
@@ -78,37 +94,99 @@ def evaluate_geneval(
             for image in range(settings.images_per_prompt)
         ]
 
-    requests = make_or_require(requests_below, sampling, out, progress("sample"))
-    if rank() == 0 and requests[0].path.is_relative_to(out):
+    if sampling.is_given:
+        require_metadata(prompts, Path(sampling.model))
+    pictures, made = plan(requests_below, sampling, out)
+    identity: Record = {
+        "benchmark": "GenEval",
+        "protocol": settings.protocol.value,
+        "images_per_prompt": settings.images_per_prompt,
+        "prompt_set": {"number": len(prompts), "sha256": digest(prompts)},
+        "sampling": made,
+        "judge": judge_record(settings),
+    }
+    verdicts = verdict_products(prompts, pictures, settings, identity["judge"])
+    check_out(out, [*products_of(pictures), *verdicts], identity, settings.again)
+    generate(pictures, sampling, out / "claims" / "images", progress("sample"))
+    if rank() == 0 and not sampling.is_given:
         for number, metadata in enumerate(prompts):
-            durable.write(out / "images" / f"{number:05d}" / "metadata.jsonl", json.dumps(metadata))
-    judged = judge_all(prompts, requests, settings, progress("judge"))
+            durable.write(out / "images" / f"{number:05d}" / METADATA_FILE, json.dumps(metadata))
+    judged = judge_all(prompts, pictures, verdicts, settings, progress("judge"))
     if rank() == 0:
-        results = summarise(judged, prompts, sampling, settings)
+        results = summarise(judged, prompts, identity, sampling, settings)
         write_results(out, results, table(results), _examples(judged))
 
 
-def judge_all(
-    prompts: list[Metadata], requests: list[ImageRequest], settings: Settings, progress: Progress | None
-) -> list[dict[str, Any]]:
-    """Judge the images of every prompt that is not judged yet; returns all verdicts, of all ranks."""
-    files = [
-        settings.out / "judged" / f"{number:05d}.{settings.protocol.value}.json"
+def require_metadata(prompts: list[Metadata], folder: Path) -> None:
+    """Check that a folder of images is of these prompts, where it says of which it is, as the published code's does.
+
+    Raises:
+        UserError: it is of other prompts; names the first.
+    """
+    for number, metadata in enumerate(prompts):
+        path = folder / f"{number:05d}" / METADATA_FILE
+        if path.is_file():
+            (said, *more) = read_metadata(path)
+            if more or said != metadata:
+                raise UserError(
+                    f"{path} says {said['prompt']!r:.80}, but prompt {number} is {metadata['prompt']!r:.80}; give the prompts of the "
+                    "folder with --metadata."
+                )
+
+
+def judge_record(settings: Settings) -> Record:
+    """Return what the verdicts depend on besides pictures and prompts."""
+    return {
+        "detector_sha256": model_digest(model_folder(settings.detector, MODEL_FILES)),
+        "clip_sha256": model_digest(model_folder(settings.clip, MODEL_FILES)),
+        "device": inference_device(local_rank()).type,
+        "versions": versions_of(*INFERENCE),
+    }
+
+
+def verdict_products(
+    prompts: list[Metadata], pictures: list[Picture], settings: Settings, judge_made_of: Record
+) -> list[Product]:
+    """Return the file of every prompt's verdicts."""
+    of_prompt: dict[int, list[Picture]] = defaultdict(list)
+    for picture in pictures:
+        of_prompt[picture.request.prompt_index].append(picture)
+
+    def record(number: int) -> Record:
+        return {
+            "asked": digest(prompts[number]),
+            "pictures": [picture.identity for picture in of_prompt[number]],
+            "protocol": settings.protocol.value,
+            "judge": judge_made_of,
+        }
+
+    folder = settings.out / "judged"
+    return [
+        Product(folder / f"{number:05d}.{settings.protocol.value}.json", functools.partial(record, number))
         for number in range(len(prompts))
     ]
-    judges = functools.cache(lambda: _load_judges(settings))
 
-    def verdicts(number: int) -> bytes:
-        of_prompt = [request for request in requests if request.prompt_index == number]
+
+def judge_all(
+    prompts: list[Metadata],
+    pictures: list[Picture],
+    verdicts: list[Product],
+    settings: Settings,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """Judge the images of every prompt that is not judged yet; returns all verdicts, of all ranks."""
+    judges = functools.cache(lambda: _load_judges(settings))
+    of_prompt: dict[int, list[Path]] = defaultdict(list)
+    for picture in pictures:
+        of_prompt[picture.request.prompt_index].append(picture.request.path)
+
+    def judged(number: int) -> bytes:
         return json.dumps(
-            [
-                judge_image(request.path, prompts[number], *judges(), settings.protocol)
-                for request in of_prompt
-            ]
+            [judge_image(path, prompts[number], *judges(), settings.protocol) for path in of_prompt[number]]
         ).encode()
 
-    fill(files, settings.out / "claims" / "judged", verdicts, progress)
-    return [verdict for file in files for verdict in read_json(file, JUDGED)]
+    fill(verdicts, settings.out / "claims" / "judged", judged, progress)
+    return [verdict for product in verdicts for verdict in read_json(product.path, JUDGED)]
 
 
 def _load_judges(settings: Settings) -> tuple[Detector, ColorClassifier]:
@@ -144,6 +222,7 @@ def judge_image(
 def summarise(
     judged: list[dict[str, Any]],
     prompts: list[Metadata],
+    identity: Record,
     sampling: Sampling,
     settings: Settings,
 ) -> dict[str, Any]:
@@ -153,19 +232,22 @@ def summarise(
     for verdict in judged:
         by_task[verdict["tag"]].append(verdict["correct"])
         by_prompt[Path(verdict["filename"]).parts[-3]].append(verdict["correct"])
+    shares: dict[str, list[float]] = defaultdict(list)
+    for number, verdicts in by_prompt.items():
+        shares[prompts[int(number)]["tag"]].append(float(np.mean(verdicts)))
     tasks = {name: float(np.mean(verdicts)) for name, verdicts in by_task.items()}
     complete = is_official(prompts) and settings.images_per_prompt == 4
-    return {
-        "benchmark": "GenEval",
-        "protocol": settings.protocol.value,
+    return identity | {
+        "model": str(Path(sampling.model).absolute()),
+        "detector": settings.detector,
+        "clip": settings.clip,
         "quirks": QUIRKS if settings.protocol is Protocol.official else [],
         "differences": [
             f"detector {settings.detector} through transformers, in place of mmdet's weights of the same architecture",
             *([] if complete else ["not the published 553 prompts with 4 images each"]),
         ],
-        "clip": settings.clip,
-        "sampling": sampling.described(),
         "overall": float(np.mean(list(tasks.values()))),
+        "standard_error": standard_error(list(shares.values())),
         "tasks": tasks,
         "images_right": float(np.mean([verdict["correct"] for verdict in judged])),
         "prompts_right": float(np.mean([any(verdicts) for verdicts in by_prompt.values()])),
@@ -177,7 +259,7 @@ def summarise(
 def table(results: dict[str, Any]) -> str:
     """Return the scores as a Markdown table, with what they differ in from published ones."""
     header = ["GenEval", "overall", *results["tasks"], "images"]
-    row = [results["protocol"], f"{results['overall']:.4f}"]
+    row = [results["protocol"], with_error(results["overall"], results["standard_error"], digits=4)]
     row += [f"{score:.4f}" for score in results["tasks"].values()]
     notes = "".join(f"- {note}\n" for note in results["differences"])
     return f"{markdown_table(header, [[*row, str(results['images_judged'])]])}\n{notes}"

@@ -7,15 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import ImageOps
 from pydantic import TypeAdapter
 
+from rmoe_megatron.encoders.source import is_of_the_hub, model_folder
+from rmoe_megatron.evaluation.fingerprints import model_digest
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
+    Picture,
     Progress,
     Sampling,
+    check_out,
     fill,
-    make_or_require,
+    generate,
+    plan,
+    products_of,
 )
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt, is_official
 from rmoe_megatron.evaluation.geneval2.soft_tifa import (
@@ -25,11 +32,20 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
     summarise,
 )
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.question_answering import QWEN3_VL, Qwen3VL
-from rmoe_megatron.evaluation.results import Example, markdown_table, write_results
-from rmoe_megatron.launch import rank
+from rmoe_megatron.evaluation.provenance import Product, Record, digest
+from rmoe_megatron.evaluation.question_answering import MODEL_FILES, QWEN3_VL, Qwen3VL
+from rmoe_megatron.evaluation.results import (
+    Example,
+    markdown_table,
+    standard_error,
+    with_error,
+    write_results,
+)
+from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.pictures import open_picture
+from rmoe_megatron.platform import inference_device
 from rmoe_megatron.typed_files import read_json
+from rmoe_megatron.versions import INFERENCE, versions_of
 
 SCORES = TypeAdapter(list[float])
 EXAMPLES = 6  # best and worst
@@ -42,6 +58,7 @@ class Settings:
     out: Path
     protocol: Protocol = Protocol.official
     answerer: str = QWEN3_VL
+    again: bool = False  # make anew what was made by another command, which is refused otherwise
 
 
 def evaluate_geneval2(
@@ -64,37 +81,75 @@ def evaluate_geneval2(
             for number, prompt in enumerate(prompts)
         ]
 
-    images = make_or_require(requests, sampling, settings.out, progress("sample"))
-    scores = ask_all(prompts, images, settings, progress("ask"))
+    pictures, made = plan(requests, sampling, settings.out)
+    answerer_made_of = {
+        "answerer_sha256": model_digest(model_folder(settings.answerer, MODEL_FILES)),
+        "device": inference_device(local_rank()).type,
+        "versions": versions_of(*INFERENCE),
+    }
+    identity: Record = {
+        "benchmark": "GenEval 2",
+        "protocol": settings.protocol.value,
+        "prompt_set": {"number": len(prompts), "sha256": digest(prompts)},
+        "sampling": made,
+        "judge": answerer_made_of,
+    }
+    products = score_products(prompts, pictures, settings, answerer_made_of)
+    check_out(settings.out, [*products_of(pictures), *products], identity, settings.again)
+    generate(pictures, sampling, settings.out / "claims" / "images", progress("sample"))
+    images = [picture.request for picture in pictures]
+    scores = ask_all(prompts, images, products, settings, progress("ask"))
     if rank() == 0:
-        results = {
-            "benchmark": "GenEval 2",
-            "protocol": settings.protocol.value,
+        results = identity | {
+            "model": str(Path(sampling.model).absolute()),
+            "answerer": settings.answerer,
             "quirks": QUIRKS if settings.protocol is Protocol.official else [],
             "differences": [
                 *(
                     []
-                    if settings.answerer == QWEN3_VL
+                    if is_of_the_hub(settings.answerer, QWEN3_VL)
                     else [f"asked of {settings.answerer}, not of {QWEN3_VL}"]
                 ),
                 *([] if is_official(prompts) else ["not the published 800 prompts"]),
             ],
-            "sampling": sampling.described(),
             **summarise(scores, prompts),
+            "standard_error": standard_errors(scores),
             "prompts": len(prompts),
             "atoms": sum(len(atoms) for atoms in scores),
         }
         write_results(settings.out, results, table(results), _examples(scores, prompts, images))
 
 
-def ask_all(
-    prompts: list[Prompt], images: list[ImageRequest], settings: Settings, progress: Progress | None
-) -> list[list[float]]:
-    """Score the atoms of every image that is not scored yet; returns all scores, of all ranks."""
-    files = [
-        settings.out / "scores" / f"{number:05d}.{settings.protocol.value}.json"
+def score_products(
+    prompts: list[Prompt], pictures: list[Picture], settings: Settings, answerer_made_of: Record
+) -> list[Product]:
+    """Return the file of the scores of every prompt's atoms."""
+
+    def record(number: int) -> Record:
+        return {
+            "asked": digest(prompts[number]),
+            "pictures": [pictures[number].identity],
+            "protocol": settings.protocol.value,
+            "judge": answerer_made_of,
+        }
+
+    return [
+        Product(
+            settings.out / "scores" / f"{number:05d}.{settings.protocol.value}.json",
+            functools.partial(record, number),
+        )
         for number in range(len(prompts))
     ]
+
+
+def ask_all(
+    prompts: list[Prompt],
+    images: list[ImageRequest],
+    products: list[Product],
+    settings: Settings,
+    progress: Progress | None,
+) -> list[list[float]]:
+    """Score the atoms of every image that is not scored yet; returns all scores, of all ranks."""
     answerer = functools.cache(lambda: Qwen3VL(settings.answerer))
 
     def scores(number: int) -> bytes:
@@ -106,17 +161,30 @@ def ask_all(
             ]
         return json.dumps(atoms).encode()
 
-    fill(files, settings.out / "claims" / "scores", scores, progress)
-    return [read_json(file, SCORES) for file in files]
+    fill(products, settings.out / "claims" / "scores", scores, progress)
+    return [read_json(product.path, SCORES) for product in products]
+
+
+def standard_errors(scores: list[list[float]]) -> dict[str, float | None]:
+    """Return the standard errors of both scores in percent, by bootstrap over prompts; None of a single prompt."""
+    errors = {
+        "soft_tifa_am": standard_error([[float(np.mean(atoms)) for atoms in scores]]),
+        "soft_tifa_gm": standard_error([[geometric_mean(atoms) for atoms in scores]]),
+    }
+    return {name: None if error is None else 100 * error for name, error in errors.items()}
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the scores as Markdown tables, with what they differ in from published ones."""
     skills, atomicities = results["skills_am"], results["atomicities_gm"]
     header = ["GenEval 2", "AM", "GM", *skills, *(f"{count} atoms" for count in atomicities)]
-    numbers = [results["soft_tifa_am"], results["soft_tifa_gm"], *skills.values(), *atomicities.values()]
+    means = [
+        with_error(results[name], results["standard_error"][name], digits=2)
+        for name in ("soft_tifa_am", "soft_tifa_gm")
+    ]
+    numbers = [f"{number:.2f}" for number in (*skills.values(), *atomicities.values())]
     notes = "".join(f"- {note}\n" for note in results["differences"])
-    return f"{markdown_table(header, [[results['protocol'], *(f'{number:.2f}' for number in numbers)]])}\n{notes}"
+    return f"{markdown_table(header, [[results['protocol'], *means, *numbers]])}\n{notes}"
 
 
 def _examples(scores: list[list[float]], prompts: list[Prompt], images: list[ImageRequest]) -> list[Example]:

@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 
 from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.fingerprints import file_digest
 from rmoe_megatron.evaluation.generation import (
     Progress,
     Sampling,
     build_pipeline,
+    check_out,
     fill,
     image_seed,
-    is_folder_of_images,
-    require_same,
+    sampling_record,
 )
-from rmoe_megatron.evaluation.imagenet.features import WEIGHTS, Features, Inception
+from rmoe_megatron.evaluation.imagenet.features import WEIGHTS, WEIGHTS_SHA256, Features, Inception
 from rmoe_megatron.evaluation.imagenet.metrics import (
     Gaussian,
     RunningGaussian,
@@ -31,13 +32,15 @@ from rmoe_megatron.evaluation.imagenet.metrics import (
     inception_score,
     precision_and_recall,
 )
+from rmoe_megatron.evaluation.provenance import Product, Record, content_digest, digest
 from rmoe_megatron.evaluation.results import markdown_table, write_results
-from rmoe_megatron.launch import local_rank, rank
+from rmoe_megatron.launch import local_rank, rank, speaks
 from rmoe_megatron.pictures import labelled_grid, open_picture, png
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.regular_files import check_regular, open_regular
-from rmoe_megatron.sampling import sample_images
+from rmoe_megatron.sampling import describe_place, sample_images
+from rmoe_megatron.versions import INFERENCE, versions_of
 
 NUM_IMAGES = 50_000  # of FID-50K
 REFERENCE_PART = 500  # images of the reference whose features are computed together
@@ -59,6 +62,26 @@ class Settings:
     num_images: int = NUM_IMAGES
     num_classes: int = 1000
     balanced: bool = True
+    again: bool = False  # make anew what was made by another command, which is refused otherwise
+
+
+@dataclass(frozen=True)
+class Reference:
+    """ADM's reference: so many images uint8 [N, H, W, 3], read in parts, and their statistics if the file has them."""
+
+    path: Path
+    shape: tuple[int, ...]
+    pool: Gaussian | None
+    spatial: Gaussian | None
+
+    def images(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return some of the images; the others are not kept in memory."""
+        size = int(np.prod(self.shape[1:]))
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            _read_header(member)
+            member.seek(start * size, io.SEEK_CUR)
+            content = member.read((min(stop, self.shape[0]) - start) * size)
+        return np.frombuffer(content, dtype=np.uint8).reshape(-1, *self.shape[1:])
 
 
 def evaluate_imagenet(
@@ -83,48 +106,70 @@ def evaluate_imagenet(
         raise UserError(
             f"There is no file {settings.inception} (--inception); get torch-fidelity's {WEIGHTS}."
         )
-    made_by = sampling.described() | {"num_images": settings.num_images, "balanced": settings.balanced}
-    require_same(out, made_by)
     classes = class_labels(settings, sampling.seed)
-    starts = range(0, settings.num_images, sampling.batch_size)
-    parts = [out / "parts" / f"{number:06d}.npy" for number in range(len(starts))]
-    _make_parts(parts, classes, sampling, out, progress("sample"))
+    given = _given_images(sampling, len(classes))
+    made = (
+        sampling_record(sampling) if given is None else {"images": digest(list(map(content_digest, given)))}
+    )
+    judge = _judge_record(settings, extract)
+    identity: Record = {
+        "benchmark": "ImageNet 256",
+        "classes": "balanced" if settings.balanced else "random",
+        "class_labels": {"number": len(classes), "sha256": digest(classes.tolist())},
+        "sampling": made,
+        "judge": judge,
+    }
+    parts = _part_products(out / "parts", classes, sampling, made, given)
+    features, of_reference = _feature_products(out, parts, reference, judge)
+    check_out(out, [*parts, *features, *of_reference], identity, settings.again)
+    _make_parts(parts, classes, sampling, given, out, progress("sample"))
     device = inference_device(local_rank())
     network = functools.cache(lambda: extract or Inception(settings.inception, device))
 
     def extractor(images: NDArray[np.uint8]) -> Features:
         return network()(images)
 
-    features = _compute_features(
-        parts, lambda number: _load(parts[number]), out / "features", extractor, progress("features")
-    )
-    of_reference = _compute_features(
-        range(0, reference.shape[0], REFERENCE_PART),
+    _compute_features(
+        features, lambda number: _load(parts[number].path), out / "claims" / "features", extractor, progress("features"),
+    )  # fmt: skip
+    _compute_features(
+        of_reference,
         lambda number: reference.images(number * REFERENCE_PART, (number + 1) * REFERENCE_PART),
-        out / "reference_features", extractor, progress("reference"),
+        out / "claims" / "reference_features", extractor, progress("reference"),
     )  # fmt: skip
     if rank() == 0:
-        write_npz(out / "samples.npz", parts, settings.num_images)
-        results = {
-            "benchmark": "ImageNet 256",
+        paths = _paths(parts)
+        write_npz(out / "samples.npz", paths, settings.num_images)
+        results = identity | {
+            "model": str(Path(sampling.model).absolute()),
+            "reference": str(settings.reference),
             "extractor": "torch-fidelity's Inception v3 with TensorFlow's weights of 2015-12-05",
-            "differences": [
-                *(
-                    []
-                    if settings.num_images == NUM_IMAGES
-                    else [f"{settings.num_images} images: not FID-50K"]
-                ),
-                "precision and recall from distances in float32 (the published code takes float16 where it can)",
-            ],
-            "sampling": sampling.described(),
-            "classes": "balanced" if settings.balanced else "random",
-            **compare(features, of_reference, reference, device),
+            "differences": _differences(settings, judge),
+            **compare(_paths(features), _paths(of_reference), reference, device),
         }
         write_results(out, results, table(results), [])
-        shown = _load(parts[0])[:SHOWN]
+        shown = _load(paths[0])[:SHOWN]
         durable.write(
             out / "gallery.png", png(labelled_grid(shown, [str(each) for each in classes[: len(shown)]]))
         )
+
+
+def _paths(products: list[Product]) -> list[Path]:
+    return [product.path for product in products]
+
+
+def _differences(settings: Settings, judge: Record) -> list[str]:
+    """Return in what a result differs from published ones."""
+    differences = [
+        "precision and recall from distances in float32 (the published code takes float16 where it can)"
+    ]
+    if not str(judge["extractor"]).startswith(WEIGHTS_SHA256):
+        differences.insert(
+            0, f"features of {settings.inception.name}, not of torch-fidelity's published weights"
+        )
+    if settings.num_images != NUM_IMAGES:
+        differences.insert(0, f"{settings.num_images} images: not FID-50K")
+    return differences
 
 
 def class_labels(settings: Settings, seed: int) -> NDArray[np.int64]:
@@ -136,15 +181,84 @@ def class_labels(settings: Settings, seed: int) -> NDArray[np.int64]:
     )
 
 
+def _given_images(sampling: Sampling, number: int) -> list[Path] | None:
+    """Return the images of a folder in the model's place, None if there is a model.
+
+    Raises:
+        UserError: the folder holds too few.
+    """
+    if not sampling.is_given:
+        return None
+    found = sorted(Path(sampling.model).rglob("*.png"))
+    if len(found) < number:
+        raise UserError(f"{sampling.model} holds {len(found)} PNG files, fewer than --num-images {number}.")
+    return found[:number]
+
+
+def _part_products(
+    folder: Path, classes: NDArray[np.int64], sampling: Sampling, record: Record, given: list[Path] | None
+) -> list[Product]:
+    """Return the files of the images, a batch in each."""
+
+    def of_part(start: int) -> Record:
+        numbers = range(start, min(start + sampling.batch_size, len(classes)))
+        if given is not None:
+            return {"images": [content_digest(given[number]) for number in numbers]}
+        return {"first": start, "class_labels": [int(classes[number]) for number in numbers]} | record
+
+    return [
+        Product(folder / f"{number:06d}.npy", functools.partial(of_part, start))
+        for number, start in enumerate(range(0, len(classes), sampling.batch_size))
+    ]
+
+
+def _judge_record(settings: Settings, extract: Extract | None) -> Record:
+    """Return what a comparison depends on besides the images."""
+    return {
+        "reference_sha256": file_digest(settings.reference),
+        "extractor": file_digest(settings.inception) if extract is None else extract.__qualname__,
+        "device": inference_device(local_rank()).type,
+        "versions": versions_of(*INFERENCE, "torch-fidelity"),
+    }
+
+
+def _feature_products(
+    out: Path, parts: list[Product], reference: Reference, judge: Record
+) -> tuple[list[Product], list[Product]]:
+    """Return the files of the features of every part, and of every part of the reference."""
+    features = [
+        Product(out / "features" / f"{number:06d}.npz", functools.partial(_features_record, part, judge))
+        for number, part in enumerate(parts)
+    ]
+    starts = range(0, reference.shape[0], REFERENCE_PART)
+    of_reference = [
+        Product(
+            out / "reference_features" / f"{number:06d}.npz",
+            functools.partial(_reference_record, start, judge),
+        )
+        for number, start in enumerate(starts)
+    ]
+    return features, of_reference
+
+
+def _features_record(part: Product, judge: Record) -> Record:
+    without_reference = {key: value for key, value in judge.items() if key != "reference_sha256"}
+    return {"part": digest(part.record)} | without_reference
+
+
+def _reference_record(start: int, judge: Record) -> Record:
+    return {"first": start, "images": REFERENCE_PART} | judge
+
+
 def _make_parts(
-    parts: list[Path], classes: NDArray[np.int64], sampling: Sampling, out: Path, progress: Progress | None
+    parts: list[Product],
+    classes: NDArray[np.int64],
+    sampling: Sampling,
+    given: list[Path] | None,
+    out: Path,
+    progress: Progress | None,
 ) -> None:
     pipeline = functools.cache(lambda: build_pipeline(sampling))
-    given = sorted(Path(sampling.model).rglob("*.png")) if is_folder_of_images(Path(sampling.model)) else None
-    if given is not None and len(given) < len(classes):
-        raise UserError(
-            f"{sampling.model} holds {len(given)} PNG files, fewer than --num-images {len(classes)}."
-        )
 
     def images(number: int) -> bytes:
         indices = range(number * sampling.batch_size, min((number + 1) * sampling.batch_size, len(classes)))
@@ -164,45 +278,26 @@ def _make_parts(
         if progress is not None:
             progress(min(done * sampling.batch_size, len(classes)), len(classes))
 
+    if given is None and speaks() and not all(part.is_made for part in parts):
+        print(f"images are made {describe_place(sampling.dtype)}")
     fill(parts, out / "claims" / "parts", images, report)
 
 
 def _compute_features(
-    units: Any,
+    products: list[Product],
     images_of: Callable[[int], NDArray[np.uint8]],
-    folder: Path,
+    claims: Path,
     extract: Extract,
     progress: Progress | None,
-) -> list[Path]:
-    """Compute the features of every unit that has none yet; returns their files."""
-    files = [folder / f"{number:06d}.npz" for number in range(len(units))]
+) -> None:
+    """Compute the features of every unit that has none yet."""
 
     def features(number: int) -> bytes:
         found, buffer = extract(np.ascontiguousarray(images_of(number))), io.BytesIO()
         np.savez(buffer, pool=found.pool, spatial=found.spatial, probabilities=found.probabilities)
         return buffer.getvalue()
 
-    fill(files, folder.parent / "claims" / folder.name, features, progress)
-    return files
-
-
-@dataclass(frozen=True)
-class Reference:
-    """ADM's reference: so many images uint8 [N, H, W, 3], read in parts, and their statistics if the file has them."""
-
-    path: Path
-    shape: tuple[int, ...]
-    pool: Gaussian | None
-    spatial: Gaussian | None
-
-    def images(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return some of the images; the others are not kept in memory."""
-        size = int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            _read_header(member)
-            member.seek(start * size, io.SEEK_CUR)
-            content = member.read((min(stop, self.shape[0]) - start) * size)
-        return np.frombuffer(content, dtype=np.uint8).reshape(-1, *self.shape[1:])
+    fill(products, claims, features, progress)
 
 
 def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rmoe_megatron.refusal import refusal
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity publishes them
+WEIGHTS_SHA256 = "6726825d"  # the first digits, which their name says
 SPATIAL_CHANNELS = 7  # of the first convolution of the block that TensorFlow calls mixed_6
 POOL, CLASSES = 2048, 1008
 

@@ -14,7 +14,9 @@ from rmoe_megatron import durable
 from rmoe_megatron.data.mazes.grid import Cells, from_text
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.fingerprints import file_digest
 from rmoe_megatron.evaluation.mazes.judge import is_right
+from rmoe_megatron.evaluation.provenance import digest
 from rmoe_megatron.evaluation.results import markdown_table
 from rmoe_megatron.pictures import labelled_grid, png, stacked
 from rmoe_megatron.typed_files import OPEN, read_json
@@ -70,6 +72,11 @@ def read_set(data: Path, limit: int | None) -> tuple[Description, list[Grid]]:
     if not grids:
         raise UserError(f"{data / 'test'} holds no grids; build the set with --test.")
     return description, grids
+
+
+def set_record(data: Path) -> dict[str, str]:
+    """Return a digest of the shards of the test grids, as part of what an evaluation is of."""
+    return {"test": digest([file_digest(shard) for shard in sorted((data / "test").glob("*.tar"))])}
 
 
 def evaluate_mazes(

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from rmoe_megatron.data.shapes.vocabulary import Skill
 from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.evaluation.fingerprints import file_digest
+from rmoe_megatron.evaluation.provenance import digest
 from rmoe_megatron.evaluation.shapes.detector import detect, matches_scene
 from rmoe_megatron.evaluation.shapes.report import JudgedImage, write_report
 from rmoe_megatron.evaluation.shapes.rules import judge
@@ -85,6 +87,14 @@ def evaluate_shapes(
     }
     write_report(results, judged, out)
     return results
+
+
+def set_record(data: Path) -> dict[str, str]:
+    """Return a digest of the shards of every split, as part of what an evaluation is of."""
+    return {
+        split: digest([file_digest(shard) for shard in sorted((data / folder).glob("*.tar"))])
+        for split, folder in SPLITS.items()
+    }
 
 
 def score(judged: list[JudgedImage], images_per_prompt: int = 1) -> dict[str, Any]:
