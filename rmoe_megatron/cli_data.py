@@ -50,6 +50,7 @@ def build_mazes_command(
     from rmoe_megatron.data.mazes.build import MazeSettings, build_mazes
     from rmoe_megatron.data.mazes.sample import Task
 
+    launch.require_one_rank("rmoe data build-mazes")
     if task not in list(Task):
         raise UserError(f"--task {task} must be {' or '.join(Task)}.")
     settings = MazeSettings(

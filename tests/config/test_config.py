@@ -94,7 +94,7 @@ def test_shipped_configurations_are_valid_but_for_their_data(path: Path, tmp_pat
     with pytest.raises(UserError, match=missing):
         check(config, ranks)
     if billions is None:
-        assert path.stem.startswith("shapes_")
+        assert path.stem.startswith(("shapes_", "mazes_"))
     else:
         parameters = dense_parameters(config) + module_parameters(config)
         assert parameters / 1e9 == pytest.approx(billions, abs=0.01)
