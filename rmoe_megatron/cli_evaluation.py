@@ -37,6 +37,13 @@ Scheduler = Annotated[
     typer.Option(help="euler, ddim, dpm or a scheduler class of diffusers; default is the folder's."),
 ]
 NegativePrompt = Annotated[str | None, typer.Option(help="What guidance leads away from.")]
+AllowIncomplete = Annotated[
+    bool,
+    typer.Option(
+        "--allow-incomplete",
+        help="Score images that are not all as they should be; the result counts those that are not.",
+    ),
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the transformer.")]
 ProtocolName = Annotated[str, typer.Option(help="official (bit-faithful, with its quirks) or fixed.")]
 
@@ -309,7 +316,10 @@ def eval_dpg(
 @eval_app.command("imagenet")
 def eval_imagenet(
     model: Annotated[
-        str, typer.Argument(help="diffusers folder of a class-conditional model, or a folder of PNG files.")
+        str,
+        typer.Argument(
+            help="diffusers folder of a class-conditional model, a folder of PNG files, or an .npz."
+        ),
     ],
     reference: Annotated[Path, typer.Option(help="ADM's VIRTUAL_imagenet256_labeled.npz.")],
     inception: Annotated[
@@ -317,11 +327,29 @@ def eval_imagenet(
     ],
     out: Out,
     num_images: Annotated[
-        int, typer.Option(min=8, max=10_000_000, help="Fewer than 50,000 are marked.")
-    ] = 50_000,
+        int | None,
+        typer.Option(
+            min=8,
+            max=10_000_000,
+            help="Default is 50,000, and of images that are given all.",
+            show_default=False,
+        ),
+    ] = None,
+    sampling: Annotated[
+        str,
+        typer.Option(
+            help="dit (DiT's and SiT's protocol: guidance on three channels, learned variance) or pipeline (the folder's)."
+        ),
+    ] = "dit",
     balanced: Annotated[
-        bool, typer.Option("--balanced/--random", help="Classes in turn, or drawn from the seed.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--balanced/--random",
+            help="Classes in turn, or drawn from the seed; default is as --sampling, which draws for dit.",
+            show_default=False,
+        ),
+    ] = None,
+    protocol: ProtocolName = "official",
     steps: Steps = 250,
     guidance: Guidance = 1.5,
     guidance_interval: Interval = (0.0, 1.0),
@@ -331,15 +359,20 @@ def eval_imagenet(
     dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
     again: Again = False,
+    allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """ImageNet 256: FID, sFID, Inception score, precision, recall; with torchrun or srun all ranks share the work."""
     from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.evaluation.imagenet.dit_sampling import Mode
     from rmoe_megatron.evaluation.imagenet.evaluate import Settings, evaluate_imagenet
+    from rmoe_megatron.evaluation.protocol import Protocol
     from rmoe_megatron.sampling import resolve_dtype
 
     check_guidance(guidance, guidance_interval)
     durable.check_writable(out, "--out")
-    sampling = Sampling(
+    if sampling not in ("dit", "pipeline"):
+        raise UserError(f"--sampling {sampling} must be dit or pipeline.")
+    how = Sampling(
         model,
         steps,
         guidance,
@@ -351,8 +384,18 @@ def eval_imagenet(
         resolve_dtype(dtype),
         compile,
     )
-    settings = Settings(out, reference, inception, num_images, balanced=balanced, again=again)
-    evaluate_imagenet(sampling, settings, _bars())
+    settings = Settings(
+        out,
+        reference,
+        inception,
+        num_images,
+        balanced=balanced,
+        again=again,
+        mode=Mode(sampling),
+        protocol=Protocol(_one_of(protocol)),
+        allow_incomplete=allow_incomplete,
+    )
+    evaluate_imagenet(how, settings, _bars())
 
 
 @eval_app.command("compare")

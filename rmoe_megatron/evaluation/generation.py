@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers import SchedulerMixin
 from PIL import Image
 
 from rmoe_megatron.errors import UserError
@@ -92,14 +93,17 @@ def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
     return int(np.random.SeedSequence([seed, prompt_index, image_index]).generate_state(1)[0])
 
 
-def sampling_record(sampling: Sampling) -> Record:
+def sampling_record(sampling: Sampling, sampler: SchedulerMixin | None = None) -> Record:
     """Return what the images of a diffusers folder depend on besides prompt and number, with all defaults resolved.
+
+    Args:
+        sampler: which takes the place of that of the folder or of ``sampling``.
 
     Raises:
         UserError: the folder is none, or the sampler does not fit it.
     """
     folder = Path(sampling.model)
-    sampler = load_sampler(folder, sampling.scheduler)
+    sampler = sampler or load_sampler(folder, sampling.scheduler)
     return {
         "weights": pipeline_record(folder),
         "sampler": {"class": type(sampler).__name__, **_settings(sampler.config)},

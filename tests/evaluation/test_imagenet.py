@@ -13,11 +13,11 @@ from scipy import linalg, stats
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.generation import Sampling
+from rmoe_megatron.evaluation.imagenet.dit_sampling import Mode
 from rmoe_megatron.evaluation.imagenet.evaluate import (
     Settings,
     class_labels,
     evaluate_imagenet,
-    open_reference,
     write_npz,
 )
 from rmoe_megatron.evaluation.imagenet.features import Features, Inception
@@ -28,7 +28,9 @@ from rmoe_megatron.evaluation.imagenet.metrics import (
     inception_score,
     precision_and_recall,
 )
+from rmoe_megatron.evaluation.imagenet.reference import open_reference
 from tests.hf.test_pipelines import recurrent_dit
+from tests.support.sd3_pipeline import save_pipeline
 
 RNG = np.random.default_rng(0)
 
@@ -98,10 +100,47 @@ def test_precision_and_recall_by_brute_force() -> None:
     assert precision_and_recall(real, real + 100, torch.device("cpu")) == (0, 0)
 
 
+def half_distances(points: NDArray[np.floating], others: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Squared distances as ADM's evaluation takes them, every operation rounded to float16 but the sums over features."""
+    points, others = points.astype(np.float16), others.astype(np.float16)
+    found = np.empty((len(points), len(others)), dtype=np.float16)
+    for row, point in enumerate(points):
+        for column, other in enumerate(others):
+            squares = [
+                np.float16(
+                    np.sum([np.float32(np.float16(value * value)) for value in each], dtype=np.float32)
+                )
+                for each in (point, other)
+            ]
+            product = np.float16(np.dot(point.astype(np.float32), other.astype(np.float32)))
+            inner = np.float16(squares[0] - np.float16(np.float16(2) * product))
+            found[row, column] = max(np.float16(inner + squares[1]), np.float16(0))
+    return found.astype(np.float32)
+
+
+def test_precision_and_recall_in_float16_by_brute_force() -> None:
+    """Far from the origin float16 has few values, so that many neighbours are equally far."""
+    real, fake = RNG.standard_normal((40, 3)) + 14, RNG.standard_normal((30, 3)) * 0.7 + 14.8
+    expected = []
+    for points, manifold in ((fake, real), (real, fake)):
+        radii = np.sort(half_distances(manifold, manifold), axis=1)[:, 3]
+        expected.append((half_distances(points, manifold) <= radii).any(axis=1).mean())
+    cpu = torch.device("cpu")
+    official = precision_and_recall(real, fake, cpu, half=True)
+    assert official == pytest.approx(expected)
+    assert official != precision_and_recall(real, fake, cpu)
+    # Beyond 65504 there is no float16: then float32 is taken, as there.
+    large = (1000 * real, 1000 * fake)
+    assert precision_and_recall(*large, cpu, half=True) == precision_and_recall(*large, cpu)
+
+
 def test_classes(tmp_path: Path) -> None:
-    settings = Settings(tmp_path, tmp_path, tmp_path, num_images=50, num_classes=10)
+    settings = Settings(tmp_path, tmp_path, tmp_path, num_images=50, num_classes=10, balanced=True)
     assert (np.bincount(class_labels(settings, 0)) == 5).all()
-    drawn = class_labels(Settings(tmp_path, tmp_path, tmp_path, 50, 10, balanced=False), 0)
+    assert (
+        class_labels(replace(settings, balanced=None, mode=Mode.pipeline), 0) == class_labels(settings, 0)
+    ).all()
+    drawn = class_labels(replace(settings, balanced=None), 0)
     assert set(drawn) <= set(range(10))
     assert len(set(np.bincount(drawn))) > 1
 
@@ -152,7 +191,11 @@ def test_the_whole(tmp_path: Path) -> None:
         one, other = (getattr(each, some).astype(np.float64) for each in (found, real))
         gaussians = [Gaussian(each.mean(axis=0), np.cov(each, rowvar=False)) for each in (one, other)]
         assert results[name] == pytest.approx(frechet_distance(*gaussians), rel=1e-4)
-    assert results["precision"] == precision_and_recall(real.pool, found.pool, torch.device("cpu"))[0]
+    halves = precision_and_recall(real.pool, found.pool, torch.device("cpu"), half=True)
+    assert (results["precision"], results["recall"]) == halves
+    assert results["classes"] == "random"
+    assert results["sampling"]["mode"] == "dit"
+    assert results["sampling"]["sampler"]["variance_type"] == "learned_range"
     # Statistics of the file take the place of those of its images.
     np.savez(
         tmp_path / "reference.npz",
@@ -182,13 +225,60 @@ def test_the_whole(tmp_path: Path) -> None:
         given, replace(settings, out=tmp_path / "from_files"), lambda title: None, extract=colours
     )
     assert json.loads((tmp_path / "from_files" / "results.json").read_text())["fid"] == again["fid"]
-    with pytest.raises(UserError, match="holds 12 PNG files, fewer than --num-images 13"):
-        evaluate_imagenet(
-            given,
-            replace(settings, out=tmp_path / "more", num_images=13),
-            lambda title: None,
-            extract=colours,
-        )
+    # And so does the archive, which ADM's and DiT's scripts write.
+    archive = replace(sampling, model=str(tmp_path / "out" / "samples.npz"))
+    from_npz = replace(settings, out=tmp_path / "from_npz", num_images=None)
+    evaluate_imagenet(archive, from_npz, lambda title: None, extract=colours)
+    results = json.loads((tmp_path / "from_npz" / "results.json").read_text())
+    assert (results["fid"], results["classes"], results["images"]) == (again["fid"], "given", 12)
+
+
+def test_samples_are_never_left_out_in_silence(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", arr_0=images)
+    np.savez(tmp_path / "samples.npz", arr_0=images)
+    (tmp_path / "given").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "given" / f"{number}.png")  # 10.png comes after 2.png
+    for name in ("samples.npz", "given"):
+        sampling = Sampling(str(tmp_path / name), 1, 1.5, 0, 5)
+        for asked, words in (
+            (13, "12 images, fewer than --num-images 13"),
+            (8, "12 images, more than --num-images 8"),
+        ):
+            settings = Settings(tmp_path / f"{name}{asked}", tmp_path / "reference.npz", tmp_path, asked)
+            with pytest.raises(UserError, match=words):
+                evaluate_imagenet(sampling, settings, lambda title: None, extract=colours)
+            assert not settings.out.exists()
+            evaluate_imagenet(
+                sampling, replace(settings, allow_incomplete=True), lambda title: None, extract=colours
+            )
+            results = json.loads((settings.out / "results.json").read_text())
+            assert (results["incomplete"], results["images"]) == (
+                {"given": 12, "asked": asked},
+                min(asked, 12),
+            )
+            with np.load(settings.out / "samples.npz") as file:
+                assert (file["arr_0"] == images[:asked]).all()
+
+
+def test_samples_that_are_none(tmp_path: Path) -> None:
+    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((8, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "floats.npz", arr_0=np.full((8, 8, 8, 3), np.nan))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "sizes").mkdir()
+    for number in range(8):
+        Image.new("RGB", (8 + number, 8)).save(tmp_path / "sizes" / f"{number}.png")
+    save_pipeline(tmp_path / "captions")
+    for name, words in (
+        ("floats.npz", "holds no images uint8"), ("empty", "nor PNG files"), ("sizes", "samples are of one size"),
+        ("captions", "draws captions, not classes"), ("nothing", "not a diffusers folder"),
+    ):  # fmt: skip
+        settings = Settings(tmp_path / f"out_{name}", tmp_path / "reference.npz", tmp_path, 8)
+        with pytest.raises(UserError, match=words):
+            evaluate_imagenet(
+                Sampling(str(tmp_path / name), 1, 1.5, 0, 8), settings, lambda title: None, extract=colours
+            )
 
 
 def test_a_reference_is_read_in_parts(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ import functools
 import io
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,15 @@ from rmoe_megatron.evaluation.generation import (
     image_seed,
     sampling_record,
 )
+from rmoe_megatron.evaluation.imagenet.dit_sampling import (
+    GUIDED_CHANNELS,
+    Mode,
+    published_sampler,
+    require_class_conditional,
+)
+from rmoe_megatron.evaluation.imagenet.dit_sampling import sample as sample_as_dit
 from rmoe_megatron.evaluation.imagenet.features import WEIGHTS, WEIGHTS_SHA256, Features, Inception
+from rmoe_megatron.evaluation.imagenet.given_samples import FolderOfSamples, open_given
 from rmoe_megatron.evaluation.imagenet.metrics import (
     Gaussian,
     RunningGaussian,
@@ -32,17 +40,23 @@ from rmoe_megatron.evaluation.imagenet.metrics import (
     inception_score,
     precision_and_recall,
 )
-from rmoe_megatron.evaluation.provenance import Product, Record, content_digest, digest
+from rmoe_megatron.evaluation.imagenet.reference import Reference, StoredImages, open_reference
+from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.provenance import Product, Record, digest
 from rmoe_megatron.evaluation.results import markdown_table, write_results
 from rmoe_megatron.launch import local_rank, rank, speaks
-from rmoe_megatron.pictures import labelled_grid, open_picture, png
+from rmoe_megatron.pictures import labelled_grid, png
 from rmoe_megatron.platform import inference_device
-from rmoe_megatron.refusal import refusal
+from rmoe_megatron.pretrained.architecture import read_architecture
 from rmoe_megatron.regular_files import check_regular, open_regular
 from rmoe_megatron.sampling import describe_place, sample_images
 from rmoe_megatron.versions import INFERENCE, versions_of
 
-NUM_IMAGES = 50_000  # of FID-50K
+NUM_IMAGES, NUM_CLASSES = 50_000, 1000  # of FID-50K
+PUBLISHED_CHANNELS = 4  # of the latents of the published models
+QUIRKS = [
+    "precision and recall are taken from squared distances in float16, in which near neighbours are equally far: both are larger"
+]
 REFERENCE_PART = 500  # images of the reference whose features are computed together
 SHOWN = 64  # images of the grid
 
@@ -53,35 +67,29 @@ Extract = Callable[[NDArray[np.uint8]], Features]
 class Settings:
     """How many images of which classes, and what they are compared with.
 
-    ``balanced`` takes the classes in turn; else they are drawn from the seed.
+    ``num_images`` is 50,000 by default, and for samples that are given as many as there are. ``balanced`` takes the classes in turn;
+    else they are drawn from the seed, which is the default of the mode ``dit``. ``allow_incomplete`` takes samples that are more or
+    fewer than they should be.
     """
 
     out: Path
     reference: Path
     inception: Path
-    num_images: int = NUM_IMAGES
-    num_classes: int = 1000
-    balanced: bool = True
+    num_images: int | None = None
+    num_classes: int = NUM_CLASSES
+    balanced: bool | None = None
     again: bool = False  # make anew what was made by another command, which is refused otherwise
+    mode: Mode = Mode.dit
+    protocol: Protocol = Protocol.official
+    allow_incomplete: bool = False
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the classes are taken in turn."""
+        return self.mode is Mode.pipeline if self.balanced is None else self.balanced
 
 
-@dataclass(frozen=True)
-class Reference:
-    """ADM's reference: so many images uint8 [N, H, W, 3], read in parts, and their statistics if the file has them."""
-
-    path: Path
-    shape: tuple[int, ...]
-    pool: Gaussian | None
-    spatial: Gaussian | None
-
-    def images(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return some of the images; the others are not kept in memory."""
-        size = int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            _read_header(member)
-            member.seek(start * size, io.SEEK_CUR)
-            content = member.read((min(stop, self.shape[0]) - start) * size)
-        return np.frombuffer(content, dtype=np.uint8).reshape(-1, *self.shape[1:])
+Given = FolderOfSamples | StoredImages
 
 
 def evaluate_imagenet(
@@ -100,21 +108,30 @@ def evaluate_imagenet(
     Raises:
         UserError: a file is missing or not what it should be.
     """
-    out = settings.out
+    out, given = settings.out, open_given(Path(sampling.model))
     reference = open_reference(settings.reference)
     if extract is None and not settings.inception.is_file():
         raise UserError(
             f"There is no file {settings.inception} (--inception); get torch-fidelity's {WEIGHTS}."
         )
+    asked = settings.num_images
+    settings = replace(settings, num_images=_number_of_images(given, sampling, settings))
     classes = class_labels(settings, sampling.seed)
-    given = _given_images(sampling, len(classes))
-    made = (
-        sampling_record(sampling) if given is None else {"images": digest(list(map(content_digest, given)))}
-    )
+    if given is None:
+        _check_classes(sampling, settings)
+        sampler = (
+            published_sampler(Path(sampling.model), sampling.scheduler) if settings.mode is Mode.dit else None
+        )
+        made = sampling_record(sampling, sampler) | {"mode": settings.mode.value}
+        if settings.mode is Mode.dit:
+            made["guided_channels"] = GUIDED_CHANNELS
+    else:
+        made = {"images": digest(given.digests(0, len(classes)))}
     judge = _judge_record(settings, extract)
     identity: Record = {
         "benchmark": "ImageNet 256",
-        "classes": "balanced" if settings.balanced else "random",
+        "protocol": settings.protocol.value,
+        "classes": "given" if given is not None else "balanced" if settings.takes_turns else "random",
         "class_labels": {"number": len(classes), "sha256": digest(classes.tolist())},
         "sampling": made,
         "judge": judge,
@@ -122,13 +139,9 @@ def evaluate_imagenet(
     parts = _part_products(out / "parts", classes, sampling, made, given)
     features, of_reference = _feature_products(out, parts, reference, judge)
     check_out(out, [*parts, *features, *of_reference], identity, settings.again)
-    _make_parts(parts, classes, sampling, given, out, progress("sample"))
     device = inference_device(local_rank())
-    network = functools.cache(lambda: extract or Inception(settings.inception, device))
-
-    def extractor(images: NDArray[np.uint8]) -> Features:
-        return network()(images)
-
+    extractor = extract or Inception(settings.inception, device)  # before an image is made
+    _make_parts(parts, classes, sampling, settings, given, progress("sample"))
     _compute_features(
         features, lambda number: _load(parts[number].path), out / "claims" / "features", extractor, progress("features"),
     )  # fmt: skip
@@ -139,71 +152,102 @@ def evaluate_imagenet(
     )  # fmt: skip
     if rank() == 0:
         paths = _paths(parts)
-        write_npz(out / "samples.npz", paths, settings.num_images)
+        write_npz(out / "samples.npz", paths, len(classes))
         results = identity | {
             "model": str(Path(sampling.model).absolute()),
             "reference": str(settings.reference),
             "extractor": "torch-fidelity's Inception v3 with TensorFlow's weights of 2015-12-05",
-            "differences": _differences(settings, judge),
-            **compare(_paths(features), _paths(of_reference), reference, device),
+            "quirks": QUIRKS if settings.protocol is Protocol.official else [],
+            "differences": _differences(sampling, settings, judge, given),
+            **_incomplete(given, asked),
+            **compare(_paths(features), _paths(of_reference), reference, device, settings.protocol),
         }
         write_results(out, results, table(results), [])
         shown = _load(paths[0])[:SHOWN]
-        durable.write(
-            out / "gallery.png", png(labelled_grid(shown, [str(each) for each in classes[: len(shown)]]))
-        )
+        names = [str(each) for each in (classes if given is None else np.arange(len(shown)))[: len(shown)]]
+        durable.write(out / "gallery.png", png(labelled_grid(shown, names)))
 
 
 def _paths(products: list[Product]) -> list[Path]:
     return [product.path for product in products]
 
 
-def _differences(settings: Settings, judge: Record) -> list[str]:
-    """Return in what a result differs from published ones."""
-    differences = [
-        "precision and recall from distances in float32 (the published code takes float16 where it can)"
-    ]
-    if not str(judge["extractor"]).startswith(WEIGHTS_SHA256):
-        differences.insert(
-            0, f"features of {settings.inception.name}, not of torch-fidelity's published weights"
+def _number_of_images(given: Given | None, sampling: Sampling, settings: Settings) -> int:
+    """Return how many images are scored: as asked for, or as many as are given.
+
+    Raises:
+        UserError: the samples that are given are not as many as asked for.
+    """
+    if given is None:
+        return settings.num_images or NUM_IMAGES
+    asked = settings.num_images or given.count
+    if given.count != asked and not settings.allow_incomplete:
+        few = "fewer" if given.count < asked else "more"
+        raise UserError(
+            f"{sampling.model} holds {given.count} images, {few} than --num-images {asked}; give their number, or --allow-incomplete to "
+            "score the first of them, which the result then says."
         )
+    return min(asked, given.count)
+
+
+def _check_classes(sampling: Sampling, settings: Settings) -> None:
+    classes = require_class_conditional(Path(sampling.model))
+    if classes < settings.num_classes:
+        raise UserError(
+            f"{sampling.model} draws {classes} classes, but ImageNet has {settings.num_classes}; score a model of its classes."
+        )
+
+
+def _incomplete(given: Given | None, asked: int | None) -> Record:
+    """Return how many samples were given and asked for, where that is not the same."""
+    if given is None or asked in (None, given.count):
+        return {}
+    return {"incomplete": {"given": given.count, "asked": asked}}
+
+
+def _differences(sampling: Sampling, settings: Settings, judge: Record, given: Given | None) -> list[str]:
+    """Return in what a result differs from published ones."""
+    differences = []
     if settings.num_images != NUM_IMAGES:
-        differences.insert(0, f"{settings.num_images} images: not FID-50K")
+        differences.append(f"{settings.num_images} images: not FID-50K")
+    if given is not None and given.count != settings.num_images:
+        differences.append(f"the first {settings.num_images} of {given.count} images")
+    if not str(judge["extractor"]).startswith(WEIGHTS_SHA256):
+        differences.append(
+            f"features of {settings.inception.name}, not of torch-fidelity's published weights"
+        )
+    if given is not None:
+        return differences
+    if settings.mode is Mode.pipeline:
+        differences.append("sampled by the folder's pipeline, not by DiT's protocol")
+        return differences
+    if settings.takes_turns:
+        differences.append("classes in turn, which DiT's protocol draws")
+    if sampling.scheduler is not None:
+        differences.append(f"sampled by {sampling.scheduler}")
+    channels = read_architecture(Path(sampling.model) / "transformer", text_length=1).model.in_channels
+    if channels != PUBLISHED_CHANNELS:
+        differences.append(f"guidance moves the first {GUIDED_CHANNELS} of {channels} channels, not of four")
     return differences
 
 
 def class_labels(settings: Settings, seed: int) -> NDArray[np.int64]:
     """Return the class of every image."""
-    if settings.balanced:
-        return np.arange(settings.num_images) % settings.num_classes
-    return np.random.default_rng([seed, settings.num_images]).integers(
-        0, settings.num_classes, settings.num_images
-    )
-
-
-def _given_images(sampling: Sampling, number: int) -> list[Path] | None:
-    """Return the images of a folder in the model's place, None if there is a model.
-
-    Raises:
-        UserError: the folder holds too few.
-    """
-    if not sampling.is_given:
-        return None
-    found = sorted(Path(sampling.model).rglob("*.png"))
-    if len(found) < number:
-        raise UserError(f"{sampling.model} holds {len(found)} PNG files, fewer than --num-images {number}.")
-    return found[:number]
+    number = settings.num_images or NUM_IMAGES
+    if settings.takes_turns:
+        return np.arange(number) % settings.num_classes
+    return np.random.default_rng([seed, number]).integers(0, settings.num_classes, number)
 
 
 def _part_products(
-    folder: Path, classes: NDArray[np.int64], sampling: Sampling, record: Record, given: list[Path] | None
+    folder: Path, classes: NDArray[np.int64], sampling: Sampling, record: Record, given: Given | None
 ) -> list[Product]:
     """Return the files of the images, a batch in each."""
 
     def of_part(start: int) -> Record:
         numbers = range(start, min(start + sampling.batch_size, len(classes)))
         if given is not None:
-            return {"images": [content_digest(given[number]) for number in numbers]}
+            return {"images": given.digests(numbers.start, numbers.stop)}
         return {"first": start, "class_labels": [int(classes[number]) for number in numbers]} | record
 
     return [
@@ -254,22 +298,19 @@ def _make_parts(
     parts: list[Product],
     classes: NDArray[np.int64],
     sampling: Sampling,
-    given: list[Path] | None,
-    out: Path,
+    settings: Settings,
+    given: Given | None,
     progress: Progress | None,
 ) -> None:
-    pipeline = functools.cache(lambda: build_pipeline(sampling))
+    sample = functools.cache(lambda: _sampler(sampling, settings))
 
     def images(number: int) -> bytes:
         indices = range(number * sampling.batch_size, min((number + 1) * sampling.batch_size, len(classes)))
         if given is not None:
-            made = np.stack([np.asarray(open_picture(given[index]).convert("RGB")) for index in indices])
+            made = given.images(indices.start, indices.stop)
         else:
-            made = sample_images(
-                pipeline(), [str(classes[index]) for index in indices],
-                [image_seed(sampling.seed, index, 0) for index in indices],
-                sampling.steps, sampling.guidance, sampling.batch_size, guidance_interval=sampling.guidance_interval,
-            )  # fmt: skip
+            seeds = [image_seed(sampling.seed, index, 0) for index in indices]
+            made = sample()([int(classes[index]) for index in indices], seeds)
         buffer = io.BytesIO()
         np.save(buffer, made)
         return buffer.getvalue()
@@ -280,7 +321,22 @@ def _make_parts(
 
     if given is None and speaks() and not all(part.is_made for part in parts):
         print(f"images are made {describe_place(sampling.dtype)}")
-    fill(parts, out / "claims" / "parts", images, report)
+    fill(parts, settings.out / "claims" / "parts", images, report)
+
+
+def _sampler(sampling: Sampling, settings: Settings) -> Callable[[list[int], list[int]], NDArray[np.uint8]]:
+    """Load the model; returns a function of classes and seeds to images."""
+    pipeline = build_pipeline(sampling)
+    arguments = sampling.steps, sampling.guidance
+    if settings.mode is Mode.dit:
+        pipeline.scheduler = published_sampler(Path(sampling.model), sampling.scheduler)
+        return lambda classes, seeds: sample_as_dit(
+            pipeline, classes, seeds, *arguments, sampling.guidance_interval
+        )
+    return lambda classes, seeds: sample_images(
+        pipeline, list(map(str, classes)), seeds, *arguments, sampling.batch_size,
+        guidance_interval=sampling.guidance_interval,
+    )  # fmt: skip
 
 
 def _compute_features(
@@ -300,44 +356,19 @@ def _compute_features(
     fill(products, claims, features, progress)
 
 
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(member)
-
-
-def open_reference(path: Path) -> Reference:
-    """Open a reference npz; nothing in it is unpickled.
-
-    Raises:
-        UserError: there is no such file, or it holds no images.
-    """
-    if not path.is_file():  # may be a link: the user names it
-        raise UserError(f"There is no file {path} (--reference); get ADM's VIRTUAL_imagenet256_labeled.npz.")
-    with refusal(f"{path} cannot be read as a reference"), np.load(path, allow_pickle=False) as file:
-        names = set(file.files)
-        gaussians = [
-            Gaussian(file[mean].astype(np.float64), file[covariance].astype(np.float64))
-            if {mean, covariance} <= names
-            else None
-            for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
-        ]
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            shape, is_fortran, dtype = _read_header(member)
-    if len(shape) != 4 or dtype != np.uint8 or is_fortran or shape[-1] != 3:
-        raise UserError(f"{path} holds no images uint8 [N, H, W, 3] under arr_0, as ADM's references do.")
-    return Reference(path, shape, *gaussians)
-
-
 def compare(
-    features: list[Path], of_reference: list[Path], reference: Reference, device: torch.device
+    features: list[Path],
+    of_reference: list[Path],
+    reference: Reference,
+    device: torch.device,
+    protocol: Protocol = Protocol.official,
 ) -> dict[str, float | int]:
     """Return the scores of samples against a reference, from files of features read one by one."""
     pool, spatial = _gaussian(features, "pool"), _gaussian(features, "spatial")
     real_pool = reference.pool or _gaussian(of_reference, "pool")
     real_spatial = reference.spatial or _gaussian(of_reference, "spatial")
     samples, real = (np.concatenate(list(_read(files, "pool"))) for files in (features, of_reference))
-    precision, recall = precision_and_recall(real, samples, device)
+    precision, recall = precision_and_recall(real, samples, device, half=protocol is Protocol.official)
     return {
         "fid": frechet_distance(pool, real_pool),
         "sfid": frechet_distance(spatial, real_spatial),

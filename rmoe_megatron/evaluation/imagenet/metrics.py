@@ -1,6 +1,6 @@
 """FID, sFID, Inception score, precision and recall from features, as ADM's evaluation (openai/guided-diffusion) computes them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ type Floats = NDArray[np.floating]
 
 NEIGHBOURS = 3  # whose distance is an image's radius in feature space
 SPLIT = 5000  # images per part of the Inception score
-ROWS = 2048  # features compared with all others at a time
+BLOCK = 10_000  # features compared with as many others at a time, as in ADM's evaluation
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def inception_score(probabilities: Iterable[Floats], split: int = SPLIT) -> floa
     return float(np.mean(scores))
 
 
-def precision_and_recall(reference: Floats, samples: Floats, device: torch.device) -> tuple[float, float]:
+def precision_and_recall(
+    reference: Floats, samples: Floats, device: torch.device, half: bool = False
+) -> tuple[float, float]:
     """Return the share of samples in the reference's manifold, and of the reference in the samples' (Kynkäänniemi et al., 2019).
 
     A point is in a manifold if it is no farther from one of its points than that one's third neighbour is.
@@ -86,26 +88,48 @@ def precision_and_recall(reference: Floats, samples: Floats, device: torch.devic
     Args:
         reference: features [N, D].
         samples: features [M, D].
+        half: take squared distances in float16, block by block, as ADM's evaluation does wherever none of a block overflows.
+            Neighbours then come to lie at equal distances, and both shares are larger.
     """
     real, fake = (
         torch.from_numpy(np.asarray(each, dtype=np.float32)).to(device) for each in (reference, samples)
     )
-    return _share_inside(fake, real), _share_inside(real, fake)
+    distances = _half_distances if half else _squared_distances
+    return _share_inside(fake, real, distances), _share_inside(real, fake, distances)
 
 
-def _share_inside(points: torch.Tensor, manifold: torch.Tensor) -> float:
+Distances = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _share_inside(points: torch.Tensor, manifold: torch.Tensor, distances: Distances) -> float:
     radii = torch.cat(
         [
             # The nearest is the point itself.
-            _squared_distances(rows, manifold).topk(NEIGHBOURS + 1, dim=1, largest=False).values[:, -1]
-            for rows in manifold.split(ROWS)
+            _by_blocks(rows, manifold, distances).topk(NEIGHBOURS + 1, dim=1, largest=False).values[:, -1]
+            for rows in manifold.split(BLOCK)
         ]
     )
-    inside = [(_squared_distances(rows, manifold) <= radii).any(dim=1) for rows in points.split(ROWS)]
+    inside = [(_by_blocks(rows, manifold, distances) <= radii).any(dim=1) for rows in points.split(BLOCK)]
     return float(torch.cat(inside).double().mean())
+
+
+def _by_blocks(rows: torch.Tensor, columns: torch.Tensor, distances: Distances) -> torch.Tensor:
+    return torch.cat([distances(rows, block) for block in columns.split(BLOCK)], dim=1)
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     products = rows @ columns.T
     squares = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
     return (squares - 2 * products).clamp_(min=0)
+
+
+def _half_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return squared distances float32 [N, M] that were taken in float16, unless one of them is not finite there.
+
+    Every operation is rounded to float16; sums over features are accumulated in float32, as matrix units do it.
+    """
+    short, wide = rows.half(), columns.half()
+    products = (short.float() @ wide.float().T).half()
+    squares = [each.square().float().sum(dim=1).half() for each in (short, wide)]
+    found = (squares[0][:, None] - 2 * products + squares[1]).clamp_(min=0).float()
+    return found if found.isfinite().all() else _squared_distances(rows, columns)
