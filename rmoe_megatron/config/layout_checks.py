@@ -50,6 +50,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     )
     _check_compile(config)
     _check_depth(config)
+    _check_exclusive_attention(config)
     _check_trained_stages(config)
     _check_expert_parallelism(config, world_size // pipeline)
     _check_overlap(config)
@@ -91,6 +92,15 @@ def _check_depth(config: RunConfig) -> None:
     }
     for what, is_set in refused.items():
         require(not is_set, f"{name} is not for {what}.")
+
+
+def _check_exclusive_attention(config: RunConfig) -> None:
+    """The own values of a rank's tokens are cut out of all values where these are gathered, which no test proves."""
+    require(
+        not config.model.exclusive_attention
+        or (config.parallel.context_parallel_size == 1 and not config.training.compile),
+        "model.exclusive_attention is not for parallel.context_parallel_size greater than 1 or training.compile=true.",
+    )
 
 
 def _check_trained_stages(config: RunConfig) -> None:

@@ -74,6 +74,8 @@ class ModelConfig:
     rope_theta: float | None = number(None, above=1, most=1.0e9)
     # the first text tokens have the rotary positions of the image's patches, row by row; others those of the first one
     text_on_grid: bool = False
+    # a head's output loses its part along the token's own value (exclusive self-attention)
+    exclusive_attention: bool = False
     dual_attention_layers: list[int] = field(
         default_factory=list
     )  # blocks with SD3.5-medium's second attention
@@ -101,6 +103,7 @@ class RecurrenceConfig:
     rank: int | None = number(128, least=1, most=1 << 16)  # null makes the modules full-rank
     tau: float = number(5.0, above=0, most=1.0e6)
     modulation: bool = True  # Mod(LN(a)) of the latent step
+    # tokens (the latent state), or unmodulated_tokens (the same without adaLN, which carries the timestep), and conditioning
     gate_inputs: list[str] = field(default_factory=lambda: ["tokens", "conditioning"])
     # of B; 0 leaves a base model unchanged, small and positive for training from scratch
     up_init_std: float = number(0.0, least=0, most=10)

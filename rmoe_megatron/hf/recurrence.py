@@ -22,7 +22,8 @@ class Gate(nn.Module):
 
     def __init__(self, hidden_size: int, num_modules: int, gate_inputs: list[str]) -> None:
         super().__init__()
-        self.token = nn.Linear(hidden_size, num_modules, bias=False) if "tokens" in gate_inputs else None
+        sees_tokens = "tokens" in gate_inputs or "unmodulated_tokens" in gate_inputs
+        self.token = nn.Linear(hidden_size, num_modules, bias=False) if sees_tokens else None
         self.conditioning = (
             nn.Linear(hidden_size, num_modules, bias=False) if "conditioning" in gate_inputs else None
         )
@@ -96,6 +97,7 @@ class Recurrence(nn.Module):
     ) -> None:
         super().__init__()
         self.steps = steps
+        self.sees_unmodulated = "unmodulated_tokens" in gate_inputs
         self.gate = Gate(hidden_size, num_modules, gate_inputs)
         self.modulation = nn.Linear(hidden_size, 2 * hidden_size) if modulation else None
         self.experts = Experts(hidden_size, num_modules, rank)
@@ -107,6 +109,7 @@ class Recurrence(nn.Module):
         text: Tensor | None,
         temb: Tensor,
         positions: tuple[Turn, Turn] = (None, None),
+        unmodulated: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention output of vision [B, S, H] and text [B, L, H] (None in SD3's last block and in DiT).
 
@@ -116,22 +119,28 @@ class Recurrence(nn.Module):
             text: modulated text tokens [B, L, H]; None in DiT.
             temb: conditioning vector [B, H], before SiLU.
             positions: rotary ones of vision and of text, as what turns queries and keys by them.
+            unmodulated: vision tokens before normalisation and modulation, for a gate that sees them.
         """
         conditioning = F.silu(temb)
         of_text = None if text is None else text_qkv(attention, text, positions[1])
+        to_gate: Tensor | float = 0.0
+        if self.sees_unmodulated:
+            assert unmodulated is not None
+            to_gate = F.layer_norm(unmodulated, unmodulated.shape[-1:], eps=LAYER_NORM_EPS) - vision
         state = vision
         for _ in range(self.steps - 1):
-            projected = self.apply_modules(state, conditioning)
+            projected = self.apply_modules(state, conditioning, to_gate)
             query, key, value = vision_qkv(attention, projected, positions[0])
+            own = value
             if of_text is not None:
                 key, value = torch.cat((key, of_text[1]), 2), torch.cat((value, of_text[2]), 2)
-            state = attention.to_out[0](attend(query, key, value)) + vision
-        projected = self.apply_modules(state, conditioning) + project_vision(attention, vision)
+            state = attention.to_out[0](attend(attention, query, key, value, own)) + vision
+        projected = self.apply_modules(state, conditioning, to_gate) + project_vision(attention, vision)
         return attend_jointly(attention, vision_qkv(attention, projected, positions[0]), of_text)
 
-    def apply_modules(self, state: Tensor, conditioning: Tensor) -> Tensor:
+    def apply_modules(self, state: Tensor, conditioning: Tensor, to_gate: Tensor | float) -> Tensor:
         """Project token states [B, S, H] with the module picked for each; returns [B, S, 3 H]."""
-        modules = self.gate(state, conditioning)
+        modules = self.gate(state + to_gate, conditioning)
         tokens = F.layer_norm(state, state.shape[-1:], eps=LAYER_NORM_EPS)
         if self.modulation is not None:
             scale, shift = self.modulation(conditioning).unsqueeze(1).chunk(2, dim=-1)
@@ -162,7 +171,7 @@ def attend_jointly(
     length, joint = vision[0].shape[2], vision
     if text is not None:
         joint = tuple(torch.cat(parts, dim=2) for parts in zip(vision, text, strict=True))
-    attended = attend(*joint)
+    attended = attend(attention, joint[0], joint[1], joint[2], own=joint[2])
     output = attention.to_out[0](attended[:, :length])
     if text is None or attention.context_pre_only:
         return output, None
@@ -189,6 +198,18 @@ def normalise(
     return query, key, value
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of [B, heads, S, head_dim] tensors; returns [B, S, H]."""
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, own: Tensor) -> Tensor:
+    """Softmax attention of [B, heads, S, head_dim] tensors; returns [B, S, H].
+
+    Args:
+        attention: if it is exclusive, heads' outputs lose their part along the token's own value.
+        own: values of the tokens that ask.
+    """
+    attended = F.scaled_dot_product_attention(query, key, value)
+    if getattr(attention, "exclusive", False):
+        heads, values = attended.float(), own.float()
+        share = (heads * values).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp_min(
+            1e-12
+        )
+        attended = (heads - share * values).to(attended.dtype)
+    return attended.transpose(1, 2).flatten(2)

@@ -21,9 +21,11 @@ __all__ = ["ModelMixin", "RecurrentDiTTransformer2DModel"]
 class RecurrentAttnProcessor:
     """Runs the recurrence of an attention layer in place of diffusers' AttnProcessor2_0."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, temb: Tensor, **_: Any) -> Tensor:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, temb: Tensor, unmodulated: Tensor | None = None, **_: Any
+    ) -> Tensor:
         """Return what AttnProcessor2_0 returns; ``temb`` [B, H] is the conditioning vector."""
-        return attn.recurrence(attn, hidden_states, None, temb)[0]
+        return attn.recurrence(attn, hidden_states, None, temb, unmodulated=unmodulated)[0]
 
 
 class RecurrentDiTBlock(BasicTransformerBlock):
@@ -51,7 +53,11 @@ class RecurrentDiTBlock(BasicTransformerBlock):
             hidden_states,
             timestep=timestep,
             class_labels=class_labels,
-            cross_attention_kwargs={**(cross_attention_kwargs or {}), "temb": temb},
+            cross_attention_kwargs={
+                **(cross_attention_kwargs or {}),
+                "temb": temb,
+                "unmodulated": hidden_states,
+            },
         )
 
 

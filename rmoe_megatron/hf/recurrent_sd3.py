@@ -34,21 +34,22 @@ class RecurrentJointAttnProcessor:
         encoder_hidden_states: Tensor,
         temb: Tensor,
         positions: tuple[Turn, Turn] = (None, None),
+        unmodulated: Tensor | None = None,
         **_: Any,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Return what JointAttnProcessor2_0 returns; ``temb`` [B, H] is the conditioning vector."""
-        return attn.recurrence(attn, hidden_states, encoder_hidden_states, temb, positions)
+        return attn.recurrence(attn, hidden_states, encoder_hidden_states, temb, positions, unmodulated)
 
 
-class RotaryJointAttnProcessor:
-    """Joint attention with rotary positions, in a block without recurrence."""
+class OwnJointAttnProcessor:
+    """Joint attention with rotary positions or without own values, in a block without recurrence."""
 
     def __call__(
         self,
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        positions: tuple[Turn, Turn],
+        positions: tuple[Turn, Turn] = (None, None),
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return what JointAttnProcessor2_0 returns; ``positions`` are those of vision and of text."""
@@ -66,6 +67,7 @@ class DualAttnProcessor(JointAttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        unmodulated: Tensor | None = None,
     ) -> Tensor:
         """Return what JointAttnProcessor2_0 returns."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
@@ -90,7 +92,10 @@ class RecurrentJointTransformerBlock(JointTransformerBlock):
     ) -> tuple[Tensor, Tensor]:
         """Apply the block; see diffusers' JointTransformerBlock."""
         return super().forward(
-            hidden_states, encoder_hidden_states, temb, {**(joint_attention_kwargs or {}), "temb": temb}
+            hidden_states,
+            encoder_hidden_states,
+            temb,
+            {**(joint_attention_kwargs or {}), "temb": temb, "unmodulated": hidden_states},
         )
 
 
@@ -152,6 +157,7 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
         loop: keys ``first`` and ``last`` (blocks that are passed ``times`` times) and ``recall``; None has none.
         rope_theta: base of the rotary positions in two dimensions; None has none.
         text_on_grid: text tokens have the rotary positions of the patches of an image of ``sample_size``.
+        exclusive_attention: heads' outputs lose their part along the token's own value.
         min_sigma: None: the network's output is the velocity. Otherwise the network predicts the sample, from which
             the velocity follows as ``(noisy - sample) / max(sigma, min_sigma)``.
     """
@@ -183,6 +189,7 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
         loop: dict[str, Any] | None = None,
         rope_theta: float | None = None,
         text_on_grid: bool = False,
+        exclusive_attention: bool = False,
     ) -> None:
         super().__init__(
             sample_size=sample_size,
@@ -217,11 +224,11 @@ class RecurrentSD3Transformer2DModel(CarriesCode, SD3Transformer2DModel):
                 # Of text and of vision; what the blocks use belongs to the model, as its names say.
                 looped.recalls = (Recall(self.inner_dim), Recall(self.inner_dim))
                 self.recall = nn.ModuleList(looped.recalls)
-        if rope_theta is not None:
-            blocks: Any = self.transformer_blocks.children()
-            for block in blocks:
-                if not isinstance(block, RecurrentJointTransformerBlock):
-                    block.attn.set_processor(RotaryJointAttnProcessor())
+        if rope_theta is not None or exclusive_attention:
+            for each in self.transformer_blocks.children():
+                each.attn.exclusive = exclusive_attention
+                if not isinstance(each, RecurrentJointTransformerBlock):
+                    each.attn.set_processor(OwnJointAttnProcessor())
 
     def forward(self, hidden_states: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Predict the velocity; see diffusers' SD3Transformer2DModel."""

@@ -52,6 +52,18 @@ def join_streams(text: Tensor, vision: Tensor) -> Tensor:
     return torch.cat((text.permute(1, 2, 0, 3), vision.permute(1, 2, 0, 3)), dim=2).permute(2, 0, 1, 3)
 
 
+def without_own_value(attended: Tensor, own: Tensor) -> Tensor:
+    """Take out of every head's output its part along the token's own value (exclusive self-attention).
+
+    Args:
+        attended: [S, B, heads head_dim].
+        own: values [S, B, heads, head_dim]; where one is zero the output stays.
+    """
+    heads, values = attended.view_as(own).float(), own.float()
+    share = (heads * values).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    return (heads - share * values).flatten(2).to(attended.dtype)
+
+
 class QueryKeyNorm(nn.Module):
     """RMSNorm of queries and keys over the head dimension (SD3.5); every rank holds the weights and has its own heads."""
 
@@ -98,6 +110,7 @@ class Attention(MegatronModule):
         self.submodules = submodules
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.recompute = config.recompute_granularity == "selective"
+        self.exclusive = False  # set by the block
 
     def _linear_qkv(self) -> MegatronModule:
         return self.submodules.linear_qkv(
@@ -163,11 +176,17 @@ class Attention(MegatronModule):
             )
         return QueryKeyValue(query, gather_context(key, self.config), gather_context(value, self.config))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return ``softmax(q k^T) v`` [S, B, H / TP] from [S, B, heads / TP, head_dim]."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, own: Tensor) -> Tensor:
+        """Return ``softmax(q k^T) v`` [S, B, H / TP] from [S, B, heads / TP, head_dim].
+
+        Args:
+            own: the values of the tokens that ask, as many as queries; used by exclusive attention alone.
+        """
         if self.recompute and self.training:
-            return checkpoint(self.core_attention, False, query, key, value, None)
-        return self.core_attention(query, key, value, attention_mask=None)
+            attended = checkpoint(self.core_attention, False, query, key, value, None)
+        else:
+            attended = self.core_attention(query, key, value, attention_mask=None)
+        return without_own_value(attended, own) if self.exclusive else attended
 
     def attend_vision(
         self, vision: Tensor, text: QueryKeyValue | None, positions: Positions | None = None
@@ -186,8 +205,10 @@ class Attention(MegatronModule):
             vision, self.qk_norm, None if positions is None else positions.vision
         )
         if text is not None:
-            key, value = join_streams(text.key, key), join_streams(text.value, value)
-        return self.linear_proj(self.attend(query, key, value))[0]
+            keys, values = join_streams(text.key, key), join_streams(text.value, value)
+        else:
+            keys, values = key, value
+        return self.linear_proj(self.attend(query, keys, values, own=value))[0]
 
 
 class SelfAttention(Attention):
@@ -272,6 +293,10 @@ class JointAttention(Attention):
         normalised = self.normalise_and_gather(
             vision, self.qk_norm, None if positions is None else positions.vision
         )
-        joint = [join_streams(*parts) for parts in zip(text, normalised, strict=True)]
-        output_text, output_vision = self.attend(*joint).tensor_split([text.query.shape[0]])
+        query, key, value = (join_streams(*parts) for parts in zip(text, normalised, strict=True))
+        own = value
+        if self.exclusive and len(text.query) > len(text.value):  # padding has no value
+            padding = (0, 0, 0, 0, 0, 0, 0, len(text.query) - len(text.value))
+            own = join_streams(nn.functional.pad(text.value, padding), normalised.value)
+        output_text, output_vision = self.attend(query, key, value, own).tensor_split([text.query.shape[0]])
         return self.linear_proj(output_vision)[0], self.linear_proj_context(output_text)[0]

@@ -43,6 +43,7 @@ class BlockSettings:
         text_length: number L of text tokens at the start of the sequence.
         context_pre_only: the last block of SD3, whose text stream ends in the attention.
         recompute: keep the block's input alone for the backward pass and compute the rest again.
+        exclusive_attention: heads' outputs lose their part along the token's own value.
         compile: train through torch.compile, a block without an addition as one graph; evaluation stays as it is.
         addition: name of the module that is added to the attention, after which its parameters are called.
     """
@@ -54,6 +55,7 @@ class BlockSettings:
     context_pre_only: bool = False
     recompute: bool = False
     compile: bool = False
+    exclusive_attention: bool = False
     addition: str | None = None
 
 
@@ -79,6 +81,7 @@ class Block(MegatronModule, BaseTransformerLayer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed * 100_003 + self.layer_number)
             self.build_base(submodules)
+            self.attention.exclusive = settings.exclusive_attention
             # Built last: a block with an addition starts with the same base weights as one without.
             if submodules.addition is not None:
                 fresh = copy.copy(config)
@@ -143,10 +146,17 @@ class Block(MegatronModule, BaseTransformerLayer):
         keys: Tensor,
         positions: Positions | None = None,
         latent_steps: int | None = None,
+        unmodulated: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attention output of modulated vision tokens [S, B, H] and text tokens [L, B, H]."""
+        """Return the attention output of modulated vision tokens [S, B, H] and text tokens [L, B, H].
+
+        Args:
+            unmodulated: the vision tokens before normalisation and modulation, for gates that ask for them.
+        """
         if self.addition is not None:
-            return self.addition(self.attention, vision, text, conditioning, keys, positions, latent_steps)
+            return self.addition(
+                self.attention, vision, text, conditioning, keys, positions, latent_steps, unmodulated
+            )
         vision_qkv = self.attention.project_vision(vision)
         text_qkv = None if text is None else self.attention.project_text(text, positions)
         return self.attention(vision_qkv, text_qkv, positions)

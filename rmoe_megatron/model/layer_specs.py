@@ -54,6 +54,7 @@ def block_spec(config: RunConfig, block: BlockSpec, layer: int) -> ModuleSpec:
         text_length=model.text_length,
         recompute=config.training.recompute is Recompute.full,
         compile=config.training.compile,
+        exclusive_attention=model.exclusive_attention,
         addition=added[0].name if added else None,
     )
     layers = layers_of(config, layer)

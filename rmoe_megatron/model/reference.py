@@ -20,6 +20,7 @@ class ReferenceSettings:
     modulation: bool = True
     gate_inputs: tuple[str, ...] = ("tokens", "conditioning")
     context_pre_only: bool = False
+    exclusive: bool = False
 
 
 def recurrent_joint_attention(
@@ -29,10 +30,11 @@ def recurrent_joint_attention(
     text: Tensor,
     conditioning: Tensor,
     gumbel: list[Tensor] | None,
+    unmodulated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention output of one block for vision [B, S, H] and text [B, L, H].
 
-    ``conditioning`` [B, H] is after SiLU; ``gumbel`` holds T tensors [B, S, M], None is evaluation. Weights have
+    ``unmodulated`` [B, S, H] are the vision tokens before normalisation and modulation. ``conditioning`` [B, H] is after SiLU; ``gumbel`` holds T tensors [B, S, M], None is evaluation. Weights have
     diffusers' names relative to ``attn.``.
     """
 
@@ -47,12 +49,24 @@ def recurrent_joint_attention(
             return x
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weights[f"{name}.weight"]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def normalised(x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        return (x - mean) / ((x - mean).pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, own: Tensor) -> Tensor:
         scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-        return (scores @ v).transpose(1, 2).flatten(2)
+        heads = scores @ v
+        if settings.exclusive:
+            unit = own / own.norm(dim=-1, keepdim=True)
+            heads = heads - (heads * unit).sum(-1, keepdim=True) * unit
+        return heads.transpose(1, 2).flatten(2)
 
     def modules(state: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         logits = torch.zeros(*state.shape[:2], settings.num_modules, dtype=state.dtype)
+        if "unmodulated_tokens" in settings.gate_inputs:
+            assert unmodulated is not None
+            seen = normalised(unmodulated) + (state - vision)
+            logits = logits + seen @ weights["recurrence.gate.token.weight"].T
         if "tokens" in settings.gate_inputs:
             logits = logits + state @ weights["recurrence.gate.token.weight"].T
         if "conditioning" in settings.gate_inputs:
@@ -61,8 +75,7 @@ def recurrent_joint_attention(
         picked = (z == z.amax(-1, keepdim=True)).to(z.dtype)
         p = (z / settings.tau).softmax(-1)
         gate = picked * (1 + p - p.detach()) if gumbel is not None else picked
-        mean = state.mean(-1, keepdim=True)
-        h = (state - mean) / ((state - mean).pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        h = normalised(state)
         if settings.modulation:
             scale, shift = linear("recurrence.modulation", conditioning)[:, None].chunk(2, dim=-1)
             h = h * (1 + scale) + shift
@@ -84,13 +97,14 @@ def recurrent_joint_attention(
     for step in range(settings.steps - 1):
         q, k, v = modules(state, step)
         q, k, v = rms("norm_q", split(q)), rms("norm_k", split(k)), split(v)
-        attended = attend(q, torch.cat((k, c_k), 2), torch.cat((v, c_v), 2))
+        attended = attend(q, torch.cat((k, c_k), 2), torch.cat((v, c_v), 2), own=v)
         state = linear("to_out.0", attended) + vision
     q, k, v = modules(state, settings.steps - 1)
     q = rms("norm_q", split(q + linear("to_q", vision)))
     k = rms("norm_k", split(k + linear("to_k", vision)))
     v = split(v + linear("to_v", vision))
-    attended = attend(torch.cat((q, c_q), 2), torch.cat((k, c_k), 2), torch.cat((v, c_v), 2))
+    values = torch.cat((v, c_v), 2)
+    attended = attend(torch.cat((q, c_q), 2), torch.cat((k, c_k), 2), values, own=values)
     vision_out, text_out = attended.split([vision.shape[1], text.shape[1]], dim=1)
     return linear("to_out.0", vision_out), None if settings.context_pre_only else linear(
         "to_add_out", text_out

@@ -46,6 +46,8 @@ def beyond_diffusers(config: ModelDescription) -> list[str]:
         found.append("recurrence")
     if config.loop is not None:
         found.append("loop")
+    if config.model.exclusive_attention:
+        found.append("model.exclusive_attention")
     if config.model.rope_theta is not None:
         found.append(f"model.rope_theta={config.model.rope_theta:g}")
     if config.diffusion.prediction is Prediction.sample:

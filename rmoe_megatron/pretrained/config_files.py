@@ -44,7 +44,9 @@ class RecurrenceSettings(TypedDict):
     steps: Few
     rank: Width | None
     modulation: bool
-    gate_inputs: Annotated[list[Literal["tokens", "conditioning"]], Field(min_length=1, max_length=2)]
+    gate_inputs: Annotated[
+        list[Literal["tokens", "unmodulated_tokens", "conditioning"]], Field(min_length=1, max_length=2)
+    ]
 
 
 @with_config(CLOSED)

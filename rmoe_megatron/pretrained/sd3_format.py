@@ -29,6 +29,7 @@ class SD3Config(TransformerConfig):
     qk_norm: NotRequired[str | None]
     rope_theta: NotRequired[Annotated[float, Field(gt=1, le=1e9)] | None]
     text_on_grid: NotRequired[bool]
+    exclusive_attention: NotRequired[bool]
     min_sigma: NotRequired[Annotated[float, Field(gt=0, le=1)] | None]
 
 
@@ -52,6 +53,8 @@ class SD3Format(TransformerFormat):
         }
         if description.diffusion.prediction is Prediction.sample:
             arguments["min_sigma"] = MIN_SIGMA
+        if model.exclusive_attention:
+            arguments["exclusive_attention"] = True
         if model.rope_theta is not None:
             arguments |= {"rope_theta": model.rope_theta, "text_on_grid": model.text_on_grid}
         return arguments
@@ -76,4 +79,5 @@ class SD3Format(TransformerFormat):
             "dual_attention_layers": list(values.get("dual_attention_layers") or ()),
             "rope_theta": values.get("rope_theta"),
             "text_on_grid": on_grid,
+            "exclusive_attention": values.get("exclusive_attention", False),
         }

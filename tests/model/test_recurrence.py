@@ -23,14 +23,14 @@ BATCH, VISION = 3, 16
 TOLERANCE = 1e-5
 
 
-def build_block(recurrence: RecurrenceConfig, qk_norm: bool, layer: int):  # type: ignore[no-untyped-def]
+def build_block(recurrence: RecurrenceConfig, qk_norm: bool, layer: int, exclusive: bool = False):  # type: ignore[no-untyped-def]
     from megatron.core.transformer.spec_utils import build_module
 
     from rmoe_megatron.model.layer_specs import block_spec
     from rmoe_megatron.model.mmdit.block import joint_block
     from rmoe_megatron.model.transformer_config import transformer_config
 
-    config = tiny_config(recurrence, model=replace(MODEL, qk_norm=qk_norm))
+    config = tiny_config(recurrence, model=replace(MODEL, qk_norm=qk_norm, exclusive_attention=exclusive))
     block = build_module(
         block_spec(config, joint_block, layer), config=transformer_config(config), layer_number=layer + 1
     )
@@ -64,7 +64,12 @@ CASES = [
     pytest.param(dict(modulation=False), {}, id="no-modulation"),
     pytest.param(dict(gate_inputs=["tokens"]), {}, id="gate-tokens"),
     pytest.param(dict(gate_inputs=["conditioning"]), {}, id="gate-conditioning"),
+    pytest.param(
+        dict(gate_inputs=["unmodulated_tokens", "conditioning"], steps=3), {}, id="gate-unmodulated"
+    ),
     pytest.param({}, dict(qk_norm=False), id="no-qk-norm"),
+    pytest.param({}, dict(exclusive=True), id="exclusive"),
+    pytest.param(dict(steps=3), dict(exclusive=True, context_pre_only=True), id="exclusive-last-block"),
     pytest.param({}, dict(context_pre_only=True), id="last-block"),
     pytest.param({}, dict(training=False), id="evaluation"),
 ]
@@ -74,19 +79,21 @@ CASES = [
 def test_outputs_and_gradients_equal_the_reference(changes: dict, switches: dict) -> None:
     recurrence = replace(RECURRENCE, aux_loss_coeff=0.0, **changes)
     qk_norm, training = switches.get("qk_norm", True), switches.get("training", True)
-    last = switches.get("context_pre_only", False)
+    last, exclusive = switches.get("context_pre_only", False), switches.get("exclusive", False)
     layer = 2 if last else 1
     generator = torch.Generator().manual_seed(1)
     vision, text = (
         torch.randn(BATCH, length, HIDDEN, generator=generator) for length in (VISION, TEXT_LENGTH)
     )
     conditioning = torch.randn(BATCH, HIDDEN, generator=generator)
+    unmodulated = torch.randn(BATCH, VISION, HIDDEN, generator=generator)
     keys = sample_keys(7, torch.arange(BATCH))
     with one_rank(tiny_config()):
-        block = build_block(recurrence, qk_norm, layer).train(training)
+        block = build_block(recurrence, qk_norm, layer, exclusive).train(training)
         inputs = [tensor.transpose(0, 1).contiguous().requires_grad_() for tensor in (vision, text)]
         inputs.append(conditioning.unsqueeze(0).clone().requires_grad_())
-        outputs = block.recurrence(block.attention, *inputs, keys)
+        raw = unmodulated.transpose(0, 1).contiguous()
+        outputs = block.recurrence(block.attention, *inputs, keys, unmodulated=raw)
         directions = [torch.randn(BATCH, VISION, HIDDEN, generator=generator)]
         directions.append(torch.randn(BATCH, TEXT_LENGTH, HIDDEN, generator=generator))
         products = [
@@ -108,10 +115,10 @@ def test_outputs_and_gradients_equal_the_reference(changes: dict, switches: dict
         ]
     settings = ReferenceSettings(
         HEADS, recurrence.num_modules, recurrence.steps, recurrence.rank, recurrence.tau, qk_norm,
-        recurrence.modulation, tuple(recurrence.gate_inputs), last,
+        recurrence.modulation, tuple(recurrence.gate_inputs), last, exclusive,
     )  # fmt: skip
     leaves = [tensor.double().requires_grad_() for tensor in (vision, text, conditioning)]
-    expected = recurrent_joint_attention(settings, weights, *leaves, noise)
+    expected = recurrent_joint_attention(settings, weights, *leaves, noise, unmodulated.double())
     products = [
         (output * direction.double()).sum()
         for output, direction in zip(expected, directions, strict=True)

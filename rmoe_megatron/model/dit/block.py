@@ -53,6 +53,8 @@ class DiTBlock(Block):
         )
         shift, scale, gate, *modulation_mlp = self.modulation(conditioning)
         vision_input = modulate(hidden_states, shift, scale)
-        attended = self.attend(vision_input, None, conditioning, keys, positions, latent_steps)[0]
+        attended = self.attend(
+            vision_input, None, conditioning, keys, positions, latent_steps, hidden_states
+        )[0]
         hidden_states = hidden_states.addcmul(gate, attended)
         return self.feed_forward(self.mlp, hidden_states, *modulation_mlp)

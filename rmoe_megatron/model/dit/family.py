@@ -42,7 +42,14 @@ class DiTFamily(Family):
             "model.downscale_freq_shift must be 1 (diffusers' DiT) or 0 (the original), it is "
             f"{model.downscale_freq_shift}.",
         )
-        for name in (*TEXT_KEYS, "dual_attention_layers", "qk_norm", "rope_theta", "text_on_grid"):
+        for name in (
+            *TEXT_KEYS,
+            "dual_attention_layers",
+            "qk_norm",
+            "rope_theta",
+            "text_on_grid",
+            "exclusive_attention",
+        ):
             value = getattr(model, name)
             require(not value, f"model.{name} is {value}, but a DiT has none; leave it out (qk_norm: false).")
         require(

@@ -59,6 +59,7 @@ class Lora(MegatronModule):
         keys: Tensor,
         positions: Positions | None = None,
         latent_steps: int | None = None,
+        unmodulated: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the block's attention output for vision and text; arguments are those of the recurrence."""
         text_qkv = None if text is None else attention.project_text(text, positions)

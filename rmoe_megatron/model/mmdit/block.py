@@ -82,7 +82,7 @@ class JointBlock(Block):
 
         vision_input, text_input = modulate(vision, shift, scale), modulate(text, text_shift, text_scale)
         attended, text_attended = self.attend(
-            vision_input, text_input, context, keys, positions, latent_steps
+            vision_input, text_input, context, keys, positions, latent_steps, vision
         )
         if self.dual_attention is not None:
             dual_shift, dual_scale, dual_gate = dual

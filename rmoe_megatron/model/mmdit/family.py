@@ -15,7 +15,7 @@ from rmoe_megatron.model.family import (
 )
 
 
-def _check_rotary(model: ModelConfig) -> None:
+def _check_attention(model: ModelConfig) -> None:
     head_dim, patches = model.hidden_size // model.num_attention_heads, model.sample_size // model.patch_size
     require(
         model.rope_theta is None or head_dim % 4 == 0,
@@ -25,6 +25,10 @@ def _check_rotary(model: ModelConfig) -> None:
     require(
         model.rope_theta is None or not model.dual_attention_layers,
         "model.rope_theta is not for blocks with a second attention; set dual_attention_layers=[] or rope_theta=null.",
+    )
+    require(
+        not model.exclusive_attention or not model.dual_attention_layers,
+        "model.exclusive_attention is not for blocks with a second attention; set dual_attention_layers=[].",
     )
     require(
         not model.text_on_grid or (model.rope_theta is not None and model.text_length >= patches**2),
@@ -87,7 +91,7 @@ class MMDiTFamily(Family):
             f"model.pos_embed_max_size ({model.pos_embed_max_size}) must be at least sample_size / patch_size "
             f"({patches}).",
         )
-        _check_rotary(model)
+        _check_attention(model)
 
     def conditioning_multiply_adds(self, model: ModelConfig) -> float:
         """Return multiply-adds of the embeddings of timestep, pooled text and text tokens."""

@@ -7,7 +7,8 @@ from rmoe_megatron.config.requirements import require
 from rmoe_megatron.model.addition import Addition
 from rmoe_megatron.model.family import attention_multiply_adds, linear_parameters
 
-GATE_INPUTS = ("tokens", "conditioning")
+GATE_INPUTS = ("tokens", "unmodulated_tokens", "conditioning")
+TOKEN_INPUTS = GATE_INPUTS[:2]
 
 
 class RecurrenceAddition(Addition[RecurrenceConfig]):
@@ -33,15 +34,18 @@ class RecurrenceAddition(Addition[RecurrenceConfig]):
         )
         inputs = section.gate_inputs
         require(
-            len(inputs) > 0 and set(inputs) <= set(GATE_INPUTS) and len(set(inputs)) == len(inputs),
-            f"recurrence.gate_inputs {inputs} must be one or both of {', '.join(GATE_INPUTS)}.",
+            len(inputs) > 0
+            and set(inputs) <= set(GATE_INPUTS)
+            and len(set(inputs)) == len(inputs)
+            and not set(TOKEN_INPUTS) <= set(inputs),
+            f"recurrence.gate_inputs {inputs} must be conditioning, tokens or unmodulated_tokens, or conditioning and one of the others.",
         )
 
     def multiply_adds(self, model: ModelConfig, section: RecurrenceConfig, vision: int) -> float:
         """Return modules and gate of every latent step, the attention of all but the last, and the one modulation."""
         text, hidden = model.text_length, model.hidden_size
         module = 3 * hidden**2 if section.rank is None else 6 * hidden * section.rank
-        gate = section.num_modules * hidden if "tokens" in section.gate_inputs else 0
+        gate = section.num_modules * hidden if set(TOKEN_INPUTS) & set(section.gate_inputs) else 0
         step, modulation = vision * (module + gate), 2 * hidden**2 if section.modulation else 0
         intermediate = vision * hidden**2 + attention_multiply_adds(vision, vision + text, hidden)
         return section.steps * step + modulation + (section.steps - 1) * intermediate

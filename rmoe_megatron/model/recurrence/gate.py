@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.counter_rng import Purpose, derive, gumbel
+from rmoe_megatron.model.recurrence.addition import TOKEN_INPUTS
 from rmoe_megatron.model.sequence import mark_partial, shard_index
 
 
@@ -43,7 +44,7 @@ class Gate(TopKRouter):
         super().__init__(config=without_bias, pg_collection=pg_collection)
         self.set_layer_number(layer_number)
         self.tau = recurrence.tau
-        if "tokens" not in recurrence.gate_inputs:
+        if not set(TOKEN_INPUTS) & set(recurrence.gate_inputs):
             self.weight = None
         self.conditioning_weight = None
         if "conditioning" in recurrence.gate_inputs:

@@ -60,6 +60,7 @@ class Recurrence(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.steps = recurrence.steps
+        self.sees_unmodulated = "unmodulated_tokens" in recurrence.gate_inputs
         self.recompute = config.recompute_granularity == "selective"
         self.gate = Gate(config, recurrence, layer_number, pg_collection)
         self.modulation = Modulation(config, num_vectors=2) if recurrence.modulation else None
@@ -79,6 +80,7 @@ class Recurrence(MegatronModule):
         keys: Tensor,
         positions: Positions | None = None,
         latent_steps: int | None = None,
+        unmodulated: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the block's attention output for vision [S, B, H] and text [L, B, H] (None in SD3's last block and DiT).
 
@@ -90,13 +92,19 @@ class Recurrence(MegatronModule):
             keys: int64 [B], the samples' keys of the counter-based random numbers.
             positions: of a model with rotary ones; the same in every latent step.
             latent_steps: T of this call; None is the configured number.
+            unmodulated: the vision tokens before normalisation and modulation, for a gate that is to see no timestep in them.
         """
         steps = self.steps if latent_steps is None else latent_steps
         text_qkv = None if text is None else attention.project_text(text, positions)
         noise = self.gate.draw_noise(keys, len(vision), steps) if self.training else [None] * steps
         # What the latent steps have in common.
         scale, shift = self.modulation(conditioning) if self.modulation is not None else (None, None)
-        shared = (conditioning, scale, shift)
+        # From the state to what the gate sees of it: the normalised token in the place of the modulated one.
+        to_gate = None
+        if self.sees_unmodulated:
+            assert unmodulated is not None
+            to_gate = layer_norm(unmodulated) - vision
+        shared = (conditioning, scale, shift, to_gate)
 
         def latent_step(step: int, state: Tensor, *inputs: Tensor | None) -> Tensor:
             module_qkv = self.apply_modules(attention, state, noise[step], *inputs[: len(shared)])
@@ -124,6 +132,7 @@ class Recurrence(MegatronModule):
         conditioning: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
+        to_gate: Tensor | None,
     ) -> Tensor:
         """Project token states [S, B, H] with the module that the gate picks for each.
 
@@ -134,8 +143,10 @@ class Recurrence(MegatronModule):
             noise: Gumbel noise that the gate adds in this latent step, float32 [S, B, M]; None in evaluation.
             conditioning: [1, B, H], after SiLU.
             scale: step modulation [1, B, H], as shift; None without it.
+            to_gate: [S, B, H], what the gate sees beside the state; None is the state alone.
         """
-        weights, routing_map = self.gate(state, conditioning, noise)
+        seen = state if to_gate is None else state + to_gate
+        weights, routing_map = self.gate(seen, conditioning, noise)
         tokens = layer_norm(state) if scale is None or shift is None else modulate(state, shift, scale)
         projected = self.dispatcher.apply(self.experts, tokens, routing_map, weights)
         return split_heads(sequence_to_heads(projected), attention.head_dim)
