@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+OTHER_DTYPE = "choose another --dtype (fp16 ends at 65504), or other weights if they are not finite in any"
 # StableDiffusion3Pipeline drops the unconditional half at a scale of 1 and cannot take it up again.
 ALMOST_NO_GUIDANCE = 1.0 + 1.0e-6
 
@@ -101,7 +102,8 @@ def place_pipeline(pipeline: DiffusionPipeline, dtype: str, device: torch.device
     if device.type != "cpu":  # after the conversion: float32 may need twice the memory that there is
         pipeline.to(device)
     for name, model in models.items():
-        require_finite(model.state_dict().items(), f"{name} of {pipeline.name_or_path or 'the model'}", dtype)
+        where = f"{name} of {pipeline.name_or_path or 'the model'}"
+        require_finite(model.state_dict().items(), where, dtype, OTHER_DTYPE)
 
 
 def convert_model(model: torch.nn.Module, dtype: torch.dtype) -> None:

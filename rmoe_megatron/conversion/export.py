@@ -31,12 +31,14 @@ from rmoe_megatron.pretrained.architecture import (
     with_diffusers_timesteps,
 )
 from rmoe_megatron.pretrained.config_files import OBJECT
+from rmoe_megatron.pretrained.finite import require_finite
 from rmoe_megatron.pretrained.safetensors_folder import MAX_SHARD_SIZE, parse_size, write_model
 from rmoe_megatron.typed_files import read_json
 
 TRANSFORMER_CLASSES = ("auto", "diffusers", "rmoe")
 IMAGENET_CLASSES = 1000  # diffusers' DiTPipeline takes this number for the dropped label
 SD3_COMPONENTS = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+REMEDY = "choose another --dtype (float16 ends at 65504), or an earlier --step if the run has diverged"
 QKV_WEIGHT = "attention.linear_qkv.weight"
 MERGED = [addition for addition in ADDITIONS if not addition.weight_names]
 
@@ -72,7 +74,7 @@ def export_run(
 
     Raises:
         UserError: the run has no complete checkpoint, the class cannot express its model, ``base`` is none of it, the
-            shard size is none, or ``out`` is not empty or cannot be written.
+            shard size is none, a weight is not finite in ``dtype``, or ``out`` is not empty or cannot be written.
     """
     durable.require_empty(out, "The output")
     shard_bytes = parse_size(max_shard_size)
@@ -163,7 +165,13 @@ class DiffusersWeights:
                 if added:
                     tensors = {key: place.read() for key, place in added.items()}
                     tensor = addition.merged(tensor, tensors, self.rules[name].join)
-        return tensor.to(self.dtype)
+        converted = tensor.to(self.dtype)
+        require_finite([(name, converted)], str(self.weights.checkpoint.path), _name_of(self.dtype), REMEDY)
+        return converted
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -39,6 +39,7 @@ from rmoe_megatron.pretrained.architecture import (
     read_architecture,
 )
 from rmoe_megatron.pretrained.config_files import AUTOENCODERS, SCHEDULERS, read_config
+from rmoe_megatron.pretrained.finite import require_finite
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
 
 Progress = Callable[[int, int], None]
@@ -144,16 +145,18 @@ def _import(
         rules = weight_rules((entry.key for entry in state.values()), config.model)
         is_rank0 = dist.get_rank() == 0
         for done, (name, entry) in enumerate(state.items()):
-            state[name] = _filled(entry, rules[entry.key], source)
+            state[name] = _filled(entry, rules[entry.key], source, where)
             if progress is not None and is_rank0:
                 progress(done + 1, len(state))
         _save(state, config, run_dir, is_rank0)
 
 
-def _filled(entry: ShardedTensor, rule: Rule, source: WeightSource) -> ShardedTensor:
+def _filled(entry: ShardedTensor, rule: Rule, source: WeightSource, where: str) -> ShardedTensor:
     """Give an entry this rank's part of the source's tensors, in their own data type."""
     names = rule.names[:1] if isinstance(rule, Copies) else rule.names
-    whole = rule.join([source.read(name) for name in names])
+    tensors = [source.read(name) for name in names]
+    require_finite(zip(names, tensors, strict=True), where, "their own data type", "download the model again")
+    whole = rule.join(tensors)
     part = tuple(
         slice(offset, offset + size)
         for offset, size in zip(entry.global_offset, entry.local_shape, strict=True)

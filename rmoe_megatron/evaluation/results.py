@@ -1,7 +1,7 @@
 """What is left of an evaluation: results.json, a table beside it, and a gallery of judged images."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,22 @@ def _thumbnail(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
-def standard_error(groups: Sequence[Sequence[float]]) -> float | None:
+def prompt_key(number: int, prompt: str) -> str:
+    """Return the name of a prompt in ``prompt_scores``: prompts of another set are never taken for it."""
+    return f"{number:05d} {prompt}"
+
+
+def standard_error(scores: Mapping[str, Mapping[str, float]]) -> float | None:
     """Return how far a score would move with other prompts: the standard error by bootstrap over prompts.
 
     Args:
-        groups: the scores of the prompts of every task; the score is the mean of the tasks' means. The prompts of a task are
-            drawn anew, as many as there are.
+        scores: of the prompts of every task; the score is the mean of the tasks' means. The prompts of a task are drawn anew, as
+            many as there are.
 
     Returns:
         None where a task has a single prompt.
     """
+    groups = [list(of_task.values()) for of_task in scores.values()]
     if min(map(len, groups), default=0) < 2:
         return None
 

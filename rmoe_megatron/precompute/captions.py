@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,26 @@ from rmoe_megatron.data.archive import parse
 from rmoe_megatron.data.decoding import BFLOAT16, DECODERS
 from rmoe_megatron.data.index import TEXT_HIDDEN_STATES, TEXT_POOLED
 from rmoe_megatron.encoders.text import CaptionEncoder, encode_captions
+from rmoe_megatron.pretrained.finite import require_finite
 
 logger = logging.getLogger(__name__)
 
+WIDER = (
+    "set data.precompute.storage=bfloat16, which goes beyond float16's 65504, or look for damage in the encoder's weights if it is "
+    "that already"
+)
 MAX_STORED = 1 << 20  # captions whose places in shards are remembered, at some 200 bytes
+
+
+def require_storable(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Check that encoded values are numbers in the data type that they are stored in.
+
+    Raises:
+        UserError: one is not; names it.
+    """
+    for name, tensor in tensors:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        require_finite([(name, tensor)], where, dtype, WIDER)
 
 
 class CaptionCache:
@@ -49,6 +66,8 @@ class CaptionCache:
             text = encode_captions(self.text_encoder, new)
             rows = zip(text.hidden_states.to(self.dtype).cpu(), text.pooled.to(self.dtype).cpu(), strict=True)
             for caption, (states, pooled) in zip(new, rows, strict=True):
+                named = [("its token states", states), ("its pooled embedding", pooled)]
+                require_storable(named, f"The caption {caption!r:.60}")
                 # Copies: a view would keep the whole batch alive.
                 self._keep(caption, states.clone(), pooled.clone())
         for caption in [each for each in self.encoded if each not in captions]:

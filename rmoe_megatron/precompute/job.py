@@ -23,7 +23,7 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import local_rank, rank, world_size
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.platform import select_device
-from rmoe_megatron.precompute.captions import CaptionCache
+from rmoe_megatron.precompute.captions import CaptionCache, require_storable
 from rmoe_megatron.precompute.shard import DTYPES, ShardEncoder
 from rmoe_megatron.precompute.sources import (
     SOURCES,
@@ -123,6 +123,7 @@ def _load_encoder(config: RunConfig, unfinished: Path) -> ShardEncoder:
         if not (unfinished / NULL_TEXT).exists():
             null_text = encode_captions(text_encoder, [""])
             tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
+            require_storable(tensors.items(), "The empty caption")
             with durable.writing(unfinished / NULL_TEXT) as partial:
                 partial.write_bytes(save(tensors))
     if asked.latents is not Latents.none:

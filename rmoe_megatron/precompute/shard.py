@@ -19,7 +19,7 @@ from rmoe_megatron.data.samples import CLASS_LABEL, TEXT_HIDDEN_STATES, TEXT_POO
 from rmoe_megatron.data.shard_writer import ShardWriter, open_shard
 from rmoe_megatron.data.shards import NoSamplesError, ShardDataset
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_distributions, encode_images
-from rmoe_megatron.precompute.captions import CaptionCache
+from rmoe_megatron.precompute.captions import CaptionCache, require_storable
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +175,7 @@ class ShardEncoder:
         places: dict[str, dict[str, int]],
     ) -> None:
         members = {name: tensor.to(self.dtype).cpu() for name, tensor in latents.items()}
+        require_storable(members.items(), f"The sample {view.key}")
         if self.captions is None or view.caption is None:
             write(view.key, members | view.members)
         elif view.caption in places:

@@ -239,6 +239,34 @@ def test_wrong_tensors_are_listed_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, torch.float16), (1e39, torch.bfloat16)])
+def test_weights_beyond_a_data_type_are_named_and_nothing_is_written(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = make_model("dit").double()
+    model.proj_out_2.bias.data[0] = value
+    model.save_pretrained(tmp_path / "model")
+    import_model(tmp_path / "model", tmp_path / "run")
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        UserError, match=f"has 1 values in .*bias that are not finite in {name}; choose another --dtype"
+    ):
+        export_run(tmp_path / "run", tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+    export_run(tmp_path / "run", tmp_path / "out", dtype=torch.float64)
+
+
+def test_weights_that_are_no_numbers_are_not_imported(tmp_path: Path) -> None:
+    model = make_model("dit")
+    model.proj_out_2.bias.data[3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        UserError, match=r"has 1 values in proj_out_2\.bias that are not finite.*download the model again"
+    ):
+        import_model(tmp_path / "model", tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.distcp"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

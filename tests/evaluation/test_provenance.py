@@ -19,6 +19,7 @@ from rmoe_megatron import durable
 from rmoe_megatron.encoders.fingerprint import sha256_of
 from rmoe_megatron.encoders.source import is_of_the_hub
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.comparison.result_files import read_entries
 from rmoe_megatron.evaluation.dpg.evaluate import Settings as DpgSettings
 from rmoe_megatron.evaluation.dpg.evaluate import evaluate_dpg
 from rmoe_megatron.evaluation.dpg.questions import is_published, read_items
@@ -260,7 +261,11 @@ def test_results_say_all_of_it(models: Path, scored: Path) -> None:
     assert results["judge"]["answerer_sha256"] == model_digest(models / "answerer")
     assert sampling["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert code_fingerprint() in sampling["versions"]["rmoe-megatron"]
-    assert results["standard_error"] == {"soft_tifa_am": None, "soft_tifa_gm": None}  # of one prompt
+    assert results["standard_error"] is None  # of one prompt
+    (of_prompts,) = results["prompt_scores"].values()
+    assert of_prompts == {"00000 a cat": pytest.approx(results["soft_tifa_gm"])}
+    (entry,) = read_entries(scored)  # what compares results reads it
+    assert (entry.score, entry.prompt_scores) == (results["soft_tifa_gm"], results["prompt_scores"])
     record = read_record(scored / "images" / "00000.png")
     assert record is not None
     assert (record["prompt"], record["weights"]) == ("a cat", sampling["weights"])
@@ -347,11 +352,12 @@ def test_the_standard_error_is_that_of_prompts() -> None:
     rng = np.random.default_rng(0)
     groups = [rng.uniform(size=40), rng.uniform(size=10) * 3, rng.integers(0, 2, 25).astype(float)]
     expected = np.sqrt(sum(np.var(group) / len(group) for group in groups)) / len(groups)
-    assert standard_error([group.tolist() for group in groups]) == pytest.approx(expected, rel=0.05)
-    assert standard_error([[1.0, 1.0]]) == 0
-    assert standard_error([[0.5]]) is None
-    assert standard_error([[0.5, 1.0], [0.5]]) is None
-    assert standard_error([]) is None
+    scores = {str(task): dict(enumerate(group.tolist())) for task, group in enumerate(groups)}
+    assert standard_error(scores) == pytest.approx(expected, rel=0.05)
+    assert standard_error({"a": {"p": 1.0, "q": 1.0}}) == 0
+    assert standard_error({"a": {"p": 0.5}}) is None
+    assert standard_error({"a": {"p": 0.5, "q": 1.0}, "b": {"p": 0.5}}) is None
+    assert standard_error({}) is None
 
 
 def test_a_local_folder_of_the_hubs_name_is_another_model(

@@ -18,6 +18,7 @@ from rmoe_megatron.data.mixture import Mixture
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.hf.caption_encoder import TextEmbeddings
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.precompute.captions import CaptionCache
 from rmoe_megatron.precompute.shard import ShardEncoder
@@ -230,3 +231,44 @@ def test_who_has_nothing_to_do_loads_nothing(config: Path, monkeypatch: pytest.M
     assert not job.precompute(loaded, config.parent / "data", out, (0, 2))
     monkeypatch.setattr(job, "load_text_encoder", lambda *_: pytest.fail("an encoder is loaded"))
     assert not job.precompute(loaded, config.parent / "data", out, (0, 2))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+@pytest.mark.parametrize("storage", [Storage.float16, Storage.bfloat16])
+def test_values_beyond_the_storage_are_refused_by_name(
+    tmp_path: Path, storage: Storage, scale: float
+) -> None:
+    """float16 ends at 65504; bfloat16 has float32's range."""
+    samples = [{"png": png(8, 8), "txt": text.encode()} for text in CAPTIONS]
+    write_shard(tmp_path / "0.tar", samples)
+    asked = PrecomputeConfig(storage=storage)
+    dtype = {Storage.float16: torch.float16, Storage.bfloat16: torch.bfloat16}[storage]
+    for what, codec_scale, text_scale in (("latents", scale, 1.0), ("text", 1.0, scale)):
+        codec = PixelCodec(scaling_factor=2.5 * codec_scale)
+        encoder = ScaledEncoder(text_scale)
+        encoding = ShardEncoder(CaptionCache(encoder, dtype), codec, SQUARE, asked)
+        target = tmp_path / f"{what}.tar"
+        if scale == 1.0 or storage is Storage.bfloat16:
+            encoding.encode(tmp_path / "0.tar", target)
+            continue
+        words = (
+            "The sample .* values in latents"
+            if what == "latents"
+            else "The caption .* values in its token states"
+        )
+        with pytest.raises(
+            UserError, match=f"{words}.* that are not finite in float16; set data.precompute.storage=bfloat16"
+        ):
+            encoding.encode(tmp_path / "0.tar", target)
+
+
+class ScaledEncoder(CountingEncoder):
+    """Gives token states of any size."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def encode(self, captions: list[str]) -> TextEmbeddings:
+        encoded = super().encode(captions)
+        return TextEmbeddings(torch.full_like(encoded.hidden_states, self.scale), encoded.pooled)

@@ -35,6 +35,7 @@ from rmoe_megatron.evaluation.question_answering import MODEL_FILES
 from rmoe_megatron.evaluation.results import (
     Example,
     markdown_table,
+    prompt_key,
     standard_error,
     with_error,
     write_results,
@@ -102,6 +103,7 @@ def evaluate_dpg(
     files = [picture.request.path for picture in grids]
     answers = ask_all(items, files, number, answers_of, settings, progress("ask"))
     if rank() == 0:
+        prompt_scores = _prompt_scores(items, answers, settings.protocol)
         results = identity | {
             "model": str(Path(sampling.model).absolute()),
             "answerer": settings.answerer,
@@ -117,7 +119,8 @@ def evaluate_dpg(
             ],
             "cut": _how_cut(files[0], number),
             **score(items, answers, settings.protocol),
-            "standard_error": _standard_error(items, answers, settings.protocol),
+            "standard_error": standard_error(prompt_scores),
+            "prompt_scores": prompt_scores,
         }
         examples = [Example("prompts", file, item.prompt) for item, file in zip(items, files, strict=True)][
             :EXAMPLES
@@ -195,15 +198,16 @@ def _how_cut(file: Path, number: int) -> str:
     return f"{width} x {height} pixels into four tiles of {width // 2} x {height // 2}"
 
 
-def _standard_error(
+def _prompt_scores(
     items: list[Item], answers: list[list[dict[int, str]]], protocol: Protocol
-) -> float | None:
-    """Return the standard error of the overall score in percent, by bootstrap over prompts."""
-    of_prompts = [
-        score([item], [of_images], protocol)["overall"]
-        for item, of_images in zip(items, answers, strict=True)
-    ]
-    return standard_error([[each for each in of_prompts if each is not None]])
+) -> dict[str, dict[str, float]]:
+    """Return the score of every prompt in percent that is not left out, in one group: the benchmark has no tasks."""
+    scores = {}
+    for number, (item, of_images) in enumerate(zip(items, answers, strict=True)):
+        alone = score([item], [of_images], protocol)["overall"]
+        if alone is not None:
+            scores[prompt_key(number, item.prompt)] = float(alone)
+    return {"prompts": scores}
 
 
 def grid(images: list[Image.Image]) -> Image.Image:

@@ -36,6 +36,7 @@ from rmoe_megatron.evaluation.provenance import Product, Record, digest
 from rmoe_megatron.evaluation.results import (
     Example,
     markdown_table,
+    prompt_key,
     standard_error,
     with_error,
     write_results,
@@ -232,9 +233,11 @@ def summarise(
     for verdict in judged:
         by_task[verdict["tag"]].append(verdict["correct"])
         by_prompt[Path(verdict["filename"]).parts[-3]].append(verdict["correct"])
-    shares: dict[str, list[float]] = defaultdict(list)
+    prompt_scores: dict[str, dict[str, float]] = defaultdict(dict)
     for number, verdicts in by_prompt.items():
-        shares[prompts[int(number)]["tag"]].append(float(np.mean(verdicts)))
+        metadata = prompts[int(number)]
+        name = prompt_key(int(number), metadata["prompt"])
+        prompt_scores[metadata["tag"]][name] = float(np.mean(verdicts))
     tasks = {name: float(np.mean(verdicts)) for name, verdicts in by_task.items()}
     complete = is_official(prompts) and settings.images_per_prompt == 4
     return identity | {
@@ -247,12 +250,13 @@ def summarise(
             *([] if complete else ["not the published 553 prompts with 4 images each"]),
         ],
         "overall": float(np.mean(list(tasks.values()))),
-        "standard_error": standard_error(list(shares.values())),
+        "standard_error": standard_error(prompt_scores),
         "tasks": tasks,
         "images_right": float(np.mean([verdict["correct"] for verdict in judged])),
         "prompts_right": float(np.mean([any(verdicts) for verdicts in by_prompt.values()])),
         "prompts": len(by_prompt),
         "images_judged": len(judged),
+        "prompt_scores": prompt_scores,
     }
 
 

@@ -37,6 +37,7 @@ from rmoe_megatron.evaluation.question_answering import MODEL_FILES, QWEN3_VL, Q
 from rmoe_megatron.evaluation.results import (
     Example,
     markdown_table,
+    prompt_key,
     standard_error,
     with_error,
     write_results,
@@ -113,9 +114,11 @@ def evaluate_geneval2(
                 *([] if is_official(prompts) else ["not the published 800 prompts"]),
             ],
             **summarise(scores, prompts),
-            "standard_error": standard_errors(scores),
+            "standard_error": standard_error(score_prompts(scores, prompts, geometric_mean)),
+            "standard_error_am": standard_error(score_prompts(scores, prompts, np.mean)),
             "prompts": len(prompts),
             "atoms": sum(len(atoms) for atoms in scores),
+            "prompt_scores": score_prompts(scores, prompts, geometric_mean),
         }
         write_results(settings.out, results, table(results), _examples(scores, prompts, images))
 
@@ -165,13 +168,16 @@ def ask_all(
     return [read_json(product.path, SCORES) for product in products]
 
 
-def standard_errors(scores: list[list[float]]) -> dict[str, float | None]:
-    """Return the standard errors of both scores in percent, by bootstrap over prompts; None of a single prompt."""
-    errors = {
-        "soft_tifa_am": standard_error([[float(np.mean(atoms)) for atoms in scores]]),
-        "soft_tifa_gm": standard_error([[geometric_mean(atoms) for atoms in scores]]),
+def score_prompts(
+    scores: list[list[float]], prompts: list[Prompt], mean: Callable[[list[float]], float]
+) -> dict[str, dict[str, float]]:
+    """Return the score of every prompt in percent, in one group: the benchmark has no tasks."""
+    return {
+        "prompts": {
+            prompt_key(number, prompt["prompt"]): 100 * float(mean(atoms))
+            for number, (prompt, atoms) in enumerate(zip(prompts, scores, strict=True))
+        }
     }
-    return {name: None if error is None else 100 * error for name, error in errors.items()}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -179,8 +185,8 @@ def table(results: dict[str, Any]) -> str:
     skills, atomicities = results["skills_am"], results["atomicities_gm"]
     header = ["GenEval 2", "AM", "GM", *skills, *(f"{count} atoms" for count in atomicities)]
     means = [
-        with_error(results[name], results["standard_error"][name], digits=2)
-        for name in ("soft_tifa_am", "soft_tifa_gm")
+        with_error(results["soft_tifa_am"], results["standard_error_am"], digits=2),
+        with_error(results["soft_tifa_gm"], results["standard_error"], digits=2),
     ]
     numbers = [f"{number:.2f}" for number in (*skills.values(), *atomicities.values())]
     notes = "".join(f"- {note}\n" for note in results["differences"])

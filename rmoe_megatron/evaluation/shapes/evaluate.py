@@ -12,6 +12,7 @@ from rmoe_megatron.data.shapes.vocabulary import Skill
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.evaluation.fingerprints import file_digest
 from rmoe_megatron.evaluation.provenance import digest
+from rmoe_megatron.evaluation.results import prompt_key
 from rmoe_megatron.evaluation.shapes.detector import detect, matches_scene
 from rmoe_megatron.evaluation.shapes.report import JudgedImage, write_report
 from rmoe_megatron.evaluation.shapes.rules import judge
@@ -110,19 +111,21 @@ def score(judged: list[JudgedImage], images_per_prompt: int = 1) -> dict[str, An
     for item in judged:
         right[item.skill].append(item.verdict.correct)
     skills = {skill.value: float(np.mean(right[skill])) for skill in Skill if right[skill]}
-    prompts: dict[str, list[float]] = defaultdict(list)
-    for first in range(0, len(judged), images_per_prompt):
+    prompt_scores: dict[str, dict[str, float]] = defaultdict(dict)
+    for number, first in enumerate(range(0, len(judged), images_per_prompt)):
         of_prompt = judged[first : first + images_per_prompt]
-        prompts[of_prompt[0].skill].append(float(np.mean([item.verdict.correct for item in of_prompt])))
+        name = prompt_key(number, of_prompt[0].caption)
+        prompt_scores[of_prompt[0].skill][name] = float(np.mean([item.verdict.correct for item in of_prompt]))
     error = None
-    if min(map(len, prompts.values())) > 1:
-        variances = [np.var(shares, ddof=1) / len(shares) for shares in prompts.values()]
-        error = float(np.sqrt(np.sum(variances))) / len(prompts)
+    if min(map(len, prompt_scores.values())) > 1:
+        shares = [list(of_skill.values()) for of_skill in prompt_scores.values()]
+        error = float(np.sqrt(sum(np.var(each, ddof=1) / len(each) for each in shares))) / len(shares)
     return {
         "overall": float(np.mean(list(skills.values()))),
         "standard_error": error,
         "skills": skills,
         "images": len(judged),
+        "prompt_scores": prompt_scores,
     }
 
 
