@@ -1,7 +1,9 @@
 """What backend and precision ask for, what is here, and what a run says of it."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,9 +19,9 @@ from rmoe_megatron.model.backend import (
     fits_grouped_mm,
     is_installed,
     resolve_precision,
-    uses_transformer_engine,
     warn_of_slow_precision,
 )
+from rmoe_megatron.model.layers import layers_of
 from rmoe_megatron.model.transformer_config import transformer_config
 from rmoe_megatron.processor import ProductSeconds
 from rmoe_megatron.training.preflight import check_device
@@ -38,25 +40,50 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "gpu", "installed", "expected"),
+    ("changes", "gpu", "installed", "column", "row"),
     [
-        ({}, True, True, True),
-        ({}, True, False, False),
-        ({}, False, True, False),
-        ({"device": Device.cpu}, True, True, False),
-        ({"backend": Backend.local}, True, True, False),
-        ({"backend": Backend.transformer_engine}, True, True, True),
-        ({"precision": Precision.fp8}, True, True, True),
-        ({"precision": Precision.fp8_emulated}, True, True, False),
+        ({}, True, True, "TEColumnParallelLinear", "TERowParallelLinear"),
+        ({}, True, False, "ColumnParallelLinear", "RowParallelLinear"),
+        ({}, False, True, "ColumnParallelLinear", "RowParallelLinear"),
+        ({"device": Device.cpu}, True, True, "ColumnParallelLinear", "RowParallelLinear"),
+        ({"backend": Backend.local}, True, True, "ColumnParallelLinear", "RowParallelLinear"),
+        (
+            {"backend": Backend.transformer_engine},
+            True,
+            True,
+            "TEColumnParallelLinear",
+            "TERowParallelLinear",
+        ),
+        ({"precision": Precision.fp8}, True, True, "TEColumnParallelLinear", "TERowParallelLinear"),
+        (
+            {"precision": Precision.fp8_emulated},
+            True,
+            True,
+            "EmulatedColumnParallelLinear",
+            "EmulatedRowParallelLinear",
+        ),
     ],
 )
-def test_transformer_engine_is_used_where_it_is(
-    machine: dict[str, bool], changes: dict, gpu: bool, installed: bool, expected: bool
+def test_blocks_are_built_of_the_layers_that_are_there(
+    machine: dict[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict,
+    gpu: bool,
+    installed: bool,
+    column: str,
+    row: str,
 ) -> None:
+    """The classes themselves are looked at, Transformer Engine's through stand-ins of their names."""
+    extension = ModuleType("megatron.core.extensions.transformer_engine")
+    for name in ("TEColumnParallelLinear", "TERowParallelLinear"):
+        setattr(extension, name, type(name, (), {}))
+    monkeypatch.setitem(sys.modules, extension.__name__, extension)
     machine |= {"gpu": gpu, "transformer_engine": installed}
-    config = replace(CONFIG, **changes)
+    config = replace(CONFIG, fp8=Fp8Config(Fp8Recipe.tensorwise, 0, 0), **changes)
     check_backend(config)
-    assert uses_transformer_engine(config) is expected
+    layers = layers_of(config, 0)
+    made = (layers.column_parallel_linear, layers.row_parallel_linear)
+    assert tuple(getattr(each, "func", each).__name__ for each in made) == (column, row)
 
 
 @pytest.mark.parametrize("changes", [{"precision": Precision.fp8}, {"backend": Backend.transformer_engine}])
