@@ -277,7 +277,9 @@ def to_hf(
 
 @convert_app.command("from-hf")
 def from_hf(
-    folder: Annotated[Path, typer.Argument(help="diffusers folder: a pipeline's or a transformer's.")],
+    folder: Annotated[
+        Path, typer.Argument(help="diffusers folder: a pipeline's or a transformer's; or a hub repository.")
+    ],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder to create.")],
     text_length: Annotated[
         int, typer.Option(min=1, max=1 << 16, help="Text tokens of an MM-DiT: CLIP's 77 and T5's.")
@@ -323,7 +325,9 @@ def _parse_parallel(overrides: list[str] | None):  # type: ignore[no-untyped-def
 
 @app.command()
 def sample(
-    model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
+    model: Annotated[
+        Path, typer.Argument(help="Exported diffusers folder, or a hub repository (owner/name).")
+    ],
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt, or a DiT's class label; can be given several times.")
     ] = None,

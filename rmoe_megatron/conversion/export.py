@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from rmoe_megatron.conversion.remote_code import add_remote_code
 from rmoe_megatron.conversion.weight_names import Copies, weight_rules
 from rmoe_megatron.diffusion.build import build_scheduler
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
-from rmoe_megatron.encoders.source import model_folder
-from rmoe_megatron.encoders.text import TEXT_FILES, load_text_encoder
+from rmoe_megatron.encoders.text import load_text_encoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
@@ -32,6 +30,13 @@ from rmoe_megatron.pretrained.architecture import (
 )
 from rmoe_megatron.pretrained.config_files import OBJECT
 from rmoe_megatron.pretrained.finite import require_finite
+from rmoe_megatron.pretrained.hub import model_folder
+from rmoe_megatron.pretrained.model_files import (
+    MODEL_INDEX,
+    TRANSFORMERS_WEIGHTS,
+    copy_part,
+    text_encoder_parts,
+)
 from rmoe_megatron.pretrained.safetensors_folder import MAX_SHARD_SIZE, parse_size, write_model
 from rmoe_megatron.typed_files import read_json
 
@@ -201,7 +206,7 @@ def build_pipeline(config: ModelDescription, transformer: ModelMixin) -> Diffusi
             DiTPipeline if stock and vae.config.get("shift_factor") is None else RecurrentDiTPipeline
         )
         return pipeline_class(transformer=transformer, vae=vae, scheduler=scheduler)
-    encoder = load_text_encoder(config.encoders, config.model.text_length, cpu)
+    encoder = load_text_encoder(config.encoders, config.model.text_length, cpu, config.model.text_hidden_size)
     return RecurrentSD3Pipeline(
         transformer=transformer,
         scheduler=scheduler,
@@ -215,20 +220,25 @@ def _has_sd3_encoders(config: ModelDescription) -> bool:
     name = config.encoders.text_encoder
     if config.model.is_class_conditional or name == "minilm":
         return False
-    return (model_folder(name, TEXT_FILES) / "model_index.json").is_file()
+    parts = functools.partial(text_encoder_parts, dropped=config.encoders.dropped)
+    return (model_folder(name, parts) / MODEL_INDEX).is_file()
 
 
 def _write_sd3_pipeline(config: ModelDescription, transformer: ModelMixin, folder: Path) -> None:
     """Copy the text encoders of diffusers' own StableDiffusion3Pipeline; they can be larger than memory."""
-    source = model_folder(config.encoders.text_encoder, TEXT_FILES)
+    dropped = config.encoders.dropped
+    source = model_folder(
+        config.encoders.text_encoder, functools.partial(text_encoder_parts, dropped=dropped)
+    )
     index: dict[str, Any] = read_json(source / "model_index.json", OBJECT)
     index["_class_name"] = "StableDiffusion3Pipeline"
-    dropped_t5 = "t5" in config.encoders.dropped
+    dropped_t5 = "t5" in dropped
     for name in SD3_COMPONENTS:
         if name.endswith("_3") and dropped_t5:
             index[name] = [None, None]
         elif (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
+            weights = TRANSFORMERS_WEIGHTS if name.startswith("text_encoder") else None
+            copy_part(source / name, folder / name, weights)
     components = {
         "transformer": transformer,
         "scheduler": build_scheduler(config),

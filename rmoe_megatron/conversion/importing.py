@@ -40,6 +40,8 @@ from rmoe_megatron.pretrained.architecture import (
 )
 from rmoe_megatron.pretrained.config_files import AUTOENCODERS, SCHEDULERS, read_config
 from rmoe_megatron.pretrained.finite import require_finite
+from rmoe_megatron.pretrained.hub import is_repository, model_folder
+from rmoe_megatron.pretrained.model_files import transformer_parts
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
 
 Progress = Callable[[int, int], None]
@@ -51,7 +53,7 @@ def import_diffusers(
     """Import the transformer of a diffusers folder.
 
     Args:
-        folder: a pipeline's, with ``transformer/``, or the transformer's own.
+        folder: a pipeline's, with ``transformer/``, or the transformer's own; or the name of a repository of the hub.
         run_dir: run to create; its only checkpoint has step 0.
         text_length: text tokens of an MM-DiT, which diffusers' config does not know.
         parallel: layout of the ranks that import; the checkpoint can be loaded under any.
@@ -59,6 +61,9 @@ def import_diffusers(
     Raises:
         UserError: the folder is none, its tensors are not those of its architecture, or run_dir holds a run.
     """
+    name = None  # of a repository
+    if is_repository(str(folder)):
+        name, folder = str(folder), model_folder(str(folder), transformer_parts)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; download the model first.")
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
@@ -66,7 +71,7 @@ def import_diffusers(
     source = SafetensorsFolder(transformer)
     encoders = EncodersConfig()
     if transformer != folder:
-        encoders = _encoders_of(folder)
+        encoders = _encoders_of(folder, name or str(folder.resolve()))
         architecture = _with_scheduler(architecture, folder / "scheduler" / "scheduler_config.json")
     _import(source, architecture, encoders, run_dir, parallel, str(transformer), progress)
 
@@ -83,14 +88,16 @@ def import_facebook_dit(
     _import(source, source.architecture, EncodersConfig(), run_dir, parallel, str(file), progress)
 
 
-def _encoders_of(folder: Path) -> EncodersConfig:
-    """Return the frozen encoders that come with a pipeline's folder."""
+def _encoders_of(folder: Path, name: str) -> EncodersConfig:
+    """Return the frozen encoders that come with a pipeline's folder, under the name that finds it again."""
     encoders = EncodersConfig()
     if (folder / "text_encoder_2" / "config.json").is_file():
-        encoders.text_encoder = str(folder.resolve())
+        encoders.text_encoder = name
+        if not (folder / "text_encoder_3").is_dir():
+            encoders.dropped = ["t5"]
     vae = folder / "vae" / "config.json"
     if vae.exists() and read_config(vae, AUTOENCODERS)["_class_name"] == "AutoencoderKL":
-        encoders.autoencoder = str(folder.resolve())
+        encoders.autoencoder = name
     return encoders
 
 

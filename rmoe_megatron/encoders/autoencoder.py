@@ -8,10 +8,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.loading import load_autoencoder_folder
+from rmoe_megatron.pretrained.model_files import autoencoder_parts
 
 # Of the images that an autoencoder sees at once: four of 1024 x 1024. Stable Diffusion's widest layer has 128 channels of the image's
 # size, half a gigabyte an image in float32, and several of them live at a time.
@@ -28,7 +29,7 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """
     if name == "pixel":
         return PixelCodec().to(device)
-    folder = model_folder(name, ["vae/*", "config.json", "*.safetensors"])
+    folder = model_folder(name, autoencoder_parts)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (folder / "config.json").exists():
         raise UserError(

@@ -81,7 +81,9 @@ def build_condition_encoder(
     """
     if config.model.is_class_conditional:
         return LabelConditions(config.model.num_classes, device)
-    encoder = load_text_encoder(config.encoders, config.model.text_length, device)
+    encoder = load_text_encoder(
+        config.encoders, config.model.text_length, device, config.model.text_hidden_size
+    )
     null = None
     if null_text is not None:
         null = read_null_text(null_text, config.model, device)

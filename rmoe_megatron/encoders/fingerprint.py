@@ -3,14 +3,17 @@
 import hashlib
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.model import ModelDescription
-from rmoe_megatron.encoders.source import model_folder
-from rmoe_megatron.encoders.text import MINILM_BLOCKS, TEXT_FILES, minilm_folder
+from rmoe_megatron.encoders.text import MINILM_BLOCKS, minilm_folder
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.pretrained.hub import model_folder
+from rmoe_megatron.pretrained.model_files import autoencoder_parts, text_encoder_parts, weight_files
+from rmoe_megatron.regular_files import open_regular, read_bytes
 
 DATASET = "dataset.json"  # beside precomputed shards
 SETTLED = 2.0  # seconds: the coarsest clock of a file system's times
@@ -20,17 +23,16 @@ def describe_autoencoder(name: str) -> dict[str, Any]:
     """Return the name of an autoencoder and the SHA-256 of its weights; pixels have none."""
     if name == "pixel":
         return {"autoencoder": name, "autoencoder_sha256": "pixel"}
-    folder = model_folder(name, ["vae/*", "config.json", "*.safetensors"])
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    return {"autoencoder": name, "autoencoder_sha256": _sha256(sorted(folder.glob("*.safetensors")))}
+    files = weight_files(model_folder(name, autoencoder_parts), autoencoder_parts)
+    return {"autoencoder": name, "autoencoder_sha256": _sha256(files)}
 
 
 def describe_text_encoder(config: ModelDescription) -> dict[str, Any]:
     """Return what the embeddings of captions depend on."""
     name = config.encoders.text_encoder
-    folder = minilm_folder() if name == "minilm" else model_folder(name, TEXT_FILES)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("text_encoder*/*.safetensors"))
-    weights = _sha256(files)
+    parts = partial(text_encoder_parts, dropped=config.encoders.dropped)
+    folder = minilm_folder() if name == "minilm" else model_folder(name, parts)
+    weights = _sha256(weight_files(folder, parts))
     if name == "minilm":  # only some of its blocks are used
         weights = hashlib.sha256(f"{weights} {MINILM_BLOCKS}".encode()).hexdigest()
     return {
@@ -86,9 +88,9 @@ def sha256_of(file: Path) -> str:
     identity = f"{file.resolve()} {found.st_size} {found.st_mtime_ns}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     kept = cache / "rmoe_megatron" / "sha256" / hashlib.sha256(identity.encode()).hexdigest()
-    if kept.is_file() and len(text := kept.read_text()) == 64:
+    if kept.is_file() and len(text := read_bytes(kept, 64).decode()) == 64:
         return text
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         text = hashlib.file_digest(stream, "sha256").hexdigest()
     if time.time() - found.st_mtime < SETTLED:
         return text

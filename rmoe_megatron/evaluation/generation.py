@@ -29,7 +29,7 @@ from rmoe_megatron.evaluation.provenance import (
 )
 from rmoe_megatron.launch import local_rank, rank, speaks, world_size
 from rmoe_megatron.platform import inference_device
-from rmoe_megatron.pretrained.pipeline_folder import MODEL_INDEX
+from rmoe_megatron.pretrained.model_files import MODEL_INDEX
 from rmoe_megatron.sampling import describe_place, load_sampler, open_pipeline, sample_images
 from rmoe_megatron.versions import INFERENCE, versions_of
 from rmoe_megatron.work_queue import WorkQueue

@@ -8,17 +8,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.qwen_pixels import MODES, QwenPixels
 from rmoe_megatron.launch import local_rank
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.pretrained.config_files import OBJECT, check_unknown_keys
+from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.loading import load_judge, load_tokenizer
+from rmoe_megatron.pretrained.model_files import judge_parts
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.typed_files import read_json
 
-MODEL_FILES = ["*.json", "*.txt", "*.safetensors", "*.jinja"]
 QWEN3_VL = "Qwen/Qwen3-VL-8B-Instruct"
 IMAGE, BEFORE, AFTER = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 # Its chat template for one question about one image, written out: nothing of a folder is executed.
@@ -52,7 +52,7 @@ class Qwen3VL:
     """
 
     def __init__(self, name: str) -> None:
-        folder = model_folder(name, MODEL_FILES)
+        folder = model_folder(name, judge_parts)
         self.device = inference_device(local_rank())
         self.model = load_judge(folder, Qwen3VLForConditionalGeneration).to(self.device)
         self.tokenizer = load_tokenizer(folder)

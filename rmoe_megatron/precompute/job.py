@@ -118,7 +118,9 @@ def _load_encoder(config: RunConfig, unfinished: Path) -> ShardEncoder:
     device, asked = select_device(config.device, local_rank()), config.data.precompute
     captions = autoencoder = None
     if not config.model.is_class_conditional:
-        text_encoder = load_text_encoder(config.encoders, config.model.text_length, device)
+        text_encoder = load_text_encoder(
+            config.encoders, config.model.text_length, device, config.model.text_hidden_size
+        )
         captions = CaptionCache(text_encoder, DTYPES[asked.storage])
         if not (unfinished / NULL_TEXT).exists():
             null_text = encode_captions(text_encoder, [""])

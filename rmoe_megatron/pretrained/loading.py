@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,11 +32,11 @@ from rmoe_megatron.pretrained.config_files import (
     read_text_encoder_config,
     read_tokenizer_config,
 )
+from rmoe_megatron.pretrained.model_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.typed_files import read_json
 
-TRANSFORMERS_WEIGHTS_NAME = "model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 
@@ -75,10 +74,10 @@ def load_diffusers_model(folder: Path, model_class: type[ModelMixin], empty: nn.
     Raises:
         UserError: the weights are not those of the model.
     """
-    _check_weights(folder, SAFETENSORS_WEIGHTS_NAME, empty)
+    variant = _check_weights(folder, DIFFUSERS_WEIGHTS, empty)
     with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"):
         model, found = model_class.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder, local_files_only=True, use_safetensors=True, variant=variant, output_loading_info=True
         )
     _check_complete(folder, found["missing_keys"])
     return model.eval()
@@ -102,12 +101,12 @@ def load_text_encoder_folder(
     with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"), torch.device("meta"):
         is_auto = model_class is AutoModel
         empty = AutoModel.from_config(config, trust_remote_code=False) if is_auto else model_class(config)
-    _check_weights(folder, TRANSFORMERS_WEIGHTS_NAME, empty)
+    variant = _check_weights(folder, TRANSFORMERS_WEIGHTS, empty)
     del empty
     with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"), _without_report():
         model, found = model_class.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype,
-            output_loading_info=True,
+            variant=variant, output_loading_info=True,
         )  # fmt: skip
     # Many encoders are published without the pooler of their pre-training, which is not used here.
     _check_complete(folder, [name for name in found["missing_keys"] if not name.startswith("pooler.")])
@@ -134,12 +133,12 @@ def load_judge(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedMo
         config = model_class.config_class.from_dict(values)
     with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"), torch.device("meta"):
         empty = model_class(config)
-    _check_weights(folder, TRANSFORMERS_WEIGHTS_NAME, empty)
+    variant = _check_weights(folder, TRANSFORMERS_WEIGHTS, empty)
     del empty
     with refusal(f"{folder} cannot be loaded as a {model_class.__name__}"), _without_report():
         model, found = model_class.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto",
-            output_loading_info=True,
+            variant=variant, output_loading_info=True,
         )  # fmt: skip
     _check_complete(folder, list(found["missing_keys"]))
     return model.eval().requires_grad_(False)
@@ -202,14 +201,20 @@ def check_class(values: dict[str, Any], expected: type, folder: Path) -> None:
         raise UserError(f"{folder} holds a {values['_class_name']}, where a {expected.__name__} belongs.")
 
 
-def _check_weights(folder: Path, single: str, empty: nn.Module) -> None:
-    """Check that the files can hold the model: what they lack would be allocated and drawn at random."""
-    held = sum(prod(shape) for shape in SafetensorsFolder(folder, single).shapes.values())
+def _check_weights(folder: Path, single: str, empty: nn.Module) -> str | None:
+    """Check that the files can hold the model: what they lack would be allocated and drawn at random.
+
+    Returns:
+        The variant whose name the files have, if any.
+    """
+    files = SafetensorsFolder(folder, single)
+    held = sum(prod(shape) for shape in files.shapes.values())
     described = sum(parameter.numel() for parameter in empty.parameters())
     if described > 2 * held:
         raise UserError(
             f"{folder / 'config.json'} describes {described} parameters, but the weights beside it are {held}."
         )
+    return files.variant
 
 
 def _check_complete(folder: Path, missing: list[str]) -> None:

@@ -33,6 +33,7 @@ from rmoe_megatron.pretrained.architecture import (
     read_architecture,
 )
 from rmoe_megatron.pretrained.config_files import OBJECT, read_config
+from rmoe_megatron.pretrained.hub import is_repository, model_folder
 from rmoe_megatron.pretrained.loading import (
     check_class,
     load_autoencoder_folder,
@@ -41,11 +42,11 @@ from rmoe_megatron.pretrained.loading import (
     load_text_encoder_folder,
     load_tokenizer,
 )
+from rmoe_megatron.pretrained.model_files import MODEL_INDEX, pipeline_parts
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, check_tensors
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.typed_files import check_value, read_json, shown
 
-MODEL_INDEX = "model_index.json"
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
     cls.__name__: cls
     for cls in (RecurrentSD3Pipeline, RecurrentDiTPipeline, StableDiffusion3Pipeline, DiTPipeline)
@@ -73,16 +74,35 @@ SETTINGS: dict[str, TypeAdapter[Any]] = {
 }
 
 
+def pipeline_folder(name: Path) -> Path:
+    """Return the local folder of a pipeline.
+
+    Args:
+        name: a local folder, or a repository of the hub, which is downloaded where the hub's cache lacks it.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = model_folder(str(name), pipeline_parts) if is_repository(str(name)) else name
+    if not (folder / MODEL_INDEX).exists():
+        raise UserError(
+            f"{folder} is not a diffusers folder (no {MODEL_INDEX}); make one with `rmoe convert to-hf`."
+        )
+    return folder
+
+
 def load_pipeline(folder: Path) -> DiffusionPipeline:
     """Load an exported folder, or diffusers' own of Stable Diffusion 3 or DiT, as a pipeline without a bar of its own.
+
+    Args:
+        folder: a local one, or the name of a repository of the hub.
 
     Raises:
         UserError: the folder is none, names a class that is not known here, carries code that only
             ``trust_remote_code`` would run, or a file in it is malformed.
     """
+    folder = pipeline_folder(folder)
     path = folder / MODEL_INDEX
-    if not path.exists():
-        raise UserError(_no_diffusers_folder(folder))
     index = read_json(path, OBJECT)
     name = index.get("_class_name")
     if isinstance(name, list):
@@ -123,16 +143,11 @@ def load_pipeline_scheduler(folder: Path) -> SchedulerMixin:
     Raises:
         UserError: the folder is none, or the sampler's file is malformed.
     """
+    folder = pipeline_folder(folder)
     path = folder / MODEL_INDEX
-    if not path.exists():
-        raise UserError(_no_diffusers_folder(folder))
     found = _component_class(path, "scheduler", read_json(path, OBJECT).get("scheduler"))
     assert found is not None  # no pipeline goes without
     return load_scheduler(folder / "scheduler", found)
-
-
-def _no_diffusers_folder(folder: Path) -> str:
-    return f"{folder} is not a diffusers folder (no {MODEL_INDEX}); make one with `rmoe convert to-hf`."
 
 
 def _component_class(path: Path, key: str, value: object) -> type | None:

@@ -2,39 +2,26 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Protocol, TypedDict
+from typing import Protocol
 
 from diffusers import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import split_torch_state_dict_into_shards
-from pydantic import Field, TypeAdapter, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.pretrained.model_files import DIFFUSERS_WEIGHTS, weights_in
 from rmoe_megatron.regular_files import check_regular
-from rmoe_megatron.typed_files import OPEN, read_json, shown
+from rmoe_megatron.typed_files import shown
 
 MAX_SHARD_SIZE = "5GB"
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]B)", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 FLOATING = ("F64", "F32", "F16", "BF16")
 MAX_PROBLEMS = 5  # tensors that a message names
-
-
-@with_config(OPEN)
-class Index(TypedDict):
-    """What says in which of several files a tensor lies."""
-
-    weight_map: Annotated[
-        dict[str, Annotated[str, Field(pattern=r"^\w[\w.-]*\.safetensors$")]], Field(min_length=1)
-    ]
-
-
-INDEX = TypeAdapter(Index)
 
 
 class WeightSource(Protocol):
@@ -47,28 +34,35 @@ class WeightSource(Protocol):
         ...
 
 
-class SafetensorsFolder:
-    """The weights of a model folder, in one file or in several.
+class SafetensorsFiles:
+    """Weights in one file or in several.
 
     Args:
-        single: name of the file if there is one; diffusers' or transformers'.
+        only_floating: refuse tensors of other types.
+        follow: the user names these files, which may then be links to anywhere.
+
+    Attributes:
+        shapes: of the tensors.
+        dtypes: of the tensors, as safetensors calls them.
 
     Raises:
-        UserError: there are no weights, a file cannot be read, or a tensor is not of floating point.
+        UserError: a file cannot be read, or a tensor is not of floating point.
     """
 
-    def __init__(self, folder: Path, single: str = SAFETENSORS_WEIGHTS_NAME) -> None:
+    def __init__(self, files: Sequence[Path], only_floating: bool = True, follow: bool = False) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
-        for path in _weight_files(folder, single):
-            check_regular(path)
+        for path in files:
+            check_regular(path, follow=follow)
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118  # no mapping
                         part = file.get_slice(name)
                         self.shapes[name] = tuple(part.get_shape())
+                        self.dtypes[name] = part.get_dtype()
                         self._files[name] = path
-                        if single == SAFETENSORS_WEIGHTS_NAME and part.get_dtype() not in FLOATING:
+                        if only_floating and part.get_dtype() not in FLOATING:
                             raise UserError(
                                 f"{path} has {name} of type {part.get_dtype()}; weights are {', '.join(FLOATING)}."
                             )
@@ -81,18 +75,23 @@ class SafetensorsFolder:
             return file.get_tensor(name)
 
 
-def _weight_files(folder: Path, single: str) -> list[Path]:
-    index = folder / f"{single}.index.json"
-    if index.exists():
-        # Plain names alone: diffusers would unpickle a shard of another kind.
-        names = set(read_json(index, INDEX)["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    if (folder / single).exists():
-        return [folder / single]
-    variants = sorted(folder.glob(f"{single.partition('.')[0]}.*.safetensors"))
-    if len(variants) == 1:
-        return variants
-    raise UserError(f"There is no {single} (or its index) in {folder}.")
+class SafetensorsFolder(SafetensorsFiles):
+    """The weights that diffusers or transformers load from a model's folder.
+
+    Args:
+        single: name of the file if there is one; diffusers' or transformers'.
+
+    Attributes:
+        variant: whose name the files have, if any.
+
+    Raises:
+        UserError: there are no weights, a file cannot be read, or a tensor is not of floating point.
+    """
+
+    def __init__(self, folder: Path, single: str = DIFFUSERS_WEIGHTS) -> None:
+        weights = weights_in(folder, single)
+        self.variant = weights.variant
+        super().__init__([folder / name for name in weights.files], only_floating=single == DIFFUSERS_WEIGHTS)
 
 
 def check_tensors(source: WeightSource, model: ModelMixin, where: str) -> None:
@@ -157,7 +156,7 @@ def write_model(
     """
     model.save_config(folder)
     empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+    pattern = DIFFUSERS_WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(
         empty, filename_pattern=pattern, max_shard_size=max_shard_bytes
     )
@@ -175,5 +174,5 @@ def write_model(
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        path = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
+        path = folder / f"{DIFFUSERS_WEIGHTS}.index.json"
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -5,6 +5,7 @@ Megatron-Core is not imported: these checks also take place where a job is submi
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -26,12 +27,13 @@ from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.remote_store import shard_store
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.store import ShardStore
-from rmoe_megatron.encoders.source import present_folder
 from rmoe_megatron.engine.deepspeed.library import check_deepspeed
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.backend import check_backend
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
+from rmoe_megatron.pretrained.hub import present_folder
+from rmoe_megatron.pretrained.model_files import autoencoder_parts, text_encoder_parts
 from rmoe_megatron.typed_files import OPEN, read_json
 
 
@@ -88,7 +90,8 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     check_files(config)
     check_buckets(config)
     if not config.model.is_class_conditional and config.encoders.text_encoder != "minilm":
-        present_folder(config.encoders.text_encoder, "encoders.text_encoder")
+        parts = partial(text_encoder_parts, dropped=config.encoders.dropped)
+        present_folder(config.encoders.text_encoder, "encoders.text_encoder", parts)
     for stage in stages_of(config):
         for folder in folders_of(config, stage):
             check_first_sample(config, folder, stage.sample_size)
@@ -176,7 +179,7 @@ def pixels_per_latent(autoencoder: str) -> int:
     """
     if autoencoder == "pixel":
         return 1
-    folder = present_folder(autoencoder, "encoders.autoencoder")
+    folder = present_folder(autoencoder, "encoders.autoencoder", autoencoder_parts)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     described = read_json(folder / "config.json", AUTOENCODER)
     return 2 ** (len(described["block_out_channels"]) - 1)

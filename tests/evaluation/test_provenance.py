@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from rmoe_megatron import durable
 from rmoe_megatron.encoders.fingerprint import sha256_of
-from rmoe_megatron.encoders.source import is_of_the_hub
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.comparison.result_files import read_entries
 from rmoe_megatron.evaluation.dpg.evaluate import Settings as DpgSettings
@@ -33,6 +32,7 @@ from rmoe_megatron.evaluation.geneval2.prompts import is_official as is_official
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.provenance import Product, differences, png_with, read_record, require_records
 from rmoe_megatron.evaluation.results import standard_error
+from rmoe_megatron.pretrained.hub import is_of_the_hub
 from rmoe_megatron.versions import code_fingerprint, versions_of
 from tests.evaluation.test_dpg import TABLE
 from tests.support.judges import save_answerer

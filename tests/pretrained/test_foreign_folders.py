@@ -250,7 +250,7 @@ def import_parts(folder: Path) -> None:
     from rmoe_megatron.conversion.importing import _encoders_of, _with_scheduler
 
     architecture = read_architecture(folder / "transformer", TEXT_LENGTH)
-    _encoders_of(folder)
+    _encoders_of(folder, str(folder))
     _with_scheduler(architecture, folder / "scheduler" / "scheduler_config.json")
 
 

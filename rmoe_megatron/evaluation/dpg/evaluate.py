@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image
 from pydantic import TypeAdapter
 
-from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.dpg.answering import MPLUG, load_answerer
 from rmoe_megatron.evaluation.dpg.questions import NUM_PROMPTS, Item
@@ -31,7 +30,6 @@ from rmoe_megatron.evaluation.generation import (
 )
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.provenance import Product, Record, digest, png_with, read_record
-from rmoe_megatron.evaluation.question_answering import MODEL_FILES
 from rmoe_megatron.evaluation.results import (
     Example,
     markdown_table,
@@ -43,6 +41,8 @@ from rmoe_megatron.evaluation.results import (
 from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.pictures import open_picture
 from rmoe_megatron.platform import inference_device
+from rmoe_megatron.pretrained.hub import model_folder
+from rmoe_megatron.pretrained.model_files import judge_parts
 from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.versions import INFERENCE, versions_of
 
@@ -243,7 +243,7 @@ def answerer_record(name: str) -> Record:
     """Return what the model that answers is told by; modelscope fetches mPLUG itself, and is told by its version."""
     if name == "mplug":
         return {"answerer": MPLUG, "library": versions_of("modelscope")}
-    return {"answerer_sha256": model_digest(model_folder(name, MODEL_FILES))}
+    return {"answerer_sha256": model_digest(model_folder(name, judge_parts))}
 
 
 def _answer_products(

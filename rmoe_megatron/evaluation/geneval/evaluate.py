@@ -13,7 +13,6 @@ from PIL import ImageOps
 from pydantic import TypeAdapter
 
 from rmoe_megatron import durable
-from rmoe_megatron.encoders.source import model_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.fingerprints import model_digest
 from rmoe_megatron.evaluation.generation import (
@@ -44,12 +43,13 @@ from rmoe_megatron.evaluation.results import (
 from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.pictures import open_picture
 from rmoe_megatron.platform import inference_device
+from rmoe_megatron.pretrained.hub import model_folder
+from rmoe_megatron.pretrained.model_files import judge_parts
 from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.versions import INFERENCE, versions_of
 
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS = 0.3, 0.9, 16  # of scores; objects per class
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
-MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
 METADATA_FILE = "metadata.jsonl"  # beside the samples of a prompt
 EXAMPLES_PER_TASK = 3
 JUDGED = TypeAdapter(list[dict[str, Any]])
@@ -138,8 +138,8 @@ def require_metadata(prompts: list[Metadata], folder: Path) -> None:
 def judge_record(settings: Settings) -> Record:
     """Return what the verdicts depend on besides pictures and prompts."""
     return {
-        "detector_sha256": model_digest(model_folder(settings.detector, MODEL_FILES)),
-        "clip_sha256": model_digest(model_folder(settings.clip, MODEL_FILES)),
+        "detector_sha256": model_digest(model_folder(settings.detector, judge_parts)),
+        "clip_sha256": model_digest(model_folder(settings.clip, judge_parts)),
         "device": inference_device(local_rank()).type,
         "versions": versions_of(*INFERENCE),
     }
@@ -192,8 +192,8 @@ def judge_all(
 
 def _load_judges(settings: Settings) -> tuple[Detector, ColorClassifier]:
     device = inference_device(local_rank())
-    detector = Detector(model_folder(settings.detector, MODEL_FILES), device)
-    return detector, ColorClassifier(model_folder(settings.clip, MODEL_FILES), device)
+    detector = Detector(model_folder(settings.detector, judge_parts), device)
+    return detector, ColorClassifier(model_folder(settings.clip, judge_parts), device)
 
 
 def judge_image(

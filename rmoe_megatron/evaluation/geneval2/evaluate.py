@@ -11,7 +11,6 @@ import numpy as np
 from PIL import ImageOps
 from pydantic import TypeAdapter
 
-from rmoe_megatron.encoders.source import is_of_the_hub, model_folder
 from rmoe_megatron.evaluation.fingerprints import model_digest
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
@@ -33,7 +32,7 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
 )
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.provenance import Product, Record, digest
-from rmoe_megatron.evaluation.question_answering import MODEL_FILES, QWEN3_VL, Qwen3VL
+from rmoe_megatron.evaluation.question_answering import QWEN3_VL, Qwen3VL
 from rmoe_megatron.evaluation.results import (
     Example,
     markdown_table,
@@ -45,6 +44,8 @@ from rmoe_megatron.evaluation.results import (
 from rmoe_megatron.launch import local_rank, rank
 from rmoe_megatron.pictures import open_picture
 from rmoe_megatron.platform import inference_device
+from rmoe_megatron.pretrained.hub import is_of_the_hub, model_folder
+from rmoe_megatron.pretrained.model_files import judge_parts
 from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.versions import INFERENCE, versions_of
 
@@ -84,7 +85,7 @@ def evaluate_geneval2(
 
     pictures, made = plan(requests, sampling, settings.out)
     answerer_made_of = {
-        "answerer_sha256": model_digest(model_folder(settings.answerer, MODEL_FILES)),
+        "answerer_sha256": model_digest(model_folder(settings.answerer, judge_parts)),
         "device": inference_device(local_rank()).type,
         "versions": versions_of(*INFERENCE),
     }
