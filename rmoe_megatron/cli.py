@@ -26,6 +26,7 @@ from rmoe_megatron.cli_options import (
     read_prompts,
 )
 from rmoe_megatron.config.buckets import parse_bucket
+from rmoe_megatron.config.model import Objective
 from rmoe_megatron.errors import Interrupted, RunError, UserError
 from rmoe_megatron.extras import PACKAGE, extra_of
 
@@ -296,18 +297,24 @@ def from_hf(
 
 @convert_app.command("from-facebook-dit")
 def from_facebook_dit(
-    file: Annotated[Path, typer.Argument(help="Checkpoint of the original DiT (.pt).")],
+    file: Annotated[
+        Path, typer.Argument(help="Checkpoint of the original DiT or of SiT (.pt or .safetensors).")
+    ],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder to create.")],
     num_attention_heads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="If the size is not one of the published.")
     ] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(help="ddpm for a DiT, rectified_flow for SiT, whose files hold the same tensors."),
+    ] = None,
     overrides: ParallelOverrides = None,
 ) -> None:
-    """Import a DiT in its original layout."""
+    """Import a DiT, or a SiT, in its original layout."""
     from rmoe_megatron.conversion.importing import import_facebook_dit
 
     parallel = _parse_parallel(overrides)
-    import_facebook_dit(file, run_dir, num_attention_heads, parallel, Bar("import", "tensor"))
+    import_facebook_dit(file, run_dir, num_attention_heads, parallel, Bar("import", "tensor"), objective)
     _say_imported(run_dir)
 
 

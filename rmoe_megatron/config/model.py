@@ -85,6 +85,9 @@ class ModelConfig:
     learned_sigma: bool = False  # twice the output channels: noise and variance
     # of the timestep's frequencies 10000^(-i / (128 - shift)); the original DiT has 0
     downscale_freq_shift: float = number(1.0, least=0, most=1)
+    timestep_scale: float = number(
+        1.0, above=0, most=1
+    )  # times the timestep, before its features; SiT has 0.001
     shared_conditioning: bool = True  # false: timestep and label embeddings of its own in every block
 
     @property

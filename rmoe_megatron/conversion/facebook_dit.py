@@ -1,10 +1,13 @@
-"""The original DiT's checkpoint layout (facebookresearch/DiT), seen under diffusers' names."""
+"""The checkpoint layout of the original DiT (facebookresearch/DiT) and of SiT, seen under diffusers' names."""
 
+import argparse
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rmoe_megatron.config.model import Architecture, DiffusionConfig, ModelConfig, Objective
@@ -38,20 +41,43 @@ _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 # What tells the architecture: tensors with the number of their axes.
 _TELLING = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.bias": 1}
 _NUMBERED = re.compile(r"blocks\.(0|[1-9]\d{0,3})\..+", re.ASCII)
+WRAPPERS = (re.compile(r"module\."), re.compile(r"_orig_mod\."))
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Attention heads are not in the file; published DiTs have these.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint by name, the averaged ones where there are both."""
+class Checkpoint(NamedTuple):
+    """A checkpoint of the original DiT's training.
+
+    Attributes:
+        tensors: the weights by name, the averaged ones where there are both.
+        arguments: of the command that trained it, as far as they are there.
+    """
+
+    tensors: dict[str, Tensor]
+    arguments: dict[str, object]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a ``.pt`` or ``.safetensors`` file; nothing in it is executed, and tensors stay in the file.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else than named tensors of floating point.
+    """
     check_regular(path, follow=True)
     with refusal(f"{path} cannot be read as a file of plain tensors"):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    tensors = content
-    for name in ("model", "ema"):
-        if isinstance(content, dict) and name in content:
-            tensors = content[name]
+        if path.suffix == ".safetensors":
+            content: object = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    tensors, arguments = content, {}
+    if isinstance(content, dict):
+        given = content.get("args")
+        arguments = vars(given) if isinstance(given, argparse.Namespace) else {}
+        for name in ("state_dict", "model", "ema"):
+            tensors = content.get(name, tensors)
     if not isinstance(tensors, dict):
         raise UserError(
             f"{path} is not a DiT checkpoint: it holds a {type(tensors).__name__} and no tensors."
@@ -63,7 +89,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(
                 f"{path} is not a DiT checkpoint: {shown(name)} is no plain tensor of floating point."
             )
-    return {name: value.detach() for name, value in tensors.items()}
+    return Checkpoint({name: value.detach() for name, value in _without_prefixes(tensors).items()}, arguments)
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names that they have without what DDP and torch.compile put before all of them."""
+    while tensors and (found := next((each for each in WRAPPERS if all(map(each.match, tensors))), None)):
+        tensors = {found.sub("", name, count=1): value for name, value in tensors.items()}
+    return tensors
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -81,7 +114,7 @@ def _projection(name: str) -> str:
 
 
 class FacebookDiT:
-    """A ``.pt`` file of the original DiT; tensors are memory-mapped and named as in diffusers.
+    """A file of the original DiT, or of SiT, which has the same tensors; they are memory-mapped and named as in diffusers.
 
     The original computes another function of these weights than diffusers' DiT: the frequencies of its timestep
     features end just before 1/10000 of the first instead of there, and its norms have an epsilon of 1e-6. Both are part
@@ -93,7 +126,7 @@ class FacebookDiT:
 
     def __init__(self, path: Path, num_attention_heads: int | None = None) -> None:
         self.path = path
-        self.tensors = _read_tensors(path)
+        self.tensors, self.arguments = read_checkpoint(path)
         for name, rank in _TELLING.items():
             if name not in self.tensors:
                 raise UserError(f"{path} is not a DiT checkpoint: missing {name}.")

@@ -15,7 +15,7 @@ from rmoe_megatron.checkpoint.model_state import full_state
 from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
 from rmoe_megatron.config.layout_checks import check_layout
 from rmoe_megatron.config.loading import save_config
-from rmoe_megatron.config.model import EncodersConfig, ModelConfig
+from rmoe_megatron.config.model import EncodersConfig, ModelConfig, Objective
 from rmoe_megatron.config.run import (
     DataConfig,
     Device,
@@ -26,6 +26,7 @@ from rmoe_megatron.config.run import (
     TrainingConfig,
 )
 from rmoe_megatron.conversion.facebook_dit import FacebookDiT
+from rmoe_megatron.conversion.sit import SiT, looks_like_sit
 from rmoe_megatron.conversion.weight_names import Copies, Rule, weight_rules
 from rmoe_megatron.durable import check_writable
 from rmoe_megatron.errors import UserError
@@ -82,9 +83,23 @@ def import_facebook_dit(
     num_attention_heads: int | None,
     parallel: ParallelConfig,
     progress: Progress | None = None,
+    objective: Objective | None = None,
 ) -> None:
-    """Import a ``.pt`` file of the original DiT; see :func:`import_diffusers`."""
-    source = FacebookDiT(file, num_attention_heads)
+    """Import a file of the original DiT or of SiT; see :func:`import_diffusers`.
+
+    Args:
+        objective: ddpm for a DiT, rectified_flow for SiT, whose files hold the same tensors; None is for a DiT.
+
+    Raises:
+        UserError: the file is none, or says that it is SiT's and ``objective`` is None.
+    """
+    dit = FacebookDiT(file, num_attention_heads)
+    if objective is None and looks_like_sit(file, dit.arguments):
+        raise UserError(
+            f"{file} seems to be of SiT, which has the tensors of a DiT and another objective; add --objective rectified_flow, or "
+            "--objective ddpm if it is a DiT."
+        )
+    source = SiT(dit) if objective is Objective.rectified_flow else dit
     _import(source, source.architecture, EncodersConfig(), run_dir, parallel, str(file), progress)
 
 

@@ -68,7 +68,9 @@ class RecurrentDiTTransformer2DModel(CarriesCode, DiTTransformer2DModel):
         recurrence: keys ``layers`` (block numbers from 0), ``num_modules``, ``steps``, ``rank`` (None: full rank),
             ``modulation`` and ``gate_inputs``; None has none.
         downscale_freq_shift: of the timestep features. 1: those of DiTTransformer2DModel, which has this value fixed;
-            0: those of the original DiT. The other arguments are those of DiTTransformer2DModel.
+            0: those of the original DiT.
+        timestep_scale: times the timestep, before its features; 1 in DiTTransformer2DModel, 0.001 in SiT, whose time is
+            from 0 to 1. The other arguments are those of DiTTransformer2DModel.
     """
 
     _no_split_modules = ["BasicTransformerBlock", "RecurrentDiTBlock"]
@@ -97,6 +99,7 @@ class RecurrentDiTTransformer2DModel(CarriesCode, DiTTransformer2DModel):
         norm_eps: float = 1e-5,
         recurrence: dict[str, Any] | None = None,
         downscale_freq_shift: float = 1.0,
+        timestep_scale: float = 1.0,
     ) -> None:
         block = {
             "dropout": dropout,
@@ -130,3 +133,4 @@ class RecurrentDiTTransformer2DModel(CarriesCode, DiTTransformer2DModel):
             )
         for transformer_block in self.transformer_blocks:
             transformer_block.norm1.emb.time_proj.downscale_freq_shift = downscale_freq_shift
+            transformer_block.norm1.emb.time_proj.scale = timestep_scale

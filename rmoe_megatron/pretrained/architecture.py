@@ -19,10 +19,11 @@ from rmoe_megatron.config.model import (
 )
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.checks import check_model
-from rmoe_megatron.pretrained.config_files import read_config
+from rmoe_megatron.pretrained.config_files import OBJECT, check_config, read_config
 from rmoe_megatron.pretrained.dit_format import DiTFormat
 from rmoe_megatron.pretrained.sd3_format import SD3Format
-from rmoe_megatron.pretrained.transformer_format import TransformerFormat
+from rmoe_megatron.pretrained.transformer_format import TransformerFormat, require_fixed
+from rmoe_megatron.typed_files import read_json, shown
 
 FORMATS: dict[Architecture, TransformerFormat] = {
     Architecture.mmdit: SD3Format(),
@@ -34,6 +35,23 @@ CLASSES: dict[str, type[ModelMixin]] = {
 }
 TRANSFORMERS: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(each.config) for name, each in _BY_CLASS.items()
+}
+# What diffusers called a DiT before it had a class of its own, as facebook/DiT-XL-2-256 says; other norms were other models.
+FORMER_DIT, FORMER_NORM = "Transformer2DModel", "ada_norm_zero"
+# What that class did where its configuration does not say it, and DiT's does not.
+FORMER_DEFAULTS = {
+    "norm_type": "layer_norm",
+    "activation_fn": "geglu",
+    "attention_bias": False,
+    "norm_elementwise_affine": True,
+}
+FORMER_FIXED = {
+    "cross_attention_dim": None,
+    "num_vector_embeds": None,
+    "caption_channels": None,
+    "double_self_attention": False,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
 }
 MAX_POSITION_VALUES = 1 << 28  # SD3.5-medium's are 384 x 384 x 1536
 RECURRENCE_KEYS = ("layers", "num_modules", "steps", "rank", "modulation", "gate_inputs")
@@ -54,6 +72,8 @@ def beyond_diffusers(config: ModelDescription) -> list[str]:
         found.append("diffusion.prediction=sample")
     if config.model.downscale_freq_shift != ModelConfig.downscale_freq_shift:
         found.append(f"model.downscale_freq_shift={config.model.downscale_freq_shift:g}")
+    if config.model.timestep_scale != ModelConfig.timestep_scale:
+        found.append(f"model.timestep_scale={config.model.timestep_scale:g}")
     return found
 
 
@@ -119,7 +139,38 @@ def read_architecture(folder: Path, text_length: int) -> ImportedArchitecture:
         UserError: the file is missing, of another class, or of a variant that is not supported.
     """
     path = folder / "config.json"
-    values = read_config(path, TRANSFORMERS)
+    return describe_architecture(read_transformer_config(path), path, text_length)
+
+
+def read_transformer_config(path: Path) -> dict[str, Any]:
+    """Read the config.json of a transformer; ``_class_name`` is that of one of today's classes.
+
+    Raises:
+        UserError: the file cannot be read, is of another class, or has a value that its class cannot have.
+    """
+    named = read_json(path, OBJECT)
+    if named.get("_class_name") != FORMER_DIT:
+        return read_config(path, TRANSFORMERS)
+    values = FORMER_DEFAULTS | named
+    if values["norm_type"] != FORMER_NORM:
+        raise UserError(
+            f"{path} describes a {FORMER_DIT} with norm_type {shown(values['norm_type'])}, which is no DiT; supported is "
+            f"{FORMER_NORM}."
+        )
+    require_fixed(path, values, FORMER_FIXED)
+    return check_config(values | {"_class_name": DiTFormat.stock.__name__}, TRANSFORMERS, path)
+
+
+def describe_architecture(values: dict[str, Any], path: Path, text_length: int) -> ImportedArchitecture:
+    """Translate a checked configuration of diffusers.
+
+    Args:
+        path: where it is from, for messages.
+        text_length: which diffusers' config does not know.
+
+    Raises:
+        UserError: it is of a variant that is not supported.
+    """
     transformer, heads = _BY_CLASS[values["_class_name"]], values["num_attention_heads"]
     model = ModelConfig(
         sample_size=values["sample_size"],

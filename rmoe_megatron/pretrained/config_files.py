@@ -243,7 +243,12 @@ def read_config(path: Path, models: dict[str, TypeAdapter[Any]]) -> dict[str, An
     Raises:
         UserError: the file cannot be read, is of another class, or has a value that its class cannot have.
     """
-    named = read_json(path, OBJECT, allow_infinite=True)  # DPM-Solver's lambda_min_clipped is minus infinity
+    # DPM-Solver's lambda_min_clipped is minus infinity.
+    return check_config(read_json(path, OBJECT, allow_infinite=True), models, path)
+
+
+def check_config(named: dict[str, Any], models: dict[str, TypeAdapter[Any]], path: Path) -> dict[str, Any]:
+    """Check a configuration of diffusers; see :func:`read_config`."""
     name = named.get("_class_name")
     if not isinstance(name, str) or name not in models:
         raise UserError(f"{path} describes a {shown(name)}; supported are {', '.join(models)}.")

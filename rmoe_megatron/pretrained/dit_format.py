@@ -30,6 +30,7 @@ class DiTConfig(TransformerConfig):
     num_embeds_ada_norm: Rows
     norm_eps: NotRequired[Annotated[float, Field(gt=0, le=1)]]
     downscale_freq_shift: NotRequired[Fraction]
+    timestep_scale: NotRequired[Annotated[float, Field(gt=0, le=1)]]
     norm_num_groups: NotRequired[Heads]
     attention_bias: NotRequired[bool]
     norm_elementwise_affine: NotRequired[bool]
@@ -55,6 +56,8 @@ class DiTFormat(TransformerFormat):
         }
         if model.downscale_freq_shift != ModelConfig.downscale_freq_shift:
             arguments["downscale_freq_shift"] = model.downscale_freq_shift
+        if model.timestep_scale != ModelConfig.timestep_scale:
+            arguments["timestep_scale"] = model.timestep_scale
         return arguments
 
     def model_settings(self, values: dict[str, Any], path: Path, text_length: int) -> dict[str, Any]:
@@ -73,4 +76,5 @@ class DiTFormat(TransformerFormat):
             "num_classes": values["num_embeds_ada_norm"],
             "learned_sigma": out_channels == 2 * channels,
             "downscale_freq_shift": values.get("downscale_freq_shift", ModelConfig.downscale_freq_shift),
+            "timestep_scale": values.get("timestep_scale", ModelConfig.timestep_scale),
         }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -189,6 +190,17 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep diffusers' warnings out of the log."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 def check_class(values: dict[str, Any], expected: type, folder: Path) -> None:

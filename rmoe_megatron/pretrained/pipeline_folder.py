@@ -11,6 +11,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     ModelMixin,
@@ -27,12 +28,13 @@ from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.pretrained.architecture import (
     CLASSES,
-    TRANSFORMERS,
+    FORMER_DIT,
     check_described_model,
     empty_transformer,
     read_architecture,
+    read_transformer_config,
 )
-from rmoe_megatron.pretrained.config_files import OBJECT, read_config
+from rmoe_megatron.pretrained.config_files import OBJECT
 from rmoe_megatron.pretrained.hub import is_repository, model_folder
 from rmoe_megatron.pretrained.loading import (
     check_class,
@@ -41,6 +43,7 @@ from rmoe_megatron.pretrained.loading import (
     load_scheduler,
     load_text_encoder_folder,
     load_tokenizer,
+    without_warnings,
 )
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX, pipeline_parts
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, check_tensors
@@ -52,7 +55,7 @@ PIPELINES: dict[str, type[DiffusionPipeline]] = {
     for cls in (RecurrentSD3Pipeline, RecurrentDiTPipeline, StableDiffusion3Pipeline, DiTPipeline)
 }
 COMPONENTS: dict[str, dict[str, type]] = {
-    "transformer": CLASSES,
+    "transformer": CLASSES | {FORMER_DIT: DiTTransformer2DModel},
     "vae": {cls.__name__: cls for cls in (AutoencoderKL, PixelCodec)},
     "scheduler": {
         cls.__name__: cls
@@ -198,7 +201,7 @@ def _load_component(folder: Path, key: str, cls: type | None) -> Any:
 def _load_transformer(folder: Path, transformer_class: type[ModelMixin]) -> ModelMixin:
     """Load a transformer after the checks of an import."""
     path = folder / "config.json"
-    check_class(read_config(path, TRANSFORMERS), transformer_class, folder)
+    check_class(read_transformer_config(path), transformer_class, folder)
     architecture = read_architecture(folder, text_length=1)
     config = ModelDescription(
         model=architecture.model,
@@ -209,4 +212,5 @@ def _load_transformer(folder: Path, transformer_class: type[ModelMixin]) -> Mode
     check_described_model(config, str(path))
     empty = empty_transformer(config)
     check_tensors(SafetensorsFolder(folder), empty, str(folder))
-    return load_diffusers_model(folder, transformer_class, empty)
+    with without_warnings():  # of keys that the class does not know
+        return load_diffusers_model(folder, transformer_class, empty)

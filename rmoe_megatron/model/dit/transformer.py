@@ -31,6 +31,7 @@ class DiT(DiffusionTransformer):
             # Labels are dropped before they come here, by numbers that don't depend on the layout.
             embedding.class_embedder.dropout_prob = 0.0
             embedding.time_proj.downscale_freq_shift = model.downscale_freq_shift
+            embedding.time_proj.scale = model.timestep_scale
         self.conditioning = nn.ModuleList(embeddings).to(self.config.params_dtype)
 
     def forward(self, latents: Tensor, timestep: Tensor, sample_keys: Tensor, class_labels: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class MMDiTFamily(Family):
         for name in ("num_classes", "learned_sigma"):
             value = getattr(model, name)
             require(not value, f"model.{name} is {value}, but an MM-DiT has none; set architecture=dit.")
-        for name in ("mlp_norm_eps", "downscale_freq_shift"):
+        for name in ("mlp_norm_eps", "downscale_freq_shift", "timestep_scale"):
             value = getattr(model, name)
             require(
                 value == getattr(ModelConfig, name),
