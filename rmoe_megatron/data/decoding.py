@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,31 @@ from math import ceil, prod
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rmoe_megatron.config.buckets import Bucket
+from rmoe_megatron.data.colours import as_rgb, note_transparent_colour
 from rmoe_megatron.pictures import FORMATS
 
 MAX_TEXT = {"txt": 1 << 20, "caption": 1 << 20, "json": 1 << 24, "cls": 64}  # bytes of a member that is text
+# How files of formats begin that are not taken, for the message.
+MARKS = {
+    "a TIFF picture": rb"II\*\0|MM\0\*|II\+\0|MM\0\+",
+    "a GIF picture": rb"GIF8[79]a",
+    "a BMP picture": rb"BM.{12}",
+    "a HEIC picture": rb".{4}ftyp(heic|heix|heim|heis|mif1|msf1|hevc)",
+    "a JPEG XL picture": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "a JPEG 2000 picture": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "a Photoshop picture": rb"8BPS",
+    "an OpenEXR picture": rb"\x76\x2f\x31\x01",
+    "an HDR picture": rb"#\?(RADIANCE|RGBE)",
+    "a PNM or PFM picture": rb"P[1-7fF]\s",
+    "an icon": rb"\0\0[\1\2]\0",
+    "an SVG drawing": rb"\s*(<\?xml.{0,1000})?(<!--.{0,1000})?(<!DOCTYPE svg.{0,1000})?<svg",
+    "a PDF document": rb"%PDF-",
+    "an HTML page": rb"\s*<(!doctype html|html|!DOCTYPE html|HTML)",
+    "an empty file": rb"\Z",
+}
 BFLOAT16 = np.dtype("V2")  # numpy has no bfloat16: two bytes without a type
 
 
@@ -58,27 +78,25 @@ def decode_image(
 ) -> np.ndarray:
     """Return a picture as uint8 RGB, [3, H, W], or a view of it in the size of ``bucket``.
 
-    It is turned upright as its EXIF data say, its colours become sRGB's if it has a profile of others, and what is transparent becomes
-    white. Of a photograph with further pictures inside (MPO, as telephones and cameras make them) the first is taken. Other formats
-    are not tried.
+    It is turned upright as its EXIF data say, and becomes RGB as :func:`rmoe_megatron.data.colours.as_rgb` does it. Of a photograph with
+    further pictures inside (MPO, as telephones and cameras make them) the first is taken. Other formats are not tried.
 
     Raises:
-        ValueError: it is an animation, has more than 8 bits a channel, or is smaller than ``bucket`` and not to be enlarged.
+        ValueError: it is of another format, an animation, or smaller than ``bucket`` and not to be enlarged.
         Exception: Pillow cannot read it, or it is larger than Pillow's limit against decompression bombs.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with _opened(content) as image:
             if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"an animation of {frames} pictures")
-            if image.mode.startswith(("I", "F")):  # conversion would clip it
-                raise ValueError(f"pixels of mode {image.mode}, which has more than 8 bits a channel")
+            note_transparent_colour(image)
             if bucket is not None and image.format == "JPEG":
                 # libjpeg decodes at a half, a quarter or an eighth for a fraction of the time; twice the size is left to resize.
                 # A picture on its side has the sides of the bucket the other way round: the longer one is enough for both.
                 scale = 2 * max(bucket.width, bucket.height) / min(image.size)
                 image.draft(image.mode, (ceil(image.width * scale), ceil(image.height * scale)))
-            upright = _on_white(_in_srgb(ImageOps.exif_transpose(image)))
+            upright = as_rgb(ImageOps.exif_transpose(image))
     if bucket is not None:
         upright = _fitted(upright, bucket, upscale, view)
     if view.flipped:
@@ -86,38 +104,19 @@ def decode_image(
     return np.asarray(upright).transpose(2, 0, 1).copy()
 
 
-def _in_srgb(image: Image.Image) -> Image.Image:
-    """Return a picture in the colours of sRGB; one without a profile, or with one that cannot be read, has them already."""
-    profile = image.info.get("icc_profile")
-    if not profile:
-        return image
-    if image.mode in ("P", "PA", "LA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    transform = _to_srgb(profile, image.mode)
-    converted = image if transform is None else ImageCms.applyTransform(image, transform)
-    assert converted is not None
-    return converted
+def _opened(content: bytes) -> Image.Image:
+    """Open a picture; its pixels are not read.
 
-
-@lru_cache(maxsize=64)  # pictures of a set share a few profiles
-def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the conversion from a profile's colours to sRGB; None if they are sRGB's, or the profile is of no use here."""
-    srgb = ImageCms.createProfile("sRGB")
+    Raises:
+        ValueError: it is none of the formats that are taken; says which one it is.
+    """
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return None
-        return ImageCms.buildTransform(source, srgb, mode, "RGBA" if mode == "RGBA" else "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return None
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    ground = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(ground, layer).convert("RGB")
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        kind = next(
+            (name for name, mark in MARKS.items() if re.match(mark, content, re.DOTALL)), "no picture"
+        )
+        raise ValueError(f"it is {kind}; PNG, JPEG, WebP and AVIF are taken") from error
 
 
 def _fitted(image: Image.Image, bucket: Bucket, upscale: bool, view: View) -> Image.Image:

@@ -25,6 +25,8 @@ INDEX = ".rmoe_index"
 # By the last part of an extension; others are passed over.
 MEMBERS = ("png", "jpg", "jpeg", "webp", "avif", "txt", "caption", "json", "cls", "npy")  # fmt: skip
 IMAGES = ("png", "jpg", "jpeg", "webp", "avif")
+# Pictures under names that training does not take; the index has them so that what lacks a picture can be explained.
+OTHER_IMAGES = ("tif", "tiff", "gif", "bmp", "heic", "heif", "jxl", "jp2", "jfif", "jpe", "svg", "psd", "exr")  # fmt: skip
 LATENTS = "latents.npy"
 LOG_VARIANCE = "latents_log_variance.npy"  # beside latents that are the mean of a distribution
 SHARED = "shared.json"  # where in the same shard the other sample is whose text this one has, too

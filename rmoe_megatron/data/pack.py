@@ -11,7 +11,7 @@ from typing import Any
 from rmoe_megatron import durable
 from rmoe_megatron.data.captions import captions_of
 from rmoe_megatron.data.decoding import MAX_TEXT, decode_image
-from rmoe_megatron.data.index import IMAGES
+from rmoe_megatron.data.index import IMAGES, OTHER_IMAGES
 from rmoe_megatron.data.shard_writer import open_shard
 from rmoe_megatron.data.tables import READERS, Row, read_table
 from rmoe_megatron.errors import UserError
@@ -147,7 +147,8 @@ def _pictures(source: Path, columns: Columns, packed: Packed) -> tuple[int, Iter
     if not source.is_dir():
         raise UserError(f"{source} is neither a folder nor a table ({', '.join(TABLES)}); name one.")
     every = sorted(path for path in source.rglob("*") if not path.is_dir())
-    files = [path for path in every if path.suffix[1:].lower() in IMAGES]
+    # What a picture is, its content says; one of another format is left out by name.
+    files = [path for path in every if path.suffix[1:].lower() in (*IMAGES, *OTHER_IMAGES)]
     tables = [path for path in every if path.suffix == ".parquet"]
     taken = {*files, *(path.with_suffix(f".{name}") for path in files for name in SIDECARS)}
     if tables and not files:

@@ -17,6 +17,7 @@ from rmoe_megatron.data.index import (
     LEFT_OUT,
     MAX_PIECES,
     MEMBERS,
+    OTHER_IMAGES,
     PIECE,
     RECORD,
     IndexedShard,
@@ -26,6 +27,7 @@ from rmoe_megatron.data.store import ShardStore, StoredShard
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pictures import FORMATS
 
+NOTED = {*MEMBERS, *OTHER_IMAGES}
 ORIENTATION = 0x0112  # of EXIF
 MAX_SIZE = 1 << 32  # bytes of a piece
 SIZES = {"caption_bytes", "width", "height", "aspect_ratio"}  # what a filter may ask without the JSON
@@ -116,7 +118,7 @@ def _samples(file: BinaryIO, damage: list[str], sample_filter: SampleFilter | No
     """
     samples, latest = list[_Sample](), dict[str, _Sample]()
     for piece in scan(file, damage):
-        names = tuple(name for name in piece.members if name.rsplit(".", 1)[-1] in MEMBERS)
+        names = tuple(name for name in piece.members if name.rsplit(".", 1)[-1] in NOTED)
         if not names:
             continue
         if piece.size >= MAX_SIZE:
@@ -150,8 +152,9 @@ def _image_size(file: BinaryIO, piece: Piece, name: str) -> tuple[int, int]:
         else:
             with Image.open(content, formats=FORMATS) as image:
                 width, height = image.size
-                if image.format != "PNG" and image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
-                    width, height = height, width  # a camera on its side; PNG would be decoded for it
+                # Of what comes before the pixels: PNG's own method would decode them to see what comes behind.
+                if Image.Image.getexif(image).get(ORIENTATION) in (5, 6, 7, 8):
+                    width, height = height, width  # a camera on its side
         return (width, height) if min(width, height) >= 0 and max(width, height) < 1 << 32 else (0, 0)
     except (
         Exception

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from rmoe_megatron.data.index import IMAGES
+from rmoe_megatron.data.index import IMAGES, OTHER_IMAGES
 
 CAPTIONS = ("txt", "caption", "json")
 
@@ -19,6 +19,12 @@ def what_to_do(kinds: list[set[str]]) -> str:
         return (
             f"there are members *.{dotted}: of a name with several dots all from the first on is the kind, as WebDataset has it, so "
             "unpack them and run `rmoe data pack`"
+        )
+    other = next((name for name in names if name.rpartition(".")[2] in OTHER_IMAGES), None)
+    if other is not None and not any(kind & set(IMAGES) for kind in kinds):
+        return (
+            f"their pictures are *.{other}, and training takes {', '.join(IMAGES)}: convert them (`mogrify -format png *.{other}`) and "
+            "run `rmoe data pack`"
         )
     pictures = [kind for kind in kinds if not kind.isdisjoint(IMAGES)]
     captions = [name for name in CAPTIONS if any(name in kind for kind in pictures)]

@@ -158,7 +158,7 @@ def test_nothing_to_pack_and_nothing_that_can_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pictures in"):
         pack(tmp_path / "empty", tmp_path / "out")
     write(tmp_path / "broken" / "a.jpg", b"x")
-    with pytest.raises(UserError, match=r"None of the 1 pictures .* \(a\.jpg: cannot identify"):
+    with pytest.raises(UserError, match=r"None of the 1 pictures .* \(a\.jpg: it is no picture"):
         pack(tmp_path / "broken", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -376,3 +376,22 @@ def test_what_lies_beside_the_pictures_is_named(tmp_path: Path) -> None:
     assert packed.beside == ["inner/notes.md", "metadata.csv"]
     code, errors = rmoe("data", "pack", str(source), str(tmp_path / "again"))
     assert (code, errors) == (0, "") or "Traceback" not in errors
+
+
+def test_pictures_of_other_formats_are_left_out_by_name_and_jpegs_of_any_name_taken(tmp_path: Path) -> None:
+    for name, file_format in (
+        ("a.jpg", "jpeg"),
+        ("b.jfif", "jpeg"),
+        ("c.tif", "tiff"),
+        ("d.gif", "gif"),
+        ("e.jpg", "bmp"),
+    ):
+        write(tmp_path / "mine" / name, picture(10, file_format))
+        write(tmp_path / "mine" / f"{name[0]}.txt", name)
+    packed = pack(tmp_path / "mine", tmp_path / "out")
+    assert not packed.beside
+    assert [(name, reason.partition(";")[0]) for name, reason in packed.left_out] == [
+        ("c.tif", "it is a TIFF picture"), ("d.gif", "it is a GIF picture"), ("e.jpg", "it is a BMP picture"),
+    ]  # fmt: skip
+    samples = ShardDataset(tmp_path / "out")
+    assert [samples[index]["txt"] for index in range(len(samples))] == ["a.jpg", "b.jfif"]

@@ -185,6 +185,21 @@ def test_members_of_different_shards_or_folders_are_told(
     assert any("some would be usable together" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("extension", ["tif", "GIF", "heic"])
+def test_pictures_of_other_formats_are_told(
+    tmp_path: Path, extension: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_members(tmp_path / "0.tar", [(f"0.{extension}", b"MM"), ("0.txt", b"a")])
+    with pytest.raises(
+        UserError, match=rf"their pictures are \*\.{extension.lower()}, and training takes png, jpg"
+    ):
+        TrainingDataset(tmp_path, SampleFormat())
+    write_members(tmp_path / "1.tar", [("9.png", png(9)), ("9.txt", b"a")])
+    with caplog.at_level(logging.WARNING):
+        assert len(TrainingDataset(tmp_path, SampleFormat())) == 1
+    assert "1 of the 2 samples" in caplog.text
+
+
 def test_dots_in_names_are_told(tmp_path: Path) -> None:
     write_members(tmp_path / "0.tar", [("img.001.png", png(1)), ("img.001.txt", b"a")])
     with pytest.raises(UserError, match=r"there are members \*\.001\.png: of a name with several dots"):
