@@ -28,6 +28,26 @@ def test_arms_train_with_equal_flops_and_the_named_parameters() -> None:
     assert arms["wider"].flops_per_sample == pytest.approx(arms["deeper"].flops_per_sample, rel=0.1)
 
 
+@pytest.mark.parametrize("path", sorted(Path("configs/grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_arms_of_every_grid_cost_the_same(path: Path) -> None:
+    arms = compare_depths.arms_of(compare_depths.read_grid(path))
+    costs = [arm.steps * arm.flops_per_sample for arm in arms]
+    assert len(arms) > 3
+    assert max(costs) < 1.01 * min(costs)
+
+
+def test_additions_to_a_frozen_base_have_as_many_parameters() -> None:
+    arms = {
+        arm.name: arm.parameters
+        for arm in compare_depths.arms_of(
+            compare_depths.read_grid(Path("configs/grids/mazes_fine_tuning.yaml"))
+        )
+    }
+    base = arms.pop("full")
+    added = [parameters - base for parameters in arms.values()]
+    assert max(added) < 1.02 * min(added)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
