@@ -4,12 +4,13 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from rmoe_megatron import durable, launch, standard_streams, stop_signals
+from rmoe_megatron import claims, durable, launch, standard_streams, stop_signals
 from rmoe_megatron.cli_data import data_app
 from rmoe_megatron.cli_evaluation import eval_app
 from rmoe_megatron.cli_options import (
@@ -27,7 +28,8 @@ from rmoe_megatron.cli_options import (
 )
 from rmoe_megatron.config.buckets import parse_bucket
 from rmoe_megatron.config.model import Objective
-from rmoe_megatron.errors import Interrupted, RunError, UserError
+from rmoe_megatron.disk_errors import message_of
+from rmoe_megatron.errors import Interrupted, RunError, UserError, exit_code
 from rmoe_megatron.extras import PACKAGE, extra_of
 
 # Rich markup would swallow the [brackets] of the help texts.
@@ -51,7 +53,7 @@ INTERRUPTED = 75
 def main() -> None:
     """Run the command line; its exit code is 2 for a user's mistake, 1 for a failed run, 75 for one that was interrupted.
 
-    Each is one line on standard error.
+    A disk that is full or broken is for the user to see to, too: 2. Each is one line on standard error.
     """
     standard_streams.open_closed()
     standard_streams.outlive_reader("stderr")
@@ -73,8 +75,11 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except (UserError, RunError) as error:
-        _end(f"error: {error}", 2 if isinstance(error, UserError) else 1)
+    except (UserError, RunError, OSError) as error:
+        message = message_of(error)
+        if message is None:  # a library's own, with a traceback
+            raise
+        _end(f"error: {message}", exit_code(error))
     except Interrupted as interruption:
         _end(f"interrupted: {interruption}", INTERRUPTED)
     except ModuleNotFoundError as error:
@@ -90,6 +95,7 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
+    Bar.end_lines()
     if launch.speaks():
         print(message, file=sys.stderr)
     sys.exit(code)
@@ -135,21 +141,31 @@ def train(
     if check:
         _check_training(arguments, resume, ranks or launch.world_size())
         return
+    if resume is None and not arguments:
+        raise UserError("train needs a configuration file, or --resume RUN; see `rmoe train --help`.")
     standard_streams.outlive_reader("stdout")
-    if resume is not None:
+    with _told_to_all_ranks():
+        if resume is not None:
+            from rmoe_megatron.training import run
+
+            run.resume(resume, arguments)
+            return
+        from rmoe_megatron.training import preflight
+
+        config = load_config(Path(arguments[0]), arguments[1:])
+        preflight.check(config, launch.world_size())  # as the run does: importing Megatron-Core takes seconds
         from rmoe_megatron.training import run
 
-        run.resume(resume, arguments)
-        return
-    if not arguments:
-        raise UserError("train needs a configuration file, or --resume RUN; see `rmoe train --help`.")
-    from rmoe_megatron.training import preflight
+        run.train(config)
 
-    config = load_config(Path(arguments[0]), arguments[1:])
-    preflight.check(config, launch.world_size())  # as the run does: importing Megatron-Core takes seconds
-    from rmoe_megatron.training import run
 
-    run.train(config)
+def _told_to_all_ranks() -> AbstractContextManager[None]:
+    """Return the context of what ranks do together: what ends one before they have met is told to those who wait for it."""
+    if launch.world_size() == 1:
+        return nullcontext()
+    from rmoe_megatron.rank_watch import telling_all_ranks
+
+    return telling_all_ranks()
 
 
 def _check_training(arguments: list[str], resume: Path | None, ranks: int) -> None:
@@ -291,7 +307,8 @@ def from_hf(
     from rmoe_megatron.conversion.importing import import_diffusers
 
     parallel = _parse_parallel(overrides)
-    import_diffusers(folder, run_dir, text_length, parallel, Bar("import", "tensor"))
+    with _told_to_all_ranks():
+        import_diffusers(folder, run_dir, text_length, parallel, Bar("import", "tensor"))
     _say_imported(run_dir)
 
 
@@ -314,7 +331,8 @@ def from_facebook_dit(
     from rmoe_megatron.conversion.importing import import_facebook_dit
 
     parallel = _parse_parallel(overrides)
-    import_facebook_dit(file, run_dir, num_attention_heads, parallel, Bar("import", "tensor"), objective)
+    with _told_to_all_ranks():
+        import_facebook_dit(file, run_dir, num_attention_heads, parallel, Bar("import", "tensor"), objective)
     _say_imported(run_dir)
 
 
@@ -380,11 +398,13 @@ def sample(
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(repeated))]
     progress = Bar("sample", "image")
-    images = sample_images(
-        pipeline, repeated, seeds, steps, guidance, batch_size, progress, guidance_interval, size=bucket
-    )
-    others = save_pictures(images, out, [{"prompt": text} | record for text in repeated])
-    durable.write(out / "grid.png", png(labelled_grid(images, repeated)))
+    out.mkdir(parents=True, exist_ok=True)
+    with claims.only_process(out / ".claim", f"{out} is being written"):
+        images = sample_images(
+            pipeline, repeated, seeds, steps, guidance, batch_size, progress, guidance_interval, size=bucket
+        )
+        others = save_pictures(images, out, [{"prompt": text} | record for text in repeated])
+        durable.write(out / "grid.png", png(labelled_grid(images, repeated)))
     print(f"{len(images)} images and grid.png in {out}")
     if others:
         print(f"beside them {len(others)} of an earlier command: {others[0].name} to {others[-1].name}")

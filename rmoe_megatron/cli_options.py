@@ -1,7 +1,7 @@
 """What several commands of the command line take, and the progress bar that they show."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 from tqdm import tqdm
@@ -31,7 +31,13 @@ BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.
 
 
 class Bar:
-    """A progress callback (done, total) that shows a bar with rate and ETA from its first call on."""
+    """A progress callback (done, total) that shows a bar with rate and ETA from its first call on.
+
+    Attributes:
+        shown: the bars that are not at their end.
+    """
+
+    shown: ClassVar[list[tqdm]] = []
 
     def __init__(self, description: str, unit: str) -> None:
         self.description, self.unit = description, unit
@@ -43,9 +49,16 @@ class Bar:
             self.bar = tqdm(
                 desc=self.description, unit=self.unit, total=total, mininterval=1.0, dynamic_ncols=True
             )
+            self.shown.append(self.bar)
         self.bar.update(done - self.bar.n)
         if done == total:
             self.bar.close()
+
+    @classmethod
+    def end_lines(cls) -> None:
+        """Leave the lines of all bars, so that what is printed next begins a new one."""
+        while cls.shown:
+            cls.shown.pop().close()
 
 
 def check_guidance(guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:

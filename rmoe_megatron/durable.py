@@ -1,13 +1,17 @@
-"""Files that are there whole or not at all, also after a crash."""
+"""Files that are there whole or not at all, also after a crash, on a full disk, and where several processes make the same."""
 
 import os
+import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rmoe_megatron import claims
+from rmoe_megatron.disk_errors import about
 from rmoe_megatron.errors import UserError
 
 
@@ -16,39 +20,44 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
 
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, put it on the disk and rename it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # a link there would lead elsewhere
-    with partial.open("xb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-    sync(partial)
-    partial.rename(path)
-    sync(path.parent)
+    data = content.encode() if isinstance(content, str) else content
+    with writing(path, len(data)) as partial, partial.open("xb") as file:
+        file.write(data)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, size: int | None = None) -> Iterator[Path]:
     """Write a file under a name of this process's own, and give it its own when it is on the disk.
 
     Other processes may write the same file at the same time: one of them, whole, is there in the end.
 
+    Args:
+        size: its bytes, if they are known, for the message on a full disk.
+
     Yields:
-        Where to write.
+        Where to write; nothing is there yet.
     """
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        yield partial
-        sync(partial)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
+    partial = own_partial(path)
+    with about(path, partial, size):
+        partial.unlink(missing_ok=True)  # a link there would lead elsewhere
+        try:
+            yield partial
+            sync(partial)
+            partial.rename(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def require_empty(folder: Path, name: str) -> None:
@@ -63,8 +72,21 @@ def require_empty(folder: Path, name: str) -> None:
 
 
 def unfinished(final: Path) -> Path:
-    """Return where the folder ``final`` is built."""
+    """Return where the folder ``final`` is built by several processes that share the work."""
     return final.with_name(f".{final.name}.partial")
+
+
+def own_partial(final: Path) -> Path:
+    """Return where this process, and no other, builds ``final``."""
+    return final.with_name(f".{final.name}~{socket.gethostname()}~{os.getpid()}.partial")
+
+
+def is_being_written(partial: Path) -> bool:
+    """Whether the process of an :func:`own_partial` may still be at it: it lives, or is of another host and wrote lately."""
+    parts = partial.name.removesuffix(".partial").split("~")
+    if len(parts) < 3 or claims.is_dead(*parts[-2:]):
+        return False
+    return parts[-2] == socket.gethostname() or time.time() - partial.lstat().st_mtime < claims.LONG_LEASE
 
 
 @contextmanager
@@ -75,18 +97,32 @@ def building(final: Path, replace: bool = False) -> Iterator[Path]:
 
     Args:
         replace: ``final`` may hold something, which gives way at the end; else it may exist if it is empty.
+
+    Raises:
+        UserError: another process is building it, or it holds something.
     """
-    partial = unfinished(final)
-    remove(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        remove(partial)
-        raise
-    for path in [*partial.rglob("*"), partial]:
-        sync(path)
-    put_in_place(partial, final, replace)
+    partial = own_partial(final)
+    with about(final, partial):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with claims.only_process(claim_of(final), f"{final} is being made"):
+            if not replace:  # by whoever had the claim before
+                require_empty(final, "The output")
+            _remove_leftovers(final)
+            try:
+                partial.mkdir()
+                yield partial
+                for path in [*partial.rglob("*"), partial]:
+                    sync(path)
+                put_in_place(partial, final, replace)
+            except BaseException:
+                with suppress(OSError):
+                    remove(partial)
+                raise
+
+
+def claim_of(final: Path) -> Path:
+    """Return the claim of the process that builds ``final``."""
+    return final.with_name(f".{final.name}.claim")
 
 
 def put_in_place(partial: Path, final: Path, replace: bool = False) -> None:
@@ -95,15 +131,27 @@ def put_in_place(partial: Path, final: Path, replace: bool = False) -> None:
     Args:
         replace: ``final`` may hold something, which gives way; else it may exist if it is empty.
     """
-    replaced = final.with_name(f".{final.name}.replaced.partial")
+    replaced = own_partial(final.with_name(f"{final.name}.replaced"))
     if replace and final.exists():  # whatever fails here, one of the two stays whole
         remove(replaced)
         final.rename(replaced)
-    elif final.is_dir():
-        final.rmdir()
-    partial.rename(final)
+    try:
+        partial.rename(final)  # over an empty folder, if there is one
+    except BaseException:
+        if replaced.exists():
+            with suppress(OSError):
+                replaced.rename(final)
+        raise
     sync(final.parent)
     remove(replaced)
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove what processes that had the claim before have left."""
+    name = re.compile(rf"\.{re.escape(final.name)}(\.replaced)?~[^~]+~\d+\.partial")
+    for path in final.parent.iterdir():
+        if name.fullmatch(path.name):
+            remove(path)
 
 
 def remove(path: Path) -> None:

@@ -27,3 +27,12 @@ class RunError(Exception):
     The message is one sentence that says what happened, at which step, and where more is written. The command line
     prints it without a traceback and exits with code 1.
     """
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a command that ends with ``error``.
+
+    It is 2 where its user can do something about it: a mistake, or a file that the system refuses to write or read. Else it is 1.
+    """
+    is_of_system = isinstance(error, OSError) and error.errno is not None
+    return 2 if isinstance(error, UserError) or is_of_system else 1

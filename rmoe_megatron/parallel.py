@@ -58,8 +58,8 @@ def _torch_distributed(backend: str) -> Iterator[None]:
             _destroy_groups()
         return
     store, _, _ = next(rendezvous(rendezvous_url()))
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
-    with watch_ranks(store, rank(), world_size()):
+    with watch_ranks(store, rank(), world_size()):  # before the ranks meet: one that has failed does not come
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
         yield
     _destroy_groups()
 

@@ -1,12 +1,19 @@
 """Folders that are there whole or not at all."""
 
+import errno
 import os
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rmoe_megatron import durable
-from rmoe_megatron.errors import UserError
+from rmoe_megatron.disk_errors import sentence
+from rmoe_megatron.errors import UserError, exit_code
+from tests.support.commands import kill
 
 
 def test_a_folder_is_there_when_it_is_finished(tmp_path: Path) -> None:
@@ -33,7 +40,7 @@ def test_a_folder_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "pipe"])
 def test_what_an_earlier_attempt_left_is_removed(tmp_path: Path, kind: str) -> None:
-    final, left = tmp_path / "final", durable.unfinished(tmp_path / "final")
+    final, left = tmp_path / "final", tmp_path / ".final~elsewhere.org~12.partial"
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "file").write_text("")
@@ -58,7 +65,7 @@ def test_only_a_replacement_takes_the_place_of_something(tmp_path: Path) -> None
     with durable.building(final):  # an empty folder may be there
         pass
     (final / "old").write_text("")
-    with pytest.raises(OSError, match="not empty"), durable.building(final):
+    with pytest.raises(UserError, match="is not an empty folder"), durable.building(final):
         pass
     assert (final / "old").is_file()
     with durable.building(final, replace=True) as partial:
@@ -83,7 +90,7 @@ def test_a_replacement_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pyt
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if target == final:
+        if target == final and ".replaced~" not in self.name:
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
@@ -95,6 +102,95 @@ def test_a_replacement_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="Input/output"):
         build()
     monkeypatch.undo()
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"old", "new"}
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["final", "final/old"]
     build()
     assert [path.name for path in final.iterdir()] == ["new"]
+
+
+def start_building(final: Path, seconds: float = 60) -> subprocess.Popen[str]:
+    """Start a process that builds a folder and takes its time."""
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom rmoe_megatron import durable\n"
+        "with durable.building(Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'file').write_text('theirs'); print('at it', flush=True); time.sleep(float(sys.argv[2]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(final), str(seconds)],
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at it\n"
+    return process
+
+
+def test_one_process_builds_and_the_second_says_who(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    process = start_building(final)
+    try:
+        message = (
+            f"{final} is being made by process {process.pid} on {socket.gethostname()}; wait for its end"
+        )
+        with pytest.raises(UserError, match=re.escape(message)), durable.building(final):
+            pass
+        assert not final.exists()
+    finally:
+        kill(process)
+    with durable.building(final) as partial:  # the claim of a dead process is void, and what it left goes
+        (partial / "file").write_text("mine")
+    assert (final / "file").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_what_another_process_has_made_meanwhile_is_kept(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    durable.require_empty(final, "The output")
+    assert start_building(final, seconds=0).wait(timeout=60) == 0
+    with pytest.raises(UserError, match="is not an empty folder"), durable.building(final):
+        pass
+    assert (final / "file").read_text() == "theirs"
+
+
+def test_a_neighbour_with_a_longer_name_is_left_alone(tmp_path: Path) -> None:
+    process = start_building(tmp_path / "final.more")
+    try:
+        with durable.building(tmp_path / "final"):
+            pass
+        assert (durable.own_partial(tmp_path / "final.more").parent).is_dir()
+        (left,) = tmp_path.glob(".final.more~*.partial")
+        assert (left / "file").read_text() == "theirs"
+    finally:
+        kill(process)
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "EACCES", "ENAMETOOLONG"])
+def test_what_the_system_refuses_is_one_sentence(tmp_path: Path, name: str) -> None:
+    number = getattr(errno, name)
+
+    def write(partial: Path) -> None:
+        partial.write_text("a part")
+        raise OSError(number, os.strerror(number))  # as writing does, without a name
+
+    target = tmp_path / "inner" / "file"
+    target.parent.mkdir()
+    with pytest.raises(OSError) as caught, durable.writing(target, 12345) as partial:  # noqa: PT011  # its number follows
+        write(partial)
+    assert caught.value.errno == number
+    assert list(target.parent.iterdir()) == []
+    message = sentence(caught.value)
+    assert message.startswith(
+        f"{target} cannot be written, read or removed ({os.strerror(number)}): {target.parent} lies on"
+    )
+    assert ("bytes free, 12345 bytes were to be written" in message) == (name in ("ENOSPC", "EDQUOT"))
+    assert "\n" not in message
+    assert exit_code(caught.value) == 2
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path: Path) -> None:
+    def build() -> None:
+        with durable.building(tmp_path / "final"):
+            (tmp_path / "missing").read_text()
+
+    with pytest.raises(FileNotFoundError) as caught:
+        build()
+    assert caught.value.filename == str(tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []

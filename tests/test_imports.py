@@ -10,7 +10,7 @@ import rmoe_megatron
 ROOT = Path(rmoe_megatron.__file__).parent
 # Folders and files at the top, each after all that it imports from.
 ORDER = [
-    "errors", "regular_files", "durable", "launch", "stop_signals", "work_queue", "typed_files", "refusal", "counter_rng", "pictures", "extras", "standard_streams", "rank_watch", "versions",
+    "errors", "regular_files", "claims", "disk_errors", "durable", "launch", "stop_signals", "work_queue", "typed_files", "refusal", "counter_rng", "pictures", "extras", "standard_streams", "rank_watch", "versions",
     "config", "data", "hf", "processor", "platform", "parallel", "diffusion", "model", "pretrained", "encoders", "checkpoint",
     "engine", "training", "diagnostics", "conversion", "precompute", "show_draw", "show_run", "sampling", "evaluation", "cli_options", "cli_data", "cli_evaluation", "cli", "__main__",
 ]  # fmt: skip

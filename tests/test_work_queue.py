@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rmoe_megatron import work_queue
+from rmoe_megatron import claims, work_queue
 from rmoe_megatron.work_queue import WorkQueue
 from tests.support.commands import kill
 
@@ -68,15 +68,15 @@ def test_what_a_killed_process_had_in_flight_is_done_again_and_no_more(tmp_path:
 def test_a_claim_of_another_host_is_void_when_it_is_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claims, done = tmp_path / "claims", set[int]()
-    claims.mkdir()
-    young, old, alive = (claims / f"{unit:08d}.claim" for unit in range(3))
+    folder, done = tmp_path / "claims", set[int]()
+    folder.mkdir()
+    young, old, alive = (folder / f"{unit:08d}.claim" for unit in range(3))
     for path in (young, old):
         path.write_text("elsewhere 12")
-    alive.write_text(f"{socket.gethostname()} {os.getpid()}")  # of this very host, and it lives
+    alive.write_text(f"{socket.gethostname()} {os.getppid()}")  # of this very host, and it lives
     os.utime(old, (0, 0))
     monkeypatch.setattr(work_queue, "POLL", 0.01)
-    queue, taken = WorkQueue(claims, 3, done.__contains__), []
+    queue, taken = WorkQueue(folder, 3, done.__contains__), []
     for unit in queue.take():
         taken.append(unit)
         done.add(unit)
@@ -91,7 +91,7 @@ def test_a_claim_of_another_host_is_void_when_it_is_old(
 def test_a_claim_is_kept_young_while_a_unit_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work_queue, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(claims, "HEARTBEAT", 0.05)
     done = set[int]()
     for unit in WorkQueue(tmp_path / "claims", 1, done.__contains__).take():
         claim = tmp_path / "claims" / "00000000.claim"
@@ -101,3 +101,37 @@ def test_a_claim_is_kept_young_while_a_unit_takes_long(
             assert time.monotonic() < deadline
             time.sleep(0.01)
         done.add(unit)
+
+
+def test_many_that_find_a_void_claim_make_one_claim_of_it(tmp_path: Path) -> None:
+    """Each removes the claim of a dead process, which must never be the new claim of another one."""
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom rmoe_megatron import claims\n"
+        "folder = Path(sys.argv[1]); (folder / f'ready.{sys.argv[2]}').touch()\n"
+        "while not (folder / 'go').exists(): pass\n"
+        "for number in range(40):\n"
+        "    if claims.take(folder / f'{number}.claim'): print(number, flush=True)\n"
+        "time.sleep(30)"  # who holds a claim lives
+    )
+    for number in range(40):
+        (tmp_path / f"{number}.claim").write_text(f"{socket.gethostname()} 999999999")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path), str(number)], stdout=subprocess.PIPE, text=True
+        )
+        for number in range(3)
+    ]
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready.*"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    time.sleep(3)
+    taken = list[int]()
+    for process in processes:
+        process.kill()
+        assert process.stdout is not None
+        taken += [int(line) for line in process.stdout.read().split()]
+        process.wait()
+    assert len(taken) == len(set(taken))
+    assert len(taken) >= 30  # where two were about to remove it, one more look is needed

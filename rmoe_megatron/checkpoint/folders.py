@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.unpickling import METADATA, find_untrusted
+from rmoe_megatron.disk_errors import sentence
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.regular_files import check_subfolder, open_regular
 from rmoe_megatron.typed_files import CLOSED, OPEN, read_json
@@ -25,6 +26,7 @@ from rmoe_megatron.typed_files import CLOSED, OPEN, read_json
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+MAX_NAMED = 3  # damaged checkpoints in a sentence
 REQUIRED = {METADATA, "config.yaml", "run_state.json", "metadata.json"}
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -112,13 +114,18 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> CheckpointFolder:
         problem = verify(checkpoint.path)
         if problem is None:
             if damaged:
-                logger.warning("%s; using %s instead.", "; ".join(damaged), checkpoint.path)
+                logger.warning("%s; using %s instead.", _first_of(damaged), checkpoint.path)
             return checkpoint
         damaged.append(problem)
-    reason = "; ".join(damaged) or "nothing has been saved there yet"
+    reason = _first_of(damaged) or "nothing has been saved there yet"
     raise UserError(
         f"{run_dir} has no complete checkpoint ({reason}); start the run anew with `rmoe train CONFIG`."
     )
+
+
+def _first_of(problems: list[str]) -> str:
+    more = f"; and {len(problems) - MAX_NAMED} more like these" if len(problems) > MAX_NAMED else ""
+    return "; ".join(problems[:MAX_NAMED]) + more
 
 
 def verify(path: Path) -> str | None:
@@ -169,14 +176,20 @@ def read_state(path: Path) -> RunState:
 def remove_old(run_dir: Path, keep_last: int, step: int) -> None:
     """Remove all but the newest ``keep_last`` checkpoints up to ``step``, and what unfinished saves left.
 
+    What cannot be removed is warned of; it is tried again at the next save.
+
     Args:
         step: just saved. A checkpoint of a later one was damaged and passed over at resume: it keeps no other out.
     """
-    up_to_now = [checkpoint for checkpoint in list_checkpoints(run_dir) if checkpoint.step <= step]
-    for checkpoint in up_to_now[keep_last:]:
-        durable.remove(checkpoint.path)
-    for partial in (run_dir / "checkpoints").glob("*.partial"):
-        durable.remove(partial)
+    try:
+        up_to_now = [checkpoint for checkpoint in list_checkpoints(run_dir) if checkpoint.step <= step]
+        for checkpoint in up_to_now[keep_last:]:
+            durable.remove(checkpoint.path)
+        for name in ("*.partial", "*.claim"):
+            for left in (run_dir / "checkpoints").glob(name):
+                durable.remove(left)
+    except OSError as error:
+        logger.warning("Old checkpoints stay for now: %s", sentence(error))
 
 
 def _sha256(file: Path) -> str:

@@ -1,7 +1,7 @@
 """Writes a checkpoint in Megatron-Core's torch_dist format: published whole, and in the calling process alone."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,9 +15,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import write_manifest
+from rmoe_megatron.disk_errors import about, sentence
+from rmoe_megatron.errors import UserError
 
 
 class _Writer(FileSystemWriter):
@@ -34,6 +37,8 @@ class _SynchronousStrategy(TorchDistSaveShardedStrategy):
     over in a queue that a process of its own holds, which takes 560 MB and outlives a run that is killed.
     """
 
+    has_saved = False
+
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
@@ -43,31 +48,77 @@ class _SynchronousStrategy(TorchDistSaveShardedStrategy):
             storage_writer=_Writer(checkpoint_dir),
             planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         )
+        self.has_saved = True
+
+
+class NotSavedError(UserError):
+    """A checkpoint could not be written; those that were there before are whole. Raised on all ranks."""
 
 
 @contextmanager
-def new_checkpoint(final: Path, before_publishing: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def new_checkpoint(
+    final: Path,
+    before_publishing: Callable[[], None] = lambda: None,
+    replace: bool = True,
+    size: int | None = None,
+) -> Iterator[Path]:
     """Write the checkpoint folder ``final``, which is there whole or not at all; every rank takes part.
 
     Args:
         before_publishing: called by rank 0 when all is written; if it raises nothing is published.
+        replace: there may be a damaged one of the same step, which gives way.
+        size: its bytes, if they are known, for the message on a full disk.
 
     Yields:
         Where to write. When all ranks leave the context, rank 0 adds the manifest and publishes the folder.
+
+    Raises:
+        NotSavedError: the system has refused to write something, on whatever rank.
     """
-    if dist.get_rank() > 0:
-        dist.barrier()
-        yield durable.unfinished(final)
-        dist.barrier()
-    else:
-        with durable.building(final, replace=True) as partial:  # a damaged one of the same step gives way
-            dist.barrier()
+    with ExitStack() as stack:
+        partials: list[Path | None] = [None]
+        with _raised_on_all_ranks(final, size):
+            if dist.get_rank() == 0:
+                partials = [stack.enter_context(durable.building(final, replace))]
+        dist.broadcast_object_list(partials)
+        partial = partials[0]
+        assert partial is not None
+        with _raised_on_all_ranks(final, size):
             yield partial
-            write_manifest(partial)
-            before_publishing()
-        dist.barrier()
+        with _raised_on_all_ranks(final, size):
+            if dist.get_rank() == 0:
+                write_manifest(partial)
+                before_publishing()
+                stack.close()  # which gives it its name
+
+
+@contextmanager
+def _raised_on_all_ranks(final: Path, size: int | None) -> Iterator[None]:
+    """Raise on all ranks what the system refuses to one; every rank takes part."""
+    failure: OSError | None = None
+    try:
+        with about(final, durable.own_partial(final), size):
+            yield
+    except OSError as error:
+        failure = error
+    except CheckpointException as error:  # PyTorch's, which says what all ranks met
+        failure = next((each for each, _ in error.failures.values() if isinstance(each, OSError)), None)
+        if failure is None:
+            raise
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, None if failure is None else sentence(failure))
+    found = [(rank, said) for rank, said in enumerate(everyone) if said is not None]
+    if found:
+        rank, said = found[0]
+        raise NotSavedError(f"{final} is not saved (rank {rank}): {said}") from failure
 
 
 def save_sharded(sharded_state_dict: ShardedStateDict, folder: Path) -> None:
     """Write a sharded state dict into the empty ``folder``; every rank takes part, and none starts a process."""
-    dist_checkpointing.save(sharded_state_dict, str(folder), _SynchronousStrategy())
+    strategy = _SynchronousStrategy()
+    try:
+        dist_checkpointing.save(sharded_state_dict, str(folder), strategy)
+    except OSError:
+        if strategy.has_saved:  # rank 0 alone writes one more file, for which the others wait
+            dist.barrier()
+        raise

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from rmoe_megatron.pretrained.finite import require_finite
 from rmoe_megatron.pretrained.hub import is_repository, model_folder
 from rmoe_megatron.pretrained.model_files import transformer_parts
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
+from rmoe_megatron.training.run_lock import exclusive
 
 Progress = Callable[[int, int], None]
 
@@ -166,11 +168,12 @@ def _import(
         state = {name: entry for name, entry in entries.items() if isinstance(entry, ShardedTensor)}
         rules = weight_rules((entry.key for entry in state.values()), config.model)
         is_rank0 = dist.get_rank() == 0
-        for done, (name, entry) in enumerate(state.items()):
-            state[name] = _filled(entry, rules[entry.key], source, where)
-            if progress is not None and is_rank0:
-                progress(done + 1, len(state))
-        _save(state, config, run_dir, is_rank0)
+        with exclusive(run_dir) if is_rank0 else nullcontext():
+            for done, (name, entry) in enumerate(state.items()):
+                state[name] = _filled(entry, rules[entry.key], source, where)
+                if progress is not None and is_rank0:
+                    progress(done + 1, len(state))
+            _save(state, config, run_dir, is_rank0)
 
 
 def _filled(entry: ShardedTensor, rule: Rule, source: WeightSource, where: str) -> ShardedTensor:
@@ -202,7 +205,7 @@ def _shares_conditioning(source: WeightSource, model: ModelConfig) -> bool:
 
 
 def _save(state: Mapping[str, object], config: RunConfig, run_dir: Path, is_rank0: bool) -> None:
-    with new_checkpoint(checkpoint_path(run_dir, step=0)) as partial:
+    with new_checkpoint(checkpoint_path(run_dir, step=0), replace=False) as partial:
         save_sharded({"model": dict(state)}, partial)
         if is_rank0:
             config = replace(config, parallel=ParallelConfig())

@@ -57,8 +57,12 @@ class BlockCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f"{name}.{os.getpid()}.partial")
-            unfinished.write_bytes(content)
-            unfinished.rename(path)
+            try:
+                unfinished.write_bytes(content)
+                unfinished.rename(path)
+            except OSError:
+                unfinished.unlink(missing_ok=True)
+                raise
             self.written += size
             if self.written * _SWEEP >= self.max_bytes:
                 self._sweep()

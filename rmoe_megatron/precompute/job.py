@@ -36,9 +36,11 @@ from rmoe_megatron.precompute.sources import (
 )
 from rmoe_megatron.training.preflight import buckets_of, sample_format
 from rmoe_megatron.typed_files import read_json
+from rmoe_megatron.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 
+CLAIMS = ".claims"  # folder of an unfinished set, one for each part
 DESCRIPTION = TypeAdapter(dict[str, Any])
 
 
@@ -73,23 +75,37 @@ def precompute(
     shards = check_precompute(config, source, out)
     if not shards:
         return True
-    mine = shards[part[0] * world_size() + rank() :: part[1] * world_size()]
-    unfinished = durable.unfinished(out)
+    number, count = part[0] * world_size() + rank(), part[1] * world_size()
+    names = [str(shard.relative_to(source)) for shard in shards]
+    mine, unfinished = names[number::count], durable.unfinished(out)
     finished = _claim(config, source, out)
+    if not check_precompute(config, source, out):  # another process has given the folder its name in between
+        durable.remove(unfinished)
+        return True
     records = Records(unfinished, source)
+    there = {
+        name
+        for name in mine
+        if records.is_current(name) or (name in finished and records.take_over(out, finished[name]))
+    }
+    outdated = {name: records.get(name) for name in mine}
+
+    def is_done(index: int) -> bool:
+        name = mine[index]
+        if name not in there and (
+            records.get(name) not in (None, outdated[name]) or (not unfinished.is_dir() and out.is_dir())
+        ):
+            there.add(name)
+        return name in there
+
     encoder: ShardEncoder | None = None
-    for done, shard in enumerate(mine):
-        name = str(shard.relative_to(source))
-        is_there = records.is_current(name)
-        if not is_there and name in finished:
-            is_there = records.take_over(out, finished[name])
-        if not is_there:
-            if encoder is None:  # who has nothing left to do loads nothing
-                encoder = _load_encoder(config, unfinished)
-            _encode(encoder, shard, unfinished / name, records)
-        if progress is not None:
-            progress(done + 1, len(mine))
-    return _publish(records, out, [str(shard.relative_to(source)) for shard in shards], finished)
+    # Processes that were given the same part share it.
+    queue = WorkQueue(unfinished / f"{CLAIMS}-{number}-{count}", len(mine), is_done)
+    for index in queue.take(progress):
+        if encoder is None:  # who has nothing left to do loads nothing
+            encoder = _load_encoder(config, unfinished)
+        _encode(encoder, source / mine[index], unfinished / mine[index], records)
+    return _publish(records, out, names, finished)
 
 
 def _encode(encoder: ShardEncoder, shard: Path, target: Path, records: Records) -> None:
@@ -230,8 +246,12 @@ def _publish(records: Records, out: Path, names: list[str], finished: dict[str, 
                 out, outdated[0], f" and {len(outdated) - 1} more" if len(outdated) > 1 else "", records.source,
             )  # fmt: skip
             return False
-        for leftover in unfinished.rglob("*.partial"):  # of processes that were killed
+        for leftover in unfinished.rglob("*.partial"):
+            if durable.is_being_written(leftover):
+                return False  # by a process that shares the work otherwise, and gives the folder its name when it is done
             leftover.unlink(missing_ok=True)
+        for claims in unfinished.glob(f"{CLAIMS}-*"):  # of processes that were killed
+            durable.remove(claims)
         if gone := finished.keys() - set(names):
             logger.warning(
                 "%s no longer has what was made of %d shards that %s no longer has.",

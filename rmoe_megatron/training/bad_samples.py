@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from rmoe_megatron.config.run import BadSamplesPolicy, DataConfig
 from rmoe_megatron.data.samples import BadSample
+from rmoe_megatron.disk_errors import warned
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.regular_files import open_to_append
 
@@ -48,7 +49,7 @@ class BadSamples:
             {"draw": each.draw, "shard": each.shard, "key": each.key, "reason": each.reason} for each in found
         ]
         # One write to the end of the file: other ranks write there too.
-        with open_to_append(self.path) as file:
+        with warned(f"{BAD_SAMPLES} lacks {len(lines)} samples"), open_to_append(self.path) as file:
             os.write(file.fileno(), "".join(f"{json.dumps(line)}\n" for line in lines).encode())
         first = found[0]
         if self.config.bad_samples is BadSamplesPolicy.stop:

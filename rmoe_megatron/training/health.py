@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from rmoe_megatron import durable
+from rmoe_megatron.disk_errors import warned
 from rmoe_megatron.engine.protocol import Engine, StepResult
 from rmoe_megatron.errors import RunError
 from rmoe_megatron.training.logging import json_text
@@ -63,7 +64,8 @@ class Health:
         found = _not_finite_parameters(self.engine)
         if dist.get_rank() == 0:
             diagnosis = {"step": step, "skipped": self.skipped, **found}
-            durable.write(self.run_dir / DIAGNOSIS, json_text(diagnosis, indent=1) + "\n")
+            with warned(f"{DIAGNOSIS} is not written"):
+                durable.write(self.run_dir / DIAGNOSIS, json_text(diagnosis, indent=1) + "\n")
 
 
 def _listed(samples: list[dict[str, Any]]) -> str:

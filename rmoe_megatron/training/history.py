@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from pydantic import Field, TypeAdapter, with_config
 
+from rmoe_megatron.disk_errors import about
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.launch import job_id, restart_count, world_size
 from rmoe_megatron.regular_files import open_to_append
@@ -53,7 +54,7 @@ def record(run_dir: Path, event: EventName, step: int, why: str | None = None) -
     if job is not None:
         line |= {"job": job, "restart": restart_count()}
     path = run_dir / HISTORY
-    with open_to_append(path) as file:
+    with about(path), open_to_append(path) as file:
         size = file.seek(0, os.SEEK_END)
         if size > MAX_BYTES:
             raise UserError(f"{path} has {size} bytes, too many for the history of a run; move it away.")

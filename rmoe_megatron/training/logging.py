@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rmoe_megatron import durable
 from rmoe_megatron.config.run import LoggingConfig
+from rmoe_megatron.disk_errors import about, warned
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.regular_files import open_to_append
 from rmoe_megatron.training.curves import MAX_BYTES, draw_curves, read_records
@@ -44,13 +45,13 @@ class RunLogger:
             return
         self.run_dir, self.total_steps, self.start_step = run_dir, total_steps, start_step
         _drop_records_after(run_dir / METRICS, start_step)
-        self.jsonl = open_to_append(run_dir / METRICS)
-        self.jsonl.reconfigure(line_buffering=True)
+        self.jsonl = _Records(run_dir / METRICS)
         self.tensorboard = self.wandb = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            with warned("TensorBoard"):
+                self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         if config.wandb is not None:
             import wandb
 
@@ -81,10 +82,9 @@ class RunLogger:
         """
         if not self.is_active:
             return
-        self.jsonl.write(json_text({"step": step, **metrics}) + "\n")
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
+        self.jsonl.add(json_text({"step": step, **metrics}))
+        for name, value in metrics.items():
+            self._tell_tensorboard("add_scalar", name, value, step)
         self._tell_wandb(lambda run: run.log(metrics, step=step))
         self._show(step, metrics, remaining)
 
@@ -97,13 +97,16 @@ class RunLogger:
             from PIL import Image
 
             with Image.open(path) as image:
-                self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+                pixels = np.asarray(image.convert("RGB"))
+            self._tell_tensorboard("add_image", name, pixels, step, dataformats="HWC")
         self._tell_wandb(lambda run: run.log({name: _wandb_image(path)}, step=step))
         self._write(f"step {step}: {name} in {path}")
 
     def draw_curves(self) -> None:
         """Write the metrics so far as ``curves.png``."""
-        if self.is_active:
+        if not self.is_active:
+            return
+        with warned(f"{CURVES} stays as it is"):
             durable.write(self.run_dir / CURVES, draw_curves(self.run_dir / METRICS))
 
     def close(self) -> None:
@@ -112,9 +115,21 @@ class RunLogger:
             return
         self.bar.close()
         self.jsonl.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self._tell_tensorboard("close")
         self._tell_wandb(lambda run: run.finish())
+
+    def _tell_tensorboard(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Tell TensorBoard, if it is there; its own thread writes, and says of an error at a later call."""
+        if self.tensorboard is None:
+            return
+        try:
+            getattr(self.tensorboard, method)(*arguments, **options)
+        except OSError as error:
+            self.tensorboard = None
+            logger.warning(
+                "TensorBoard takes no more of this run (%s); %s has it all, and a resumed run logs to TensorBoard again.",
+                error.strerror or error, self.run_dir / METRICS,
+            )  # fmt: skip
 
     def _tell_wandb(self, tell: Callable[[Any], None]) -> None:
         """Tell wandb, if it is there. A signal to the whole job ends its process, which must not end the run."""
@@ -136,7 +151,8 @@ class RunLogger:
             shown["ETA"] = tqdm.format_interval(remaining)
         if "loss" in metrics:
             brief = [f"{name} {shown[name]}" for name in ("loss", "ETA") if name in shown]
-            durable.write(self.run_dir / STATUS, f"step {step}/{self.total_steps}  {'  '.join(brief)}\n")
+            with suppress(OSError):  # what cannot be written now is written at the next step
+                durable.write(self.run_dir / STATUS, f"step {step}/{self.total_steps}  {'  '.join(brief)}\n")
         if self.is_terminal and "loss" in metrics:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
@@ -146,6 +162,34 @@ class RunLogger:
 
     def _write(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
+
+
+class _Records:
+    """Lines at the end of a file; what the disk does not take now is tried again with the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, open_to_append(path)
+        self.waiting = b""
+
+    def add(self, line: str) -> None:
+        """Put a line on the file."""
+        was_waiting = bool(self.waiting)
+        self.waiting += f"{line}\n".encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[os.write(self.file.fileno(), self.waiting) :]
+        except OSError as error:
+            if not was_waiting:
+                with warned("Records wait in memory"), about(self.path):
+                    raise error
+
+    def close(self) -> None:
+        """Close the file."""
+        lost = self.waiting.count(b"\n")
+        if lost:
+            logger.warning("%d records of %s are lost, which its disk did not take.", lost, self.path)
+        with suppress(OSError):
+            self.file.close()
 
 
 def _forget_wandb() -> None:

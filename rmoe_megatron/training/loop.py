@@ -1,5 +1,6 @@
 """What happens in which step of a run: training, validation, saving, sampling, logging; and where it can stop."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rmoe_megatron import durable
+from rmoe_megatron.checkpoint.saving import NotSavedError
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch
+from rmoe_megatron.disk_errors import warned
 from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.model.backend import describe_backend, warn_of_slow_precision
 from rmoe_megatron.pictures import png
@@ -25,6 +28,8 @@ from rmoe_megatron.training.samples import SampleGrid
 from rmoe_megatron.training.source import TrainingSource
 from rmoe_megatron.training.state import TrainingState, save_checkpoint
 from rmoe_megatron.training.throughput import Throughput
+
+logger = logging.getLogger(__name__)
 
 # Shares of the way to noise at which the validation loss is taken too: those of MLPerf's FLUX.1 benchmark.
 FIXED_TIMES = [number / 8 for number in range(8)]
@@ -174,11 +179,23 @@ class TrainingLoop:
             self.averages_due = None
 
     def save(self) -> None:
-        """Publish a checkpoint; what else is pending is done after it, also if that is in another process."""
+        """Publish a checkpoint; what else is pending is done after it, also if that is in another process.
+
+        Raises:
+            NotSavedError: the system refuses to write, and this is the last chance to.
+        """
         progress, started = self.state.progress, time.monotonic()
+        is_periodic = "checkpoint" in progress.pending and progress.step < self.config.training.steps
         if "checkpoint" in progress.pending:
             progress.pending.remove("checkpoint")
-        save_checkpoint(self.state, self.config, Path(self.config.run_dir), self.may_publish)
+        try:
+            save_checkpoint(self.state, self.config, Path(self.config.run_dir), self.may_publish)
+        except NotSavedError as error:
+            if not is_periodic:
+                raise
+            if dist.get_rank() == 0:
+                logger.warning("%s The run goes on and tries again at its next checkpoint.", error)
+            return
         self.saved = progress.step, list(progress.pending)
         self.log.draw_curves()
         self.interruption.save_seconds = time.monotonic() - started
@@ -229,6 +246,7 @@ class TrainingLoop:
             name = f"-{bucket}" if has_buckets else ""
             path = Path(self.config.run_dir) / "samples" / f"step-{step:08d}{name}.png"
             if dist.get_rank() == 0:
-                path.parent.mkdir(exist_ok=True)
-                durable.write(path, png(image))
-            self.log.log_image(f"samples{name}", path, step)
+                with warned(f"The samples of step {step}"):
+                    path.parent.mkdir(exist_ok=True)
+                    durable.write(path, png(image))
+                    self.log.log_image(f"samples{name}", path, step)

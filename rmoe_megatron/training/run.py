@@ -14,6 +14,7 @@ from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, 
 from rmoe_megatron.config.loading import load_config, to_yaml
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
+from rmoe_megatron.disk_errors import message_of, warned
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import Interrupted, RunError, UserError
 from rmoe_megatron.launch import job_id, rank, ranks_on_host, world_size
@@ -26,7 +27,7 @@ from rmoe_megatron.refusal import reason
 from rmoe_megatron.training import preflight
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.fine_tuning import start_from_base
-from rmoe_megatron.training.history import count_restarts, read_history, record
+from rmoe_megatron.training.history import EventName, count_restarts, read_history, record
 from rmoe_megatron.training.loop import TrainingLoop
 from rmoe_megatron.training.run_lock import exclusive
 from rmoe_megatron.training.source import TrainingSource
@@ -126,18 +127,24 @@ def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
                     loop.restarts, loop.may_publish = count_restarts(read_history(run_dir)), fence.check
                 stopped = _train(loop)
                 step = loop.state.progress.step
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
             if fence is not None:
                 fence.check()
                 step = loop.state.progress.step if loop is not None else first_step
-                record(run_dir, "failed", step, reason(error))
+                _record(run_dir, "failed", step, message_of(error) or reason(error))
             raise
         if is_rank0:
-            record(run_dir, "finished" if stopped is None else "interrupted", step, stopped)
+            _record(run_dir, "finished" if stopped is None else "interrupted", step, stopped)
     if stopped is not None:
         raise Interrupted(
             f"{stopped}: {run_dir} stopped after step {step}; `rmoe train --resume {run_dir}` goes on."
         )
+
+
+def _record(run_dir: Path, event: EventName, step: int, why: str | None) -> None:
+    """Add the end of a run to its history, which can do without."""
+    with warned(f"The history of {run_dir} lacks that it {event} at step {step}"):
+        record(run_dir, event, step, why)
 
 
 def _write_down(config: RunConfig, run_dir: Path) -> None:

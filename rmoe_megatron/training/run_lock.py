@@ -23,6 +23,7 @@ from typing import TextIO
 from pydantic import TypeAdapter
 
 from rmoe_megatron import durable
+from rmoe_megatron.disk_errors import about
 from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.launch import job_id, restart_count
 from rmoe_megatron.regular_files import check_subfolder, open_to_append
@@ -100,17 +101,19 @@ def exclusive(run_dir: Path) -> Iterator[Fence]:
     # Closing any descriptor of the file would let go of the lock: nothing else may open it in this process.
     with open_to_append(run_dir / LOCK) as file:
         _acquire(file, run_dir, fence)
-        file.truncate(0)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": started, **fence.mine}, file)
-        file.flush()
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, **fence.mine}
+        with about(run_dir / LOCK):
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps(holder).encode())
         ended = threading.Event()
         threading.Thread(target=_watch, args=(fence, ended), daemon=True, name="run-lock").start()
         try:
             yield fence
         finally:
             ended.set()
-        file.truncate(0)
+        with suppress(OSError):
+            file.truncate(0)
 
 
 def _acquire(file: TextIO, run_dir: Path, fence: Fence) -> None:
@@ -162,3 +165,5 @@ def _watch(fence: Fence, ended: threading.Event) -> None:
             with suppress(OSError):  # where what ran the ranks is gone, nobody reads what they print
                 print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread may wait in a collective for ranks that are gone
+        except (UserError, OSError):
+            continue  # it cannot be read just now

@@ -27,6 +27,7 @@ from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.launch import job_id
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.training.ema import ExponentialMovingAverage
+from rmoe_megatron.training.preflight import checkpoint_bytes
 
 
 @dataclass
@@ -89,11 +90,12 @@ def save_checkpoint(
 
     Raises:
         RunError: weights or averages are not finite; nothing is published and nothing removed.
+        NotSavedError: the system has refused to write something.
     """
     state.ema.complete()
     check_finite([*state.engine.parameters.items(), *state.ema.averages.items()], state.progress.step)
     final, is_rank0 = checkpoint_path(run_dir, state.progress.step), dist.get_rank() == 0
-    with new_checkpoint(final, before_publishing) as partial:
+    with new_checkpoint(final, before_publishing, size=checkpoint_bytes(config)) as partial:
         save_sharded(state.sharded_state_dict(is_loading=False), partial)
         if is_rank0:
             save_config(config, partial / "config.yaml")

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,7 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.parallel import process_groups, rank, world_size
 from tests.support.configurations import tiny_config
 
-rank_watch.INTERVAL, rank_watch.SILENCE = 0.2, 2.0
+rank_watch.INTERVAL, rank_watch.SILENCE = 0.2, 5.0
 what, config = sys.argv[1], tiny_config()
 is_last = rank() == world_size() - 1
 if what == "differ" and is_last:
@@ -31,21 +32,50 @@ with process_groups(config):
         raise RuntimeError("broken on purpose")
     if is_last and what == "mistake":
         raise UserError("shard 7 is damaged")
-    if what != "end":
-        time.sleep(100)
+    if what == "suspend":
+        time.sleep(12)
+    elif what != "end":
+        time.sleep(300)
+"""
+# A rank that is wrong before it meets the others, for which they wait in torch.distributed.
+BEFORE_MEETING = """import sys, time
+from rmoe_megatron import rank_watch
+from rmoe_megatron.cli import _end
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.parallel import process_groups, rank
+from tests.support.configurations import tiny_config
+
+rank_watch.INTERVAL = 0.2
+try:
+    with rank_watch.telling_all_ranks():
+        if sys.argv[1] in (str(rank()), "all"):
+            raise UserError("the run folder is in use")
+        with process_groups(tiny_config()):
+            time.sleep(300)
+except UserError as error:
+    _end(f"error: {error}", 2)
+"""
+HOLD = """import time, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(300)
 """
 
 
 def start(what: str, ranks: int = 3) -> tuple[list[subprocess.Popen[str]], dist.TCPStore]:
     """Start the ranks as srun does: no agent looks after them."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return start_at(store.port, what, ranks), store
+
+
+def start_at(port: int, what: str, ranks: int, program: str = PROGRAM) -> list[subprocess.Popen[str]]:
     shared = {
-        **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM, what],
+            [sys.executable, "-W", "ignore", "-c", program, what],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -53,12 +83,11 @@ def start(what: str, ranks: int = 3) -> tuple[list[subprocess.Popen[str]], dist.
         )
         for rank in range(ranks)
     ]
-    return processes, store
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Return exit code and standard error of every rank; none may need more than 60 seconds."""
-    deadline = time.monotonic() + 60
+    """Return exit code and standard error of every rank; none may need more than three minutes."""
+    deadline = time.monotonic() + 180
     try:
         results = []
         for process in processes:
@@ -89,6 +118,15 @@ def test_a_mistake_found_by_one_rank_is_told_by_all() -> None:
 
 def test_a_killed_rank_ends_all() -> None:
     processes, _store = start("kill")
+    wait_until_ready(processes)
+    processes[2].send_signal(signal.SIGKILL)
+    first, second, _ = finish(processes)
+    for code, errors in (first, second):
+        assert code == 1
+        assert "Rank 2 has not been heard of" in errors
+
+
+def wait_until_ready(processes: list[subprocess.Popen[str]]) -> None:
     try:
         for process in processes:
             assert process.stdout is not None
@@ -97,11 +135,43 @@ def test_a_killed_rank_ends_all() -> None:
         finish(processes)
         raise
     time.sleep(1)  # a few heartbeats
-    processes[2].send_signal(signal.SIGKILL)
-    first, second, _ = finish(processes)
-    for code, errors in (first, second):
-        assert code == 1
-        assert "Rank 2 has not been heard of" in errors
+
+
+def test_a_store_that_is_stopped_ends_all() -> None:
+    """The first rank holds the store under srun; stopped, it answers nobody, and its connections stay."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        processes = start_at(int(holder.stdout.readline()), "kill", ranks=2)
+        wait_until_ready(processes)
+        holder.send_signal(signal.SIGSTOP)
+        for code, errors in finish(processes):
+            assert code == 1
+            assert "The process that holds the job's store has not answered for 5 s" in errors
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on() -> None:
+    processes, _store = start("suspend", ranks=2)
+    wait_until_ready(processes)
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(8)  # more than what counts as silence
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+    assert [code for code, _ in finish(processes)] == [0, 0]
+
+
+@pytest.mark.parametrize("who", ["0", "1"])
+def test_a_mistake_before_the_ranks_meet_is_told_to_all(who: str) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    results = finish(start_at(store.port, who, 2, BEFORE_MEETING))
+    assert [code for code, _ in results] == [2, 2]
+    said = "".join(errors for _, errors in results)
+    assert "Traceback" not in said
+    assert said.count("the run folder is in use") == (2 if who == "0" else 1), said
 
 
 def test_ranks_that_end_well_are_left_alone() -> None:
