@@ -295,7 +295,10 @@ def to_hf(
 @convert_app.command("from-hf")
 def from_hf(
     folder: Annotated[
-        Path, typer.Argument(help="diffusers folder: a pipeline's or a transformer's; or a hub repository.")
+        Path,
+        typer.Argument(
+            help="diffusers folder: a pipeline's or a transformer's; a hub repository; or SD3's single file (.safetensors)."
+        ),
     ],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder to create.")],
     text_length: Annotated[

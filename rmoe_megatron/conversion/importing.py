@@ -1,6 +1,7 @@
 """From diffusers weights, or the original DiT's, to a run that training starts from."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,11 +28,12 @@ from rmoe_megatron.config.run import (
     TrainingConfig,
 )
 from rmoe_megatron.conversion.facebook_dit import FacebookDiT
+from rmoe_megatron.conversion.sd3_file import SD3File
 from rmoe_megatron.conversion.sit import SiT, looks_like_sit
 from rmoe_megatron.conversion.weight_names import Copies, Rule, weight_rules
 from rmoe_megatron.durable import check_writable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import world_size
+from rmoe_megatron.launch import speaks, world_size
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.pretrained.architecture import (
@@ -47,16 +49,18 @@ from rmoe_megatron.pretrained.model_files import transformer_parts
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, WeightSource, check_tensors
 from rmoe_megatron.training.run_lock import exclusive
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 
 
 def import_diffusers(
     folder: Path, run_dir: Path, text_length: int, parallel: ParallelConfig, progress: Progress | None = None
 ) -> None:
-    """Import the transformer of a diffusers folder.
+    """Import the transformer of a diffusers folder, or of a file of Stable Diffusion 3 in its original layout.
 
     Args:
-        folder: a pipeline's, with ``transformer/``, or the transformer's own; or the name of a repository of the hub.
+        folder: a pipeline's, with ``transformer/``, or the transformer's own; or the name of a repository of the hub; or the file.
         run_dir: run to create; its only checkpoint has step 0.
         text_length: text tokens of an MM-DiT, which diffusers' config does not know.
         parallel: layout of the ranks that import; the checkpoint can be loaded under any.
@@ -67,6 +71,9 @@ def import_diffusers(
     name = None  # of a repository
     if is_repository(str(folder)):
         name, folder = str(folder), model_folder(str(folder), transformer_parts)
+    if folder.is_file():
+        _import_sd3_file(folder, run_dir, text_length, parallel, progress)
+        return
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; download the model first.")
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
@@ -77,6 +84,24 @@ def import_diffusers(
         encoders = _encoders_of(folder, name or str(folder.resolve()))
         architecture = _with_scheduler(architecture, folder / "scheduler" / "scheduler_config.json")
     _import(source, architecture, encoders, run_dir, parallel, str(transformer), progress)
+
+
+def _import_sd3_file(
+    file: Path, run_dir: Path, text_length: int, parallel: ParallelConfig, progress: Progress | None
+) -> None:
+    """Import a file of Stable Diffusion 3; of what it holds besides the transformer a warning tells."""
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"{file} is neither a folder nor a .safetensors file; from-hf takes these (from-facebook-dit takes the original DiT's "
+            ".pt), and runs no pickle."
+        )
+    source = SD3File(file, text_length)
+    if source.passed_over and speaks():
+        logger.warning(
+            "Of %s the transformer is imported; %s there are left, so name the text encoders and the autoencoder with "
+            "encoders.text_encoder and encoders.autoencoder.", file, ", ".join(source.passed_over),
+        )  # fmt: skip
+    _import(source, source.architecture, EncodersConfig(), run_dir, parallel, str(file), progress)
 
 
 def import_facebook_dit(
