@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -243,6 +244,35 @@ def diagnose_precision(
             errors = "  ".join(f"{name.replace('_', ' ')} {getattr(each, name):.2%}" for name in PRODUCTS)
             print(f"  block {each.block:>3}  {each.layer:<34}{errors}")
     print(f"all of them: {out / 'precision.png'}")
+
+
+@diagnose_app.command("nodes")
+def diagnose_nodes(
+    folder: Annotated[Path, typer.Argument(help="On the file system that all nodes share.")],
+    names: Annotated[str, typer.Option(help="Names of the nodes in the order of their ranks.")] = "",
+    gpus: Annotated[int, typer.Option(min=0, max=1024, help="That a node must have.")] = 0,
+    min_bandwidth: Annotated[
+        float, typer.Option(min=0, max=1e6, help="GB/s of an all-reduce between nodes; 0 is no limit.")
+    ] = 0.0,
+    min_free_disk: Annotated[float, typer.Option(min=0, max=1e9, help="GB of every node.")] = 0.0,
+    max_clock_skew: Annotated[float, typer.Option(min=0, max=1e9, help="Seconds from the others'.")] = 5.0,
+    report: Annotated[
+        Path | None, typer.Option(help="File for a line about every bad node: its name and why.")
+    ] = None,
+) -> None:
+    """Check the nodes of a job: GPUs, driver, bandwidth, disk, clock, shared file system; with srun a task for every GPU."""
+    from rmoe_megatron.diagnostics.nodes import Limits, check_nodes
+
+    limits = Limits(gpus, min_bandwidth, min_free_disk, max_clock_skew)
+    found = check_nodes(folder, names.split() or [socket.gethostname()], limits)
+    if found is None:
+        return
+    print("\n".join(found.lines), flush=True)
+    if found.problems:
+        lines = [f"{name} {'; '.join(problems)}" for name, problems in found.problems.items()]
+        if report is not None:
+            durable.write(report, "".join(f"{line}\n" for line in lines))
+        raise RunError(f"{len(lines)} of the nodes are not as they must be: {' | '.join(lines)}.")
 
 
 @convert_app.command("to-hf")

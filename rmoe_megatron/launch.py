@@ -101,9 +101,15 @@ def rendezvous_url() -> str:
     """
     if not _is_step():
         return "env://"  # torchrun's agent may hold the store already, which this knows
-    address = os.environ.get("MASTER_ADDR") or first_host(os.environ.get("SLURM_STEP_NODELIST", ""))
+    address, port = meeting_point()
     address = f"[{address}]" if ":" in address else address
-    return f"tcp://{address}:{_port()}?rank={rank()}&world_size={world_size()}"
+    return f"tcp://{address}:{port}?rank={rank()}&world_size={world_size()}"
+
+
+def meeting_point() -> tuple[str, int]:
+    """Return the address and the port at which the ranks of a job with several meet; see :func:`rendezvous_url`."""
+    address = os.environ.get("MASTER_ADDR") or first_host(os.environ.get("SLURM_STEP_NODELIST", ""))
+    return address, _port()
 
 
 def speaks() -> bool:

@@ -20,12 +20,13 @@ fail() { # fail MESSAGE...: a mistake of the user's
 
 # ---------------------------------------------------------------------------------------------------------------- login node
 
-sbatch_options=() nodes='' array='' tasks_per_node=${RMOE_TASKS_PER_NODE:-$SITE_TASKS_PER_NODE}
+sbatch_options=() nodes='' array='' is_dry_run=false tasks_per_node=${RMOE_TASKS_PER_NODE:-$SITE_TASKS_PER_NODE}
 
 split_arguments() { # split_arguments "$@": --OPTION=VALUE up to the first other word are sbatch's; the rest is in words
     words=()
-    while [[ ${1:-} == --*=* || ${1:-} == --exclusive ]]; do
+    while [[ ${1:-} == --*=* || ${1:-} == --exclusive || ${1:-} == --dry-run ]]; do
         case $1 in
+            --dry-run) is_dry_run=true ;;
             --nodes=*) nodes=${1#*=} ;;
             --ntasks-per-node=*) tasks_per_node=${1#*=} ;;
             --array=*) array=${1#*=} ;;
@@ -101,21 +102,33 @@ site_options() { # options: what site.sh asks of SLURM, then what the command li
     [[ -z $SITE_ACCOUNT ]] || options+=(--account="$SITE_ACCOUNT")
     [[ -z $SITE_PARTITION ]] || options+=(--partition="$SITE_PARTITION")
     [[ -z $SITE_QOS ]] || options+=(--qos="$SITE_QOS")
+    [[ -z $SITE_CONSTRAINT ]] || options+=(--constraint="$SITE_CONSTRAINT")
+    [[ -z $SITE_RESERVATION ]] || options+=(--reservation="$SITE_RESERVATION")
+    [[ -z $SITE_EXCLUDE ]] || options+=(--exclude="$SITE_EXCLUDE")
     [[ -z $SITE_MEMORY_PER_NODE ]] || options+=(--mem="$SITE_MEMORY_PER_NODE")
     split_line "$SITE_SBATCH_OPTIONS"
     options+=("${words_of_line[@]}")
 }
 
+gpus_of_node() { # gpus_of_node COUNT: as sbatch is asked for them
+    echo "${SITE_GPU_TYPE:+$SITE_GPU_TYPE:}$1"
+}
+
 task_options() { # options: of a job with a task for every GPU. SLURM is not told of tasks: it would insist on their number when it
     # starts a job again with fewer nodes.
-    options+=(--mincpus="$((tasks_per_node * ${SITE_CPUS_PER_TASK:-1}))" --gpus-per-node="$SITE_GPUS_PER_NODE")
+    options+=(--mincpus="$((tasks_per_node * ${SITE_CPUS_PER_TASK:-1}))" --gpus-per-node="$(gpus_of_node "$SITE_GPUS_PER_NODE")")
     export RMOE_TASKS_PER_NODE=$tasks_per_node
 }
 
 submit() { # submit SCRIPT ARGUMENTS...: with options and sbatch_options; prints sbatch's answer, sets submitted
     local answer
-    mkdir -p "$SITE_LOGS"
     export RMOE_ROOT
+    if $is_dry_run; then
+        print_job "$@"
+        submitted=JOB
+        return
+    fi
+    mkdir -p "$SITE_LOGS"
     answer=$(sbatch "${options[@]}" "${sbatch_options[@]}" "$@")
     # shellcheck disable=SC2034 # pipeline.sh reads it
     submitted=${answer##* }
@@ -123,12 +136,52 @@ submit() { # submit SCRIPT ARGUMENTS...: with options and sbatch_options; prints
     echo "$(basename "$1" .sh) prints to $SITE_LOGS" >&2
 }
 
+print_job() { # print_job SCRIPT ARGUMENTS...: the job script as it is submitted, which sbatch takes as it is
+    local script=$1 option name own
+    shift
+    echo '#!/usr/bin/env bash'
+    own=" $(printf '%s ' "${options[@]%%=*}" "${sbatch_options[@]%%=*}")"
+    while read -r option; do
+        name=${option%%=*}
+        [[ $own == *" $name "* ]] || echo "#SBATCH $option"
+    done < <(sed -n 's/^#SBATCH //p' "$script")
+    for option in "${options[@]}" "${sbatch_options[@]}"; do
+        if [[ $option == *[[:space:]]* ]]; then
+            option="${option%%=*}=\"${option#*=}\""
+        fi
+        echo "#SBATCH $option"
+    done
+    for name in $(compgen -v | grep --extended-regexp '^(SITE_|RMOE_|NCCL_|GLOO_|MASTER_|HF_)'); do
+        printf 'export %s=%q\n' "$name" "${!name}"
+    done
+    printf 'set --'
+    printf ' %q' "$@"
+    printf '\n'
+    sed '1d; /^#SBATCH /d' "$script"
+}
+
+load_modules() { # load_modules: those of SITE_MODULES, whatever kind of modules this cluster has
+    local file
+    [[ -n $SITE_MODULES ]] || return 0
+    split_line "$SITE_MODULES"
+    set +u # the shell code of modules is not made for it
+    for file in /etc/profile.d/{lmod,z00_lmod,modules}.sh "${MODULESHOME:-/usr/share/modules}/init/bash"; do
+        if ! type module > /dev/null 2>&1 && [[ -r $file ]]; then
+            # shellcheck source=/dev/null
+            source "$file"
+        fi
+    done
+    type module > /dev/null 2>&1 || fail "SITE_MODULES is $SITE_MODULES, but there is no \`module\` on $(hostname)."
+    module load "${words_of_line[@]}" || fail "\`module load $SITE_MODULES\` does not work on $(hostname)."
+    set -u
+}
+
 rmoe_on_login_node() { # rmoe_on_login_node ARGUMENTS...; 127 if there is no rmoe here
     if [[ $SITE_CONTAINER_RUNTIME == apptainer ]]; then
-        apptainer exec --bind "$SITE_CONTAINER_MOUNTS" "$SITE_CONTAINER_IMAGE" rmoe "$@"
+        (load_modules && exec apptainer exec --bind "$SITE_CONTAINER_MOUNTS" "$SITE_CONTAINER_IMAGE" rmoe "$@")
         return
     fi
-    (activate_environment && command -v rmoe > /dev/null || exit 127; CUDA_VISIBLE_DEVICES='' rmoe "$@")
+    (load_modules && activate_environment && command -v rmoe > /dev/null || exit 127; CUDA_VISIBLE_DEVICES='' rmoe "$@")
 }
 
 require_command() { # require_command COMMAND...: rmoe has it, or nothing is submitted
@@ -237,10 +290,12 @@ submit_sweep() { # submit_sweep SCRIPT ARGUMENTS...: check every line, submit an
         check_training "${arguments[@]}" "${words_of_line[@]}" "run_dir=$sweep_dir-$number"
         echo "line $number is fine: ${lines[number]}" >&2
     done
-    # As they are now: the file may change while jobs wait.
-    mkdir -p "$SITE_LOGS"
-    copy=$(mktemp "$SITE_LOGS/sweep-XXXXXX")
-    printf '%s\n' "${lines[@]}" > "$copy"
+    copy=${words[1]}
+    if ! $is_dry_run; then # as they are now: the file may change while jobs wait
+        mkdir -p "$SITE_LOGS"
+        copy=$(mktemp "$SITE_LOGS/sweep-XXXXXX")
+        printf '%s\n' "${lines[@]}" > "$copy"
+    fi
     site_options
     task_options
     options+=(--output="$SITE_LOGS/%x-%A_%a.log" --array="$array" --nodes="$nodes")
@@ -254,22 +309,46 @@ submit_sweep() { # submit_sweep SCRIPT ARGUMENTS...: check every line, submit an
 this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 this_job=${this_job:-${SLURM_JOB_ID:-}}
 
+mounts() { # mounts SEPARATOR: of the container, each as OUTSIDE:INSIDE
+    tr ',' '\n' <<< "$SITE_CONTAINER_MOUNTS" | sed '/:/!s/.*/&:&/' | paste --serial --delimiters="$1"
+}
+
+# What a task does to be in enroot's container, which gets none of its variables by itself: enter_enroot FOLDER IMAGE OPTIONS... -- COMMAND...
+# shellcheck disable=SC2016 # the tasks' shells expand it
+enter_enroot='folder=$1 image=$2 options=()
+shift 2
+while [[ $1 != -- ]]; do options+=("$1"); shift; done
+shift
+for name in $(compgen -e | grep --extended-regexp "^(SLURM|SITE|RMOE|MASTER|HF|NCCL|GLOO|TORCH|TRITON|OMP|CUDA|NVIDIA|TOKENIZERS|WANDB)_?"); do
+    options+=(--env "$name")
+done
+exec enroot start "${options[@]}" "$image" sh -c "cd \"\$1\" && shift && exec \"\$@\"" sh "$folder" "$@"'
+
 in_tasks() { # in_tasks SRUN_OPTIONS... -- COMMAND...: run a command in tasks, in the site's container or environment
-    local options=()
+    local options=() mount more=()
     while [[ $1 != -- ]]; do
         options+=("$1")
         shift
     done
     shift
+    load_modules
+    split_line "$SITE_CONTAINER_OPTIONS"
+    more=("${words_of_line[@]}")
     case $SITE_CONTAINER_RUNTIME in
         pyxis)
-            local mounts
-            mounts=$(tr ',' '\n' <<< "$SITE_CONTAINER_MOUNTS" | sed 's/.*/&:&/' | paste --serial --delimiters=,)
-            exec srun "${options[@]}" --container-image="$SITE_CONTAINER_IMAGE" --container-mounts="$mounts" \
-                --no-container-mount-home --container-workdir="$PWD" "$@"
+            exec srun "${options[@]}" --container-image="$SITE_CONTAINER_IMAGE" --container-mounts="$(mounts ,)" \
+                --no-container-mount-home --container-workdir="$PWD" "${more[@]}" "$@"
+            ;;
+        enroot)
+            while read -r mount; do
+                more+=(--mount "$mount")
+            done < <(mounts '\n')
+            export NVIDIA_VISIBLE_DEVICES=${NVIDIA_VISIBLE_DEVICES:-all} # those that SLURM leaves to the task
+            export NVIDIA_DRIVER_CAPABILITIES=${NVIDIA_DRIVER_CAPABILITIES:-compute,utility}
+            exec srun "${options[@]}" bash -c "$enter_enroot" enter_enroot "$PWD" "$SITE_CONTAINER_IMAGE" "${more[@]}" -- "$@"
             ;;
         apptainer)
-            exec srun "${options[@]}" apptainer exec --nv --bind "$SITE_CONTAINER_MOUNTS" --pwd "$PWD" \
+            exec srun "${options[@]}" apptainer exec --nv --bind "$SITE_CONTAINER_MOUNTS" --pwd "$PWD" "${more[@]}" \
                 "$SITE_CONTAINER_IMAGE" "$@"
             ;;
         '')
@@ -277,7 +356,7 @@ in_tasks() { # in_tasks SRUN_OPTIONS... -- COMMAND...: run a command in tasks, i
             command -v rmoe > /dev/null || fail "there is no rmoe in this job; see SITE_VENV and activate_environment in site.sh."
             exec srun "${options[@]}" "$@"
             ;;
-        *) fail "SITE_CONTAINER_RUNTIME=$SITE_CONTAINER_RUNTIME is neither pyxis nor apptainer nor empty." ;;
+        *) fail "SITE_CONTAINER_RUNTIME=$SITE_CONTAINER_RUNTIME is neither pyxis nor enroot nor apptainer nor empty." ;;
     esac
 }
 
@@ -317,7 +396,7 @@ one_task_job() { # one_task_job SCRIPT GPUS COMMAND SUBCOMMAND ARGUMENTS...: sub
     split_arguments "$@"
     refuse_array "$script"
     site_options
-    options+=(--gpus-per-node="$((SITE_GPUS_PER_NODE > 0 ? gpus : 0))")
+    options+=(--gpus-per-node="$(gpus_of_node $((SITE_GPUS_PER_NODE > 0 ? gpus : 0)))")
     submit "$script" "${words[@]}"
 }
 
@@ -397,6 +476,7 @@ train_in_job() { # train_in_job ARGUMENTS...: of rmoe train; ends the job
     if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ $1 != --resume ]] && was_started_by_this_job; then
         set -- --resume "$run_dir" "${@:2}"
     fi
+    check_nodes
     # SLURM says the largest exit code of all ranks, which is that of ranks it had to end. So a rank that ends with a mistake leaves a
     # file. Signals are for rmoe, which gets them too.
     export RMOE_MISTAKE=$run_dir/jobs/$this_job.mistake
@@ -461,7 +541,7 @@ newest_checkpoint() { # newest_checkpoint: the last one in run_dir that another 
 }
 
 end_or_start_anew() { # end_or_start_anew CODE IS_CANCELLED: of the run in run_dir
-    local code=$1 is_cancelled=$2 newest same job
+    local code=$1 is_cancelled=$2
     if [[ $code == 0 ]]; then
         exit
     fi
@@ -473,6 +553,11 @@ end_or_start_anew() { # end_or_start_anew CODE IS_CANCELLED: of the run in run_d
         echo "job $this_job was ended by SLURM (exit code $code); the run in $run_dir can be resumed." >&2
         exit "$code"
     fi
+    start_anew "$code"
+}
+
+start_anew() { # start_anew CODE [NODES]: let SLURM start this job again, without some nodes, unless it has done so too often
+    local code=$1 without=${2:-} newest same job
     newest_checkpoint
     if ! { mkdir -p "$run_dir" && echo "$this_job $newest $code" >> "$run_dir/restarts"; }; then
         echo "error: restarts of job $this_job cannot be counted in $run_dir/restarts; it ends after exit code $code." >&2
@@ -490,8 +575,45 @@ end_or_start_anew() { # end_or_start_anew CODE IS_CANCELLED: of the run in run_d
     job=$(scontrol --oneliner show job "$this_job")
     if [[ $job == *" JobState=RUNNING "* && $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
         echo "job $this_job starts anew after exit code $code, restart $same of $SITE_MAX_RESTARTS without a new checkpoint." >&2
-        scontrol requeue "$this_job" ||
+        requeue "$job" "$without" ||
             echo "error: SLURM does not start job $this_job again; resume the run with slurm/pretrain_t2i.sh --resume $run_dir." >&2
     fi
     exit "$code"
+}
+
+requeue() { # requeue DESCRIPTION NODES: DESCRIPTION is scontrol's of this job, NODES may be empty
+    local before
+    if [[ -z $2 ]]; then
+        scontrol requeue "$this_job"
+        return
+    fi
+    before=$(sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p' <<< "$1" | grep --invert-match '(null)' || true)
+    trap '' TERM # of the job's end, which SLURM brings about now; only a job that waits can be told of nodes
+    scontrol requeuehold "$this_job" || return
+    scontrol update JobId="$this_job" ExcNodeList="${before:+$before,}$2" || echo "error: SLURM does not exclude $2." >&2
+    scontrol release "$this_job"
+}
+
+check_nodes() { # check_nodes: before the ranks train, if the site wants it; ends the job where a node is bad
+    local report=$run_dir/jobs/$this_job.bad_nodes names node code=0 bad=''
+    [[ $SITE_PREFLIGHT == 1 ]] || return 0
+    mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    rm -f "$report"
+    for node in "${names[@]}"; do # one that starts no task would keep all others from starting
+        (timeout 120 srun --nodes=1 --ntasks=1 --nodelist="$node" true || echo "$node starts no task" >> "$report") &
+    done
+    wait
+    if [[ ! -s $report ]]; then
+        (in_all_tasks --kill-on-bad-exit=0 --wait=60 -- rmoe diagnose nodes "$run_dir/jobs" --report "$report" \
+            --names "${names[*]}" --gpus "$SITE_GPUS_PER_NODE" --min-bandwidth "$SITE_MIN_BANDWIDTH" \
+            --min-free-disk "$SITE_MIN_FREE_DISK" --max-clock-skew "$SITE_MAX_CLOCK_SKEW") || code=$?
+        [[ $code != 0 ]] || return 0
+        [[ -s $report ]] || end_or_start_anew "$code" "$is_cancelled"
+    fi
+    sed 's/^/error: node /' "$report" >&2
+    bad=$(cut -d ' ' -f 1 "$report" | sort --unique | paste --serial --delimiters=,)
+    if ((${#names[@]} > 1 && $(tr ',' '\n' <<< "$bad" | wc -l) == ${#names[@]})); then
+        fail "no node of job $this_job is as site.sh wants it (SITE_PREFLIGHT), so none is excluded and it is not started again."
+    fi
+    start_anew 1 "$bad"
 }

@@ -14,8 +14,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import write_manifest
@@ -28,6 +30,23 @@ class _Writer(FileSystemWriter):
     def checkpoint_id(self) -> str:
         """The folder as it is written into ``.metadata``: text, for checkpoints hold no other objects than they must."""
         return str(self.path)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's part; what the system refuses is raised, not what PyTorch's archive says of it then."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            refused = _refused(error)
+            if refused is not None:
+                raise refused from error
+            raise
+
+
+def _refused(error: BaseException | None) -> OSError | None:
+    """Return the error of the system that another one came of."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class _SynchronousStrategy(TorchDistSaveShardedStrategy):

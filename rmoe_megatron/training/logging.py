@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +51,7 @@ class RunLogger:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _without_errors_of_tensorboard(threading.excepthook)
             with warned("TensorBoard"):
                 self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         if config.wandb is not None:
@@ -162,6 +164,17 @@ class RunLogger:
 
     def _write(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
+
+
+def _without_errors_of_tensorboard(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Say nothing of a disk that TensorBoard's own thread cannot write to: the next call to TensorBoard does."""
+
+    def without(error: Any) -> None:
+        is_writer = type(error.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(error.exc_value, OSError)):
+            hook(error)
+
+    return without
 
 
 class _Records:

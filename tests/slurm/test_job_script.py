@@ -188,6 +188,50 @@ def test_a_task_of_an_array_starts_itself_anew_and_no_other(site: Site) -> None:
     ]
 
 
+def test_a_bad_node_is_named_and_excluded_when_the_job_starts_again(site: Site) -> None:
+    """The check of the nodes says that the first one is bad, until another one is the job's."""
+    site.stand_in(
+        """case "$*" in
+            diagnose*) while [[ $1 != --report ]]; do shift; done
+                [[ $SLURMD_NODENAME != n1 ]] || { echo "n1 it has 7 GPUs, not 8" > "$2"; exit 1; } ;;
+            *) echo "trains on $SLURMD_NODENAME" ;;
+        esac"""
+    )
+    job = site.slurm.submit(
+        str(ROOT / "slurm" / "pretrain_t2i.sh"),
+        "--nodes=1",
+        "c.yaml",
+        cwd=site.folder,
+        **site.settings,
+        SITE_PREFLIGHT="1",
+    )
+    assert site.slurm.wait(job) == "COMPLETED", site.log()
+    log = site.log()
+    assert "error: node n1 it has 7 GPUs, not 8" in log
+    assert [line for line in log.splitlines() if line.startswith("trains")] == ["trains on n2"] * 2
+    assert site.slurm.describe(job)["ExcNodeList"] == "n1"
+
+
+def test_a_printed_job_script_can_be_submitted_as_it_is(site: Site) -> None:
+    site.stand_in("echo rank $SLURM_PROCID of $SLURM_NTASKS")
+    printed = site.slurm.run(
+        str(ROOT / "slurm" / "pretrain_t2i.sh"),
+        "--dry-run",
+        "--nodes=2",
+        "c.yaml",
+        "a=b c",
+        cwd=site.folder,
+        **site.settings,
+    )
+    assert printed.returncode == 0, printed.stderr
+    (site.folder / "job.sh").write_text(printed.stdout)
+    (site.folder / "logs").mkdir()
+    job = site.slurm.submit("sbatch", "job.sh", cwd=site.folder)
+    assert site.slurm.wait(job) == "COMPLETED", site.log()
+    assert site.calls() == ["0 train c.yaml a=b c"]
+    assert site.log().count("of 4") == 4
+
+
 def test_options_of_one_task_reach_the_command(site: Site) -> None:
     site.stand_in("exit 0")
     job = site.submit("convert_to_hf.sh", "--time=5", "runs/x", "models/x", "--raw")

@@ -64,10 +64,97 @@ def test_apptainer_in_jobs_and_on_the_login_node(tmp_path: Path) -> None:
     ]
 
 
+def test_enroot_gets_the_variables_of_the_task(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, body in {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_PROCID=3 OTHER=1 "$@"',
+        "enroot": "printf '%s\\n' enroot \"$@\"",
+    }.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f'source "$RMOE_ROOT/slurm/job.sh"; {TRAIN}'],
+        env={
+            "PATH": f"{tools}:/usr/bin:/bin", "HOME": "/home/x", "RMOE_ROOT": str(ROOT), "SITE_CONTAINER_RUNTIME": "enroot",
+            "SITE_CONTAINER_IMAGE": "/i/r.sqsh", "SITE_CONTAINER_MOUNTS": "/data,/runs:/r", "SITE_CONTAINER_OPTIONS": "--rw",
+            "SITE_NETWORK_INTERFACE": "ib0",
+        },
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    said = done.stdout.splitlines()
+    assert said[:7] == ["enroot", "start", "--rw", "--mount", "/data:/data", "--mount", "/runs:/r"], (
+        done.stderr
+    )
+    end = said.index("/i/r.sqsh")
+    passed = set(said[7:end]) - {"--env"}
+    assert {
+        "SLURM_PROCID",
+        "HF_HOME",
+        "OMP_NUM_THREADS",
+        "NCCL_SOCKET_IFNAME",
+        "GLOO_SOCKET_IFNAME",
+        "NVIDIA_VISIBLE_DEVICES",
+    } <= passed
+    assert not passed & {"OTHER", "PATH", "HOME"}
+    assert said[end + 1 :] == [
+        "sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", str(tmp_path), "rmoe", "train", "a b.yaml",
+    ]  # fmt: skip
+
+
+def test_modules_are_loaded_before_anything_runs(tmp_path: Path) -> None:
+    module = 'module() { echo "module $*"; [[ $3 != missing ]]; }; export -f module; rmoe() { :; };'
+    done = call(tmp_path, f"{module} {TRAIN}", SITE_MODULES="cuda/13.0 'a b'", SITE_VENV=str(tmp_path))
+    assert done.stdout.splitlines() == [
+        "module load cuda/13.0 a b",
+        "srun",
+        "--ntasks=4",
+        "rmoe",
+        "train",
+        "a b.yaml",
+    ]
+    done = call(tmp_path, f"{module} {TRAIN}", SITE_MODULES="cuda missing")
+    assert done.returncode == 2
+    assert "`module load cuda missing` does not work on" in done.stderr
+    done = call(tmp_path, TRAIN, SITE_MODULES="cuda", MODULESHOME="/nowhere")
+    assert done.returncode == 2
+    assert "there is no `module` on" in done.stderr
+
+
+def test_a_dry_run_prints_what_is_submitted_and_submits_nothing(tmp_path: Path) -> None:
+    script = ROOT / "slurm" / "pretrain_t2i.sh"
+    command = f"submit_training {script} configs/t2i_2b.yaml --dry-run --qos=low --comment='two words' seed=1 'a=b c'"
+    site = {
+        "SITE_VENV": str(tmp_path), "SITE_ACCOUNT": "vision", "SITE_CONSTRAINT": "h100&ib", "SITE_RESERVATION": "team",
+        "SITE_EXCLUDE": "n7", "SITE_GPU_TYPE": "h100",
+    }  # fmt: skip
+    done = call(tmp_path, command, **site)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "logs").exists()
+    lines = done.stdout.splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    expected = {
+        "--job-name=pretrain_t2i", "--nodes=4", "--account=vision", "--qos=low", "--constraint=h100&ib", "--reservation=team",
+        "--exclude=n7", "--gpus-per-node=h100:8", '--comment="two words"', "--requeue", "--open-mode=append",
+        f"--output={tmp_path}/logs/%x-%j.log", "--mincpus=8", "--signal=B:USR1@600", "--time=1-00:00:00",
+    }  # fmt: skip
+    assert set(options) == expected
+    assert len(options) == len(expected)
+    assert f"set -- {ROOT}/configs/t2i_2b.yaml seed=1 a=b\\ c" in lines
+    assert "export SITE_ACCOUNT=vision" in lines
+    # SLURM runs a copy of this name; what it calls then is what the script itself would call.
+    job = tmp_path / "slurm_script"
+    job.write_text(done.stdout)
+    job.chmod(0o755)
+    run = subprocess.run(["bash", "-n", str(job)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+
+
 def test_an_unknown_runtime_and_a_job_without_rmoe_are_mistakes(tmp_path: Path) -> None:
     done = call(tmp_path, TRAIN, SITE_CONTAINER_RUNTIME="podman")
     assert (done.returncode, done.stderr) == (
-        2, "error: SITE_CONTAINER_RUNTIME=podman is neither pyxis nor apptainer nor empty.\n",
+        2, "error: SITE_CONTAINER_RUNTIME=podman is neither pyxis nor enroot nor apptainer nor empty.\n",
     )  # fmt: skip
     done = call(tmp_path, TRAIN, SITE_VENV=str(tmp_path))
     assert done.returncode == 2
