@@ -30,7 +30,10 @@ Again = Annotated[
     bool,
     typer.Option("--again", help="Make anew what another command left in OUT; without it that is refused."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="The first so many prompts only.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="So many prompts only, the tasks in turn; the score is not called overall."),
+]
 Interval = Annotated[tuple[float, float], typer.Option(help="Guide where timestep / 1000 lies in it.")]
 Scheduler = Annotated[
     str | None,
@@ -184,11 +187,13 @@ def eval_geneval(
     dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
     again: Again = False,
+    allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """GenEval: objects, counts, colours, positions; with torchrun or srun all ranks share the work."""
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
     from rmoe_megatron.evaluation.geneval.prompts import make_prompts, read_metadata
+    from rmoe_megatron.evaluation.limits import take_in_turn
     from rmoe_megatron.evaluation.protocol import Protocol
     from rmoe_megatron.sampling import resolve_dtype
 
@@ -207,8 +212,11 @@ def eval_geneval(
         resolve_dtype(dtype),
         compile,
     )
-    settings = Settings(out, images_per_prompt, Protocol(_one_of(protocol)), detector, clip, again)
-    evaluate_geneval(prompts[:limit], sampling, settings, _bars())
+    chosen = take_in_turn([metadata["tag"] for metadata in prompts], limit)
+    settings = Settings(
+        out, images_per_prompt, Protocol(_one_of(protocol)), detector, clip, again, chosen, allow_incomplete
+    )
+    evaluate_geneval(prompts, sampling, settings, _bars())
 
 
 @eval_app.command("geneval2")
@@ -231,11 +239,13 @@ def eval_geneval2(
     dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
     again: Again = False,
+    allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """GenEval 2: Soft-TIFA by skill and atomicity; with torchrun or srun all ranks share the work."""
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
     from rmoe_megatron.evaluation.geneval2.prompts import read_prompts
+    from rmoe_megatron.evaluation.limits import take_in_turn
     from rmoe_megatron.evaluation.protocol import Protocol
     from rmoe_megatron.sampling import resolve_dtype
 
@@ -253,8 +263,10 @@ def eval_geneval2(
         resolve_dtype(dtype),
         compile,
     )
-    settings = Settings(out, Protocol(_one_of(protocol)), answerer, again)
-    evaluate_geneval2(read_prompts(data)[:limit], sampling, settings, _bars())
+    prompts = read_prompts(data)
+    chosen = take_in_turn([prompt["atom_count"] for prompt in prompts], limit)
+    settings = Settings(out, Protocol(_one_of(protocol)), answerer, again, chosen, allow_incomplete)
+    evaluate_geneval2(prompts, sampling, settings, _bars())
 
 
 @eval_app.command("dpg")
@@ -284,11 +296,13 @@ def eval_dpg(
     dtype: Dtype = "auto",
     compile: Compile = False,  # noqa: A002
     again: Again = False,
+    allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """DPG-Bench: long prompts by proposition and category; with torchrun or srun all ranks share the work."""
     from rmoe_megatron.evaluation.dpg.evaluate import Settings, evaluate_dpg
     from rmoe_megatron.evaluation.dpg.questions import is_published, read_items
     from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.evaluation.limits import take_in_turn
     from rmoe_megatron.evaluation.protocol import Protocol
     from rmoe_megatron.sampling import resolve_dtype
 
@@ -311,8 +325,9 @@ def eval_dpg(
     )
     items = read_items(data, rules)
     is_official = limit is None and is_published(data)
-    settings = Settings(out, images_per_prompt, rules, answerer, is_official, again)
-    evaluate_dpg(items[:limit], sampling, settings, _bars())
+    chosen = take_in_turn([None] * len(items), limit)
+    settings = Settings(out, images_per_prompt, rules, answerer, is_official, again, chosen, allow_incomplete)
+    evaluate_dpg(items, sampling, settings, _bars())
 
 
 @eval_app.command("imagenet")

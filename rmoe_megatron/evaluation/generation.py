@@ -17,6 +17,7 @@ from PIL import Image
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.fingerprints import pipeline_record
+from rmoe_megatron.evaluation.picture_folder import require_pictures
 from rmoe_megatron.evaluation.provenance import (
     Product,
     Record,
@@ -138,26 +139,38 @@ def given_record(pictures: Sequence[Picture]) -> Record:
 
 
 def plan(
-    requests_below: Callable[[Path], list[ImageRequest]], sampling: Sampling, out: Path
+    requests_below: Callable[[Path], list[ImageRequest]],
+    sampling: Sampling,
+    out: Path,
+    allow_incomplete: bool = False,
+    layout: Callable[[Path], list[ImageRequest]] | None = None,
 ) -> tuple[list[Picture], Record]:
     """Return the images of a benchmark, to be made below ``out/images`` or those of a folder, and what a result says of them.
 
     Args:
-        requests_below: from a folder to what belongs there.
+        requests_below: from a folder to what is to be scored there.
+        allow_incomplete: score what a folder has, and say what is wrong with it; otherwise all has to be right.
+        layout: from a folder to all that may be there.
 
     Raises:
-        UserError: the folder lacks images, or has some of other prompts; or the model is none.
+        UserError: something is wrong with the folder, or it has images of other prompts; or the model is none.
     """
     if not sampling.is_given:
         record = sampling_record(sampling)
         requests = requests_below(out / "images")
         return [Picture(request, image_product(request, record)) for request in requests], record
-    requests = requests_below(Path(sampling.model))
-    require_images([request.path for request in requests], Path(sampling.model))
+    folder = Path(sampling.model)
+    requests = requests_below(folder)
+    paths = [request.path for request in requests]
+    known = [request.path for request in layout(folder)] if layout is not None else None
+    found, report = require_pictures(paths, folder, allow_incomplete, known)
+    usable = set(found)
+    requests = [request for request in requests if request.path in usable]
     for request in requests:
         _require_prompt(request)
     pictures = [Picture(request, None) for request in requests]
-    return pictures, given_record(pictures)
+    record = given_record(pictures)
+    return pictures, record | {"folder": report.problems()} if report.problems() else record
 
 
 def image_product(request: ImageRequest, record: Record) -> Product:
@@ -179,6 +192,13 @@ def _require_prompt(request: ImageRequest) -> None:
 def products_of(pictures: Sequence[Picture]) -> list[Product]:
     """Return the files of the pictures that are made here."""
     return [picture.product for picture in pictures if picture.product is not None]
+
+
+def folder_differences(record: Record) -> list[str]:
+    """Return in what a folder of images that is scored differs from what it should be, for a result."""
+    problems = record.get("folder", {})
+    counts = ", ".join(f"{len(names)} {kind.replace('_', ' ')}" for kind, names in problems.items())
+    return [f"the folder's images are not all as they should be: {counts}"] if problems else []
 
 
 def check_out(out: Path, products: Sequence[Product], identity: Record, again: bool) -> None:
@@ -266,20 +286,6 @@ def fill(
     )
     for number in queue.take(progress):
         products[number].write(make(number))
-
-
-def require_images(files: Sequence[Path], folder: Path) -> None:
-    """Check that a folder that is scored as it is holds every image.
-
-    Raises:
-        UserError: names the first that is missing, and how many are.
-    """
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} lacks {len(missing)} of {len(files)} images, {missing[0].relative_to(folder)} the first; "
-            "generate them, or give a diffusers folder to generate them from."
-        )
 
 
 def is_folder_of_images(model: Path) -> bool:

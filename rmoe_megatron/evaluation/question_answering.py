@@ -1,7 +1,7 @@
 """Questions about an image to a model of transformers that sees and speaks: the probabilities of its first word."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from PIL import Image
@@ -27,6 +27,10 @@ CHAT = "<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
 
 class Answerer(Protocol):
     """Answers questions about images with probabilities of tokens."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move the model."""
+        ...
 
     def first_token(self, image: Image.Image, question: str) -> Tensor:
         """Return the probabilities of the answer's first token, float32 [vocabulary]."""
@@ -58,6 +62,12 @@ class Qwen3VL:
         self.tokenizer = load_tokenizer(folder)
         self.processor = _image_processor(folder)
         self.image_token = self.model.config.image_token_id
+
+    def to(self, device: torch.device) -> Self:
+        """Move the model."""
+        self.device = device
+        self.model.to(device)
+        return self
 
     @torch.no_grad()
     def first_token(self, image: Image.Image, question: str) -> Tensor:

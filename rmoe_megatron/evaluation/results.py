@@ -8,23 +8,36 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from scipy.stats import bootstrap
 
 from rmoe_megatron import durable
 from rmoe_megatron.pictures import labelled_grid, open_picture, png, stacked
 
 SIDE = 192  # pixels of an image in a gallery
+BOX_COLORS = ("lime", "magenta", "cyan", "orange", "yellow", "red")  # of the classes in an image
 RESAMPLES = 5000  # of a bootstrap: the standard error itself is off by one part in a hundred
 
 
 @dataclass(frozen=True)
+class Box:
+    """Something that was found in an image, in its pixels."""
+
+    name: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True)
 class Example:
-    """An image of a gallery, under a heading, with what is said of it."""
+    """An image of a gallery, under a heading, with what is said of it and what was found in it."""
 
     heading: str
     path: Path
     label: str
+    boxes: tuple[Box, ...] = ()
 
 
 def write_results(out: Path, results: dict[str, Any], table: str, examples: Sequence[Example]) -> None:
@@ -53,14 +66,25 @@ def gallery(examples: Sequence[Example]) -> Image.Image:
     grids = {}
     for heading in dict.fromkeys(example.heading for example in examples):
         chosen = [example for example in examples if example.heading == heading]
-        images = np.stack([_thumbnail(example.path) for example in chosen])
+        images = np.stack([_thumbnail(example) for example in chosen])
         grids[heading] = labelled_grid(images, [example.label for example in chosen], columns=6)
     return stacked(grids)
 
 
-def _thumbnail(path: Path) -> np.ndarray:
-    with open_picture(path) as image:
-        return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+def _thumbnail(example: Example) -> np.ndarray:
+    """Return an image of a gallery's size with its boxes drawn in, uint8 [SIDE, SIDE, 3]."""
+    with open_picture(example.path) as image:
+        upright = ImageOps.exif_transpose(image)
+        thumbnail = upright.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    draw, scale = ImageDraw.Draw(thumbnail), (SIDE / upright.width, SIDE / upright.height)
+    names = list(dict.fromkeys(box.name for box in example.boxes))
+    for box in example.boxes:
+        color = BOX_COLORS[names.index(box.name) % len(BOX_COLORS)]
+        left, right = (min(edge * scale[0], SIDE - 1) for edge in (box.left, box.right))
+        top, bottom = (min(edge * scale[1], SIDE - 1) for edge in (box.top, box.bottom))
+        draw.rectangle((left, top, right, bottom), outline=color, width=2)
+        draw.text((left + 3, top + 1), box.name, fill=color)
+    return np.asarray(thumbnail)
 
 
 def prompt_key(number: int, prompt: str) -> str:

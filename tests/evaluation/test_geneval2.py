@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.generation import Sampling
-from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
+from rmoe_megatron.evaluation.generation import ImageRequest, Picture, Sampling
+from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2, means
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt, read_prompts
 from rmoe_megatron.evaluation.geneval2.soft_tifa import (
     geometric_mean,
@@ -93,7 +93,11 @@ def test_the_score_of_an_atom() -> None:
 
 def test_sums_by_hand() -> None:
     scores = [[0.5, 1.0, 1.0, 0.25, 0.5, 1.0, 1.0], [0.25]]
-    found = summarise(scores, [COWS, CAT])
+    pictures = [
+        Picture(ImageRequest(prompt["prompt"], number, 0, Path("x.png")), None)
+        for number, prompt in enumerate((COWS, CAT))
+    ]
+    found = summarise(scores, [COWS, CAT]) | means(scores, pictures)
     first = math.prod(scores[0]) ** (1 / 7)
     assert found["soft_tifa_am"] == pytest.approx(100 * (5.25 / 7 + 0.25) / 2)
     assert found["soft_tifa_gm"] == pytest.approx(100 * (first + 0.25) / 2)

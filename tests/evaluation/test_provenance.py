@@ -320,8 +320,8 @@ def test_single_pictures_are_not_cut(models: Path, tmp_path: Path) -> None:
     items = read_items(tmp_path / "table.csv", Protocol.fixed)
     for name, side in (("even", 32), ("odd", 33)):
         (tmp_path / name).mkdir()
-        for item in items:
-            pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        for number, item in enumerate(items):
+            pixels = np.random.default_rng([side, number]).integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{item.name}.png")
 
     def dpg(folder: str, number: int | None) -> dict[str, Any]:

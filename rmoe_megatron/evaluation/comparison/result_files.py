@@ -89,6 +89,14 @@ def read_entries(path: Path) -> list[Entry]:
 
 def _entry(results: dict[str, Any], benchmark: str, file: Path) -> Entry:
     metric = METRICS[results["benchmark"]]
+    notes = tuple(results.get("differences", []))
+    if results.get("limited") is not None:
+        limited = _sections(results, "limited", file, of_numbers=True)
+        results = {**results, **limited}
+        notes = (
+            f"{limited.get('prompts')} of {limited.get('of')} prompts: not the benchmark's score",
+            *notes,
+        )
     error = results.get("standard_error")
     if len(metric.parts) == 1:
         parts = _numbers(results.get(metric.parts[0], {}), metric.parts[0], file)
@@ -106,7 +114,7 @@ def _entry(results: dict[str, Any], benchmark: str, file: Path) -> Entry:
             task: _numbers(each, f"prompt_scores of {task}", file)
             for task, each in _sections(results, "prompt_scores", file).items()
         },
-        notes=tuple(results.get("differences", [])),
+        notes=notes,
     )  # fmt: skip
 
 
@@ -123,8 +131,10 @@ def _numbers(values: object, name: str, file: Path) -> dict[str, float]:
     return {key: _number(values, key, file) for key in values}
 
 
-def _sections(results: dict[str, Any], name: str, file: Path) -> dict[str, dict[str, Any]]:
+def _sections(results: dict[str, Any], name: str, file: Path, of_numbers: bool = False) -> dict[str, Any]:
     values = results.get(name)
-    if not isinstance(values, dict) or not all(isinstance(each, dict) for each in values.values()):
+    if not isinstance(values, dict) or not (
+        of_numbers or all(isinstance(each, dict) for each in values.values())
+    ):
         raise UserError(f"{file} has {name} {shown(values)}, which are no groups of scores; evaluate again.")
     return values

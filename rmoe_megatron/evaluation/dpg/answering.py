@@ -1,7 +1,8 @@
 """Who answers DPG-Bench's questions: mPLUG of modelscope, as published, or a model of transformers."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+import torch
 from PIL import Image
 
 from rmoe_megatron.errors import UserError
@@ -14,6 +15,10 @@ WAYS = {"yes": ("Yes", "yes", " yes", " Yes"), "no": ("No", "no", " no", " No")}
 
 class YesOrNo(Protocol):
     """Answers questions about images in a word."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move the model."""
+        ...
 
     def answer(self, image: Image.Image, question: str) -> str:
         """Return the answer, ``yes`` if it is that."""
@@ -38,6 +43,10 @@ class Mplug:
             ) from error
         self.pipeline: Any = pipeline(Tasks.visual_question_answering, model=MPLUG, device=device)
 
+    def to(self, device: torch.device) -> Self:
+        """Return itself: modelscope holds the model, which is small, on the device that it was loaded to."""
+        return self
+
     def answer(self, image: Image.Image, question: str) -> str:
         """Return the answer as it is."""
         return str(self.pipeline({"image": image, "question": question})["text"])
@@ -48,6 +57,11 @@ class Spoken:
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
+
+    def to(self, device: torch.device) -> Self:
+        """Move the model."""
+        self.answerer.to(device)
+        return self
 
     def answer(self, image: Image.Image, question: str) -> str:
         """Return ``yes`` or ``no``."""

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.dpg.answering import MPLUG, load_answerer
+from rmoe_megatron.evaluation.dpg.answering import MPLUG, YesOrNo, load_answerer
 from rmoe_megatron.evaluation.dpg.questions import NUM_PROMPTS, Item
 from rmoe_megatron.evaluation.dpg.scoring import QUIRKS, score
+from rmoe_megatron.evaluation.early_judge import EarlyJudge
 from rmoe_megatron.evaluation.fingerprints import model_digest
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
@@ -22,12 +23,14 @@ from rmoe_megatron.evaluation.generation import (
     Sampling,
     check_out,
     fill,
+    folder_differences,
     generate,
     image_product,
     plan,
     products_of,
     sampling_record,
 )
+from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.provenance import Product, Record, digest, png_with, read_record
 from rmoe_megatron.evaluation.results import (
@@ -63,6 +66,8 @@ class Settings:
     answerer: str = "mplug"
     is_official: bool = False  # the published table, whole
     again: bool = False  # make anew what was made by another command, which is refused otherwise
+    chosen: tuple[int, ...] | None = None  # numbers of the items to be scored; None is all
+    allow_incomplete: bool = False  # score what a folder of images has
 
 
 def evaluate_dpg(
@@ -75,13 +80,18 @@ def evaluate_dpg(
     Raises:
         UserError: images are missing, or a model cannot be had.
     """
-    number = images_in_a_file(items, sampling, settings.images_per_prompt)
     out, tile_pictures = settings.out, list[Picture]()
+    numbers = settings.chosen or range(len(items))
     if sampling.is_given:
-        grids, made = plan(lambda folder: _requests(items, folder), sampling, out)
+        grids, made = plan(
+            lambda folder: _requests(items, numbers, folder), sampling, out, settings.allow_incomplete,
+            lambda folder: _requests(items, range(len(items)), folder),
+        )  # fmt: skip
+        number = images_in_a_file([grid.request.path for grid in grids], sampling, settings.images_per_prompt)
     else:
-        made = sampling_record(sampling)
-        tile_pictures, grids = _tiles_and_grids(items, made, out, number)
+        made, number = sampling_record(sampling), settings.images_per_prompt or 4
+        tile_pictures, grids = _tiles_and_grids(items, numbers, made, out, number)
+    everything, items = items, [items[grid.request.prompt_index] for grid in grids]
     answerer_made_of = answerer_record(settings.answerer) | {
         "device": inference_device(local_rank()).type,
         "versions": versions_of(*INFERENCE),
@@ -91,19 +101,28 @@ def evaluate_dpg(
         "benchmark": "DPG-Bench",
         "protocol": settings.protocol.value,
         "images_per_prompt": number,
-        "prompt_set": {"number": len(items), "sha256": digest([asdict(item) for item in items])},
+        "prompt_set": {
+            "number": len(numbers),
+            "sha256": digest([asdict(everything[number]) for number in numbers]),
+        },
         "sampling": made,
         "judge": answerer_made_of,
     }
     products = [*products_of(tile_pictures), *products_of(grids), *answers_of]
     check_out(out, products, identity, settings.again)
+    answerer = EarlyJudge(
+        lambda: load_answerer(settings.answerer, _device()),
+        is_needed=not all(product.is_made for product in answers_of),
+    )
     if not sampling.is_given:
         generate(tile_pictures, sampling, out / "claims" / "images", progress("sample"))
         _put_together(tile_pictures, products_of(grids), out / "claims" / "grids")
     files = [picture.request.path for picture in grids]
-    answers = ask_all(items, files, number, answers_of, settings, progress("ask"))
+    answers = ask_all(items, files, number, answers_of, settings, answerer, progress("ask"))
     if rank() == 0:
-        prompt_scores = _prompt_scores(items, answers, settings.protocol)
+        prompt_scores = _prompt_scores(grids, items, answers, settings.protocol)
+        found = score(items, answers, settings.protocol)
+        overall = {"overall": found.pop("overall"), "standard_error": standard_error(prompt_scores)}
         results = identity | {
             "model": str(Path(sampling.model).absolute()),
             "answerer": settings.answerer,
@@ -116,29 +135,36 @@ def evaluate_dpg(
                 ),
                 *([] if settings.is_official else [f"not the published table of {NUM_PROMPTS} prompts"]),
                 *([] if number == 4 else ["not four images a prompt"]),
+                *folder_differences(made),
             ],
             "cut": _how_cut(files[0], number),
-            **score(items, answers, settings.protocol),
-            "standard_error": standard_error(prompt_scores),
+            **of_a_part(overall, settings.chosen, len(everything)),
+            **found,
             "prompt_scores": prompt_scores,
         }
-        examples = [Example("prompts", file, item.prompt) for item, file in zip(items, files, strict=True)][
-            :EXAMPLES
-        ]
-        write_results(out, results, table(results), examples)
+        write_results(out, results, table(results), _examples(grids, prompt_scores["prompts"]))
 
 
-def images_in_a_file(items: list[Item], sampling: Sampling, asked: int | None) -> int:
-    """Return how many images of a prompt a file holds: as asked for, as a folder's pictures say, or four.
+def _examples(grids: list[Picture], scores: dict[str, float]) -> list[Example]:
+    """Return the best and the worst prompts with their scores."""
+    requests = {prompt_key(each.request.prompt_index, each.request.prompt): each.request for each in grids}
+    order = sorted(scores, key=lambda name: -scores[name])
+    chosen = {"best": order[: EXAMPLES // 2], "worst": order[EXAMPLES // 2 :][-EXAMPLES // 2 :]}
+    return [
+        Example(title, requests[name].path, f"{scores[name]:.1f} {requests[name].prompt}")
+        for title, names in chosen.items()
+        for name in names
+    ]
+
+
+def images_in_a_file(files: list[Path], sampling: Sampling, asked: int | None) -> int:
+    """Return how many images of a prompt a file of a folder holds: as asked for, or as the folder's pictures say.
 
     Raises:
         UserError: the pictures of a folder say nothing, or something else than is asked for.
     """
-    if not sampling.is_given:
-        return asked or 4
-    files = [Path(sampling.model) / f"{item.name}.png" for item in items]
     for file in files:
-        said = (read_record(file) or {}).get("tiles") if file.is_file() else None
+        said = (read_record(file) or {}).get("tiles")
         if said is not None and said != (asked or said):
             raise UserError(f"{file} holds {said} images, not {asked}; leave --images-per-prompt out.")
         asked = asked or said
@@ -150,31 +176,33 @@ def images_in_a_file(items: list[Item], sampling: Sampling, asked: int | None) -
     return asked
 
 
-def _requests(items: list[Item], folder: Path) -> list[ImageRequest]:
+def _requests(items: list[Item], numbers: Sequence[int], folder: Path) -> list[ImageRequest]:
     return [
-        ImageRequest(item.prompt, number, 0, folder / f"{item.name}.png") for number, item in enumerate(items)
+        ImageRequest(items[number].prompt, number, 0, folder / f"{items[number].name}.png")
+        for number in numbers
     ]
 
 
 def _tiles_and_grids(
-    items: list[Item], record: Record, out: Path, number: int
+    items: list[Item], numbers: Sequence[int], record: Record, out: Path, number: int
 ) -> tuple[list[Picture], list[Picture]]:
     """Return the single images, and the files in the published layout that they are put into."""
     requests = [
-        ImageRequest(item.prompt, index, image, out / "tiles" / item.name / f"{image}.png")
-        for index, item in enumerate(items)
+        ImageRequest(items[index].prompt, index, image, out / "tiles" / items[index].name / f"{image}.png")
+        for index in numbers
         for image in range(number)
     ]
     tiles_made = [Picture(request, image_product(request, record)) for request in requests]
 
-    def of_grid(request: ImageRequest) -> Record:
-        of_prompt = tiles_made[request.prompt_index * number : (request.prompt_index + 1) * number]
+    def of_grid(place: int, request: ImageRequest) -> Record:
+        of_prompt = tiles_made[place * number : (place + 1) * number]
         parts = {"tiles": number, "images": [picture.identity for picture in of_prompt]}
         return {"prompt": request.prompt, "prompt_number": request.prompt_index} | parts | record
 
-    whole = _requests(items, out / "images")
+    whole = _requests(items, numbers, out / "images")
     return tiles_made, [
-        Picture(request, Product(request.path, functools.partial(of_grid, request))) for request in whole
+        Picture(request, Product(request.path, functools.partial(of_grid, place, request)))
+        for place, request in enumerate(whole)
     ]
 
 
@@ -199,14 +227,14 @@ def _how_cut(file: Path, number: int) -> str:
 
 
 def _prompt_scores(
-    items: list[Item], answers: list[list[dict[int, str]]], protocol: Protocol
+    grids: list[Picture], items: list[Item], answers: list[list[dict[int, str]]], protocol: Protocol
 ) -> dict[str, dict[str, float]]:
     """Return the score of every prompt in percent that is not left out, in one group: the benchmark has no tasks."""
     scores = {}
-    for number, (item, of_images) in enumerate(zip(items, answers, strict=True)):
+    for picture, item, of_images in zip(grids, items, answers, strict=True):
         alone = score([item], [of_images], protocol)["overall"]
         if alone is not None:
-            scores[prompt_key(number, item.prompt)] = float(alone)
+            scores[prompt_key(picture.request.prompt_index, item.prompt)] = float(alone)
     return {"prompts": scores}
 
 
@@ -275,10 +303,10 @@ def ask_all(
     images: int,
     products: list[Product],
     settings: Settings,
+    answerer: Callable[[], YesOrNo],
     progress: Progress | None,
 ) -> list[list[dict[int, str]]]:
     """Ask about the images of every prompt that is not answered yet; returns all answers, of all ranks."""
-    answerer = functools.cache(lambda: load_answerer(settings.answerer, _device()))
 
     def answers(number: int) -> bytes:
         with open_picture(files[number]) as image:
@@ -307,10 +335,10 @@ def _device() -> str:
 
 def table(results: dict[str, Any]) -> str:
     """Return the scores as Markdown tables, with what they differ in from published ones."""
-    header = ["DPG-Bench", "overall", *results["categories_l1"]]
-    overall = "-"
-    if results["overall"] is not None:
-        overall = with_error(results["overall"], results["standard_error"], digits=2)
+    header = ["DPG-Bench", heading(results, "overall"), *results["categories_l1"]]
+    overall, found = "-", main_score(results, "overall")
+    if found is not None:
+        overall = with_error(found, main_score(results, "standard_error"), digits=2)
     row = [results["protocol"], overall, *(f"{value:.2f}" for value in results["categories_l1"].values())]
     notes = "".join(f"- {note}\n" for note in (*results["differences"], f"cut: {results['cut']}"))
     return f"{markdown_table(header, [row])}\n{notes}"

@@ -1,6 +1,7 @@
 """The colour of a detected object, by CLIP ViT-L/14 without training: GenEval's texts, crop and background."""
 
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -29,6 +30,13 @@ class ColorClassifier:
         self.model, self.tokenizer = load_judge(folder, CLIPModel).to(device), load_tokenizer(folder)
         self.device, self.side = device, self.model.config.vision_config.image_size
         self._texts: dict[str, Tensor] = {}
+
+    def to(self, device: torch.device) -> Self:
+        """Move the model."""
+        self.device = device
+        self.model.to(device)
+        self._texts.clear()
+        return self
 
     @torch.no_grad()
     def classify(self, image: Image.Image, objects: list[Detection], name: str) -> list[str]:

@@ -6,6 +6,7 @@ architecture, so single detections near a threshold may differ.
 """
 
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -46,6 +47,12 @@ class Detector:
             raise UserError(
                 f"{folder} detects {self.model.config.num_labels} classes, but GenEval needs COCO's {len(CLASSES)} instances."
             )
+
+    def to(self, device: torch.device) -> Self:
+        """Move the model."""
+        self.device = device
+        self.model.to(device)
+        return self
 
     @torch.no_grad()
     def detect(self, image: Image.Image) -> dict[str, list[Detection]]:

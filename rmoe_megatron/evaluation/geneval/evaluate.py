@@ -3,17 +3,19 @@
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import torch
 from PIL import ImageOps
 from pydantic import TypeAdapter
 
 from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.early_judge import EarlyJudge
 from rmoe_megatron.evaluation.fingerprints import model_digest
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
@@ -22,6 +24,7 @@ from rmoe_megatron.evaluation.generation import (
     Sampling,
     check_out,
     fill,
+    folder_differences,
     generate,
     plan,
     products_of,
@@ -30,9 +33,11 @@ from rmoe_megatron.evaluation.geneval.colors import ColorClassifier
 from rmoe_megatron.evaluation.geneval.detector import Detector
 from rmoe_megatron.evaluation.geneval.prompts import Metadata, is_official, read_metadata
 from rmoe_megatron.evaluation.geneval.rules import QUIRKS, Detection, judge, keep_most_confident
+from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.provenance import Product, Record, digest
 from rmoe_megatron.evaluation.results import (
+    Box,
     Example,
     markdown_table,
     prompt_key,
@@ -65,6 +70,22 @@ class Settings:
     detector: str = DETECTOR
     clip: str = CLIP
     again: bool = False  # make anew what was made by another command, which is refused otherwise
+    chosen: tuple[int, ...] | None = None  # numbers of the prompts to be scored; None is all
+    allow_incomplete: bool = False  # score what a folder of images has
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who finds objects, and who tells their colours."""
+
+    detector: Detector
+    classifier: ColorClassifier
+
+    def to(self, device: torch.device) -> Self:
+        """Move both models."""
+        self.detector.to(device)
+        self.classifier.to(device)
+        return self
 
 
 def evaluate_geneval(
@@ -84,35 +105,44 @@ def evaluate_geneval(
     Raises:
         UserError: images are missing, or a model cannot be had.
     """
-    out = settings.out
+    out, numbers = settings.out, settings.chosen or range(len(prompts))
 
-    def requests_below(folder: Path) -> list[ImageRequest]:
+    def requests_below(folder: Path, numbers: Sequence[int] = numbers) -> list[ImageRequest]:
         return [
             ImageRequest(
-                metadata["prompt"], number, image, folder / f"{number:05d}" / "samples" / f"{image:05d}.png"
+                prompts[number]["prompt"],
+                number,
+                image,
+                folder / f"{number:05d}" / "samples" / f"{image:05d}.png",
             )
-            for number, metadata in enumerate(prompts)
+            for number in numbers
             for image in range(settings.images_per_prompt)
         ]
 
+    def layout(folder: Path) -> list[ImageRequest]:
+        return requests_below(folder, range(len(prompts)))
+
     if sampling.is_given:
         require_metadata(prompts, Path(sampling.model))
-    pictures, made = plan(requests_below, sampling, out)
+    pictures, made = plan(requests_below, sampling, out, settings.allow_incomplete, layout)
     identity: Record = {
         "benchmark": "GenEval",
         "protocol": settings.protocol.value,
         "images_per_prompt": settings.images_per_prompt,
-        "prompt_set": {"number": len(prompts), "sha256": digest(prompts)},
+        "prompt_set": {"number": len(numbers), "sha256": digest([prompts[number] for number in numbers])},
         "sampling": made,
         "judge": judge_record(settings),
     }
     verdicts = verdict_products(prompts, pictures, settings, identity["judge"])
     check_out(out, [*products_of(pictures), *verdicts], identity, settings.again)
+    judges = EarlyJudge(
+        lambda: _load_judges(settings), is_needed=not all(verdict.is_made for verdict in verdicts)
+    )
     generate(pictures, sampling, out / "claims" / "images", progress("sample"))
     if rank() == 0 and not sampling.is_given:
-        for number, metadata in enumerate(prompts):
-            durable.write(out / "images" / f"{number:05d}" / METADATA_FILE, json.dumps(metadata))
-    judged = judge_all(prompts, pictures, verdicts, settings, progress("judge"))
+        for number in numbers:
+            durable.write(out / "images" / f"{number:05d}" / METADATA_FILE, json.dumps(prompts[number]))
+    judged = judge_all(prompts, pictures, verdicts, settings, judges, progress("judge"))
     if rank() == 0:
         results = summarise(judged, prompts, identity, sampling, settings)
         write_results(out, results, table(results), _examples(judged))
@@ -148,7 +178,7 @@ def judge_record(settings: Settings) -> Record:
 def verdict_products(
     prompts: list[Metadata], pictures: list[Picture], settings: Settings, judge_made_of: Record
 ) -> list[Product]:
-    """Return the file of every prompt's verdicts."""
+    """Return the file of the verdicts of every prompt that has pictures."""
     of_prompt: dict[int, list[Picture]] = defaultdict(list)
     for picture in pictures:
         of_prompt[picture.request.prompt_index].append(picture)
@@ -164,7 +194,7 @@ def verdict_products(
     folder = settings.out / "judged"
     return [
         Product(folder / f"{number:05d}.{settings.protocol.value}.json", functools.partial(record, number))
-        for number in range(len(prompts))
+        for number in of_prompt
     ]
 
 
@@ -173,27 +203,32 @@ def judge_all(
     pictures: list[Picture],
     verdicts: list[Product],
     settings: Settings,
+    judges: Callable[[], Judges],
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
     """Judge the images of every prompt that is not judged yet; returns all verdicts, of all ranks."""
-    judges = functools.cache(lambda: _load_judges(settings))
     of_prompt: dict[int, list[Path]] = defaultdict(list)
     for picture in pictures:
         of_prompt[picture.request.prompt_index].append(picture.request.path)
+    numbers = list(of_prompt)
 
-    def judged(number: int) -> bytes:
+    def judged(place: int) -> bytes:
+        number = numbers[place]
         return json.dumps(
-            [judge_image(path, prompts[number], *judges(), settings.protocol) for path in of_prompt[number]]
+            [
+                judge_image(path, prompts[number], judges().detector, judges().classifier, settings.protocol)
+                for path in of_prompt[number]
+            ]
         ).encode()
 
     fill(verdicts, settings.out / "claims" / "judged", judged, progress)
     return [verdict for product in verdicts for verdict in read_json(product.path, JUDGED)]
 
 
-def _load_judges(settings: Settings) -> tuple[Detector, ColorClassifier]:
+def _load_judges(settings: Settings) -> Judges:
     device = inference_device(local_rank())
     detector = Detector(model_folder(settings.detector, judge_parts), device)
-    return detector, ColorClassifier(model_folder(settings.clip, judge_parts), device)
+    return Judges(detector, ColorClassifier(model_folder(settings.clip, judge_parts), device))
 
 
 def judge_image(
@@ -239,7 +274,11 @@ def summarise(
         name = prompt_key(int(number), metadata["prompt"])
         prompt_scores[metadata["tag"]][name] = float(np.mean(verdicts))
     tasks = {name: float(np.mean(verdicts)) for name, verdicts in by_task.items()}
-    complete = is_official(prompts) and settings.images_per_prompt == 4
+    complete = settings.chosen is None and is_official(prompts) and settings.images_per_prompt == 4
+    overall = {
+        "overall": float(np.mean(list(tasks.values()))),
+        "standard_error": standard_error(prompt_scores),
+    }
     return identity | {
         "model": str(Path(sampling.model).absolute()),
         "detector": settings.detector,
@@ -248,9 +287,9 @@ def summarise(
         "differences": [
             f"detector {settings.detector} through transformers, in place of mmdet's weights of the same architecture",
             *([] if complete else ["not the published 553 prompts with 4 images each"]),
+            *folder_differences(identity["sampling"]),
         ],
-        "overall": float(np.mean(list(tasks.values()))),
-        "standard_error": standard_error(prompt_scores),
+        **of_a_part(overall, settings.chosen, len(prompts)),
         "tasks": tasks,
         "images_right": float(np.mean([verdict["correct"] for verdict in judged])),
         "prompts_right": float(np.mean([any(verdicts) for verdicts in by_prompt.values()])),
@@ -262,24 +301,27 @@ def summarise(
 
 def table(results: dict[str, Any]) -> str:
     """Return the scores as a Markdown table, with what they differ in from published ones."""
-    header = ["GenEval", "overall", *results["tasks"], "images"]
-    row = [results["protocol"], with_error(results["overall"], results["standard_error"], digits=4)]
+    header = ["GenEval", heading(results, "overall"), *results["tasks"], "images"]
+    score, error = (main_score(results, name) for name in ("overall", "standard_error"))
+    row = [results["protocol"], with_error(score, error, digits=4)]
     row += [f"{score:.4f}" for score in results["tasks"].values()]
     notes = "".join(f"- {note}\n" for note in results["differences"])
     return f"{markdown_table(header, [[*row, str(results['images_judged'])]])}\n{notes}"
 
 
 def _examples(judged: list[dict[str, Any]]) -> list[Example]:
-    taken: dict[tuple[bool, str], int] = defaultdict(int)
+    """Return right and wrong images of every task with what was found in them, each of another prompt."""
+    taken: dict[tuple[bool, str], set[str]] = defaultdict(set)
     examples = []
     for verdict in sorted(judged, key=lambda verdict: not verdict["correct"]):
-        key = (verdict["correct"], verdict["tag"])
-        taken[key] += 1
-        if taken[key] <= EXAMPLES_PER_TASK:
-            label = (
-                f"{verdict['prompt']}: {verdict['reason'].splitlines()[0] if verdict['reason'] else 'right'}"
-            )
-            examples.append(
-                Example("right" if verdict["correct"] else "wrong", Path(verdict["filename"]), label)
-            )
+        prompts = taken[verdict["correct"], verdict["tag"]]
+        if len(prompts) == EXAMPLES_PER_TASK or verdict["prompt"] in prompts:
+            continue
+        prompts.add(verdict["prompt"])
+        reason = verdict["reason"].splitlines()[0] if verdict["reason"] else "right"
+        boxes = tuple(
+            Box(name, *found[:4]) for name, objects in verdict["details"].items() for found in objects
+        )
+        title = "right" if verdict["correct"] else "wrong"
+        examples.append(Example(title, Path(verdict["filename"]), f"{verdict['prompt']}: {reason}", boxes))
     return examples

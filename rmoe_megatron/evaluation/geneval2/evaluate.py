@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ImageOps
 from pydantic import TypeAdapter
 
+from rmoe_megatron.evaluation.early_judge import EarlyJudge
 from rmoe_megatron.evaluation.fingerprints import model_digest
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
@@ -19,6 +20,7 @@ from rmoe_megatron.evaluation.generation import (
     Sampling,
     check_out,
     fill,
+    folder_differences,
     generate,
     plan,
     products_of,
@@ -30,6 +32,7 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
     score_atom,
     summarise,
 )
+from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.provenance import Product, Record, digest
 from rmoe_megatron.evaluation.question_answering import QWEN3_VL, Qwen3VL
@@ -61,6 +64,8 @@ class Settings:
     protocol: Protocol = Protocol.official
     answerer: str = QWEN3_VL
     again: bool = False  # make anew what was made by another command, which is refused otherwise
+    chosen: tuple[int, ...] | None = None  # numbers of the prompts to be scored; None is all
+    allow_incomplete: bool = False  # score what a folder of images has
 
 
 def evaluate_geneval2(
@@ -76,14 +81,19 @@ def evaluate_geneval2(
     Raises:
         UserError: images are missing, or a model cannot be had.
     """
+    numbers = settings.chosen or range(len(prompts))
 
-    def requests(folder: Path) -> list[ImageRequest]:
+    def requests(folder: Path, numbers: Sequence[int] = numbers) -> list[ImageRequest]:
         return [
-            ImageRequest(prompt["prompt"], number, 0, folder / f"{number:05d}.png")
-            for number, prompt in enumerate(prompts)
+            ImageRequest(prompts[number]["prompt"], number, 0, folder / f"{number:05d}.png")
+            for number in numbers
         ]
 
-    pictures, made = plan(requests, sampling, settings.out)
+    def layout(folder: Path) -> list[ImageRequest]:
+        return requests(folder, range(len(prompts)))
+
+    pictures, made = plan(requests, sampling, settings.out, settings.allow_incomplete, layout)
+    everything, prompts = prompts, [prompts[picture.request.prompt_index] for picture in pictures]
     answerer_made_of = {
         "answerer_sha256": model_digest(model_folder(settings.answerer, judge_parts)),
         "device": inference_device(local_rank()).type,
@@ -92,15 +102,18 @@ def evaluate_geneval2(
     identity: Record = {
         "benchmark": "GenEval 2",
         "protocol": settings.protocol.value,
-        "prompt_set": {"number": len(prompts), "sha256": digest(prompts)},
+        "prompt_set": {"number": len(numbers), "sha256": digest([everything[number] for number in numbers])},
         "sampling": made,
         "judge": answerer_made_of,
     }
     products = score_products(prompts, pictures, settings, answerer_made_of)
     check_out(settings.out, [*products_of(pictures), *products], identity, settings.again)
+    answerer = EarlyJudge(
+        lambda: Qwen3VL(settings.answerer), is_needed=not all(product.is_made for product in products)
+    )
     generate(pictures, sampling, settings.out / "claims" / "images", progress("sample"))
     images = [picture.request for picture in pictures]
-    scores = ask_all(prompts, images, products, settings, progress("ask"))
+    scores = ask_all(prompts, images, products, settings, answerer, progress("ask"))
     if rank() == 0:
         results = identity | {
             "model": str(Path(sampling.model).absolute()),
@@ -113,13 +126,13 @@ def evaluate_geneval2(
                     else [f"asked of {settings.answerer}, not of {QWEN3_VL}"]
                 ),
                 *([] if is_official(prompts) else ["not the published 800 prompts"]),
+                *folder_differences(made),
             ],
+            **of_a_part(means(scores, pictures), settings.chosen, len(everything)),
             **summarise(scores, prompts),
-            "standard_error": standard_error(score_prompts(scores, prompts, geometric_mean)),
-            "standard_error_am": standard_error(score_prompts(scores, prompts, np.mean)),
             "prompts": len(prompts),
             "atoms": sum(len(atoms) for atoms in scores),
-            "prompt_scores": score_prompts(scores, prompts, geometric_mean),
+            "prompt_scores": score_prompts(scores, pictures, geometric_mean),
         }
         write_results(settings.out, results, table(results), _examples(scores, prompts, images))
 
@@ -139,10 +152,10 @@ def score_products(
 
     return [
         Product(
-            settings.out / "scores" / f"{number:05d}.{settings.protocol.value}.json",
+            settings.out / "scores" / f"{picture.request.prompt_index:05d}.{settings.protocol.value}.json",
             functools.partial(record, number),
         )
-        for number in range(len(prompts))
+        for number, picture in enumerate(pictures)
     ]
 
 
@@ -151,10 +164,10 @@ def ask_all(
     images: list[ImageRequest],
     products: list[Product],
     settings: Settings,
+    answerer: Callable[[], Qwen3VL],
     progress: Progress | None,
 ) -> list[list[float]]:
     """Score the atoms of every image that is not scored yet; returns all scores, of all ranks."""
-    answerer = functools.cache(lambda: Qwen3VL(settings.answerer))
 
     def scores(number: int) -> bytes:
         with open_picture(images[number].path) as file:
@@ -170,24 +183,41 @@ def ask_all(
 
 
 def score_prompts(
-    scores: list[list[float]], prompts: list[Prompt], mean: Callable[[list[float]], float]
+    scores: list[list[float]], pictures: list[Picture], mean: Callable[[list[float]], float]
 ) -> dict[str, dict[str, float]]:
     """Return the score of every prompt in percent, in one group: the benchmark has no tasks."""
     return {
         "prompts": {
-            prompt_key(number, prompt["prompt"]): 100 * float(mean(atoms))
-            for number, (prompt, atoms) in enumerate(zip(prompts, scores, strict=True))
+            prompt_key(picture.request.prompt_index, picture.request.prompt): 100 * float(mean(atoms))
+            for picture, atoms in zip(pictures, scores, strict=True)
         }
+    }
+
+
+def means(scores: list[list[float]], pictures: list[Picture]) -> dict[str, Any]:
+    """Return both scores in percent, arithmetic and geometric over the atoms of a prompt, with their standard errors."""
+    arithmetic, geometric = (score_prompts(scores, pictures, mean) for mean in (np.mean, geometric_mean))
+    return {
+        "soft_tifa_am": float(np.mean(list(arithmetic["prompts"].values()))),
+        "soft_tifa_gm": float(np.mean(list(geometric["prompts"].values()))),
+        "standard_error": standard_error(geometric),
+        "standard_error_am": standard_error(arithmetic),
     }
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the scores as Markdown tables, with what they differ in from published ones."""
     skills, atomicities = results["skills_am"], results["atomicities_gm"]
-    header = ["GenEval 2", "AM", "GM", *skills, *(f"{count} atoms" for count in atomicities)]
+    header = [
+        "GenEval 2",
+        heading(results, "AM"),
+        "GM",
+        *skills,
+        *(f"{count} atoms" for count in atomicities),
+    ]
     means = [
-        with_error(results["soft_tifa_am"], results["standard_error_am"], digits=2),
-        with_error(results["soft_tifa_gm"], results["standard_error"], digits=2),
+        with_error(main_score(results, "soft_tifa_am"), main_score(results, "standard_error_am"), digits=2),
+        with_error(main_score(results, "soft_tifa_gm"), main_score(results, "standard_error"), digits=2),
     ]
     numbers = [f"{number:.2f}" for number in (*skills.values(), *atomicities.values())]
     notes = "".join(f"- {note}\n" for note in results["differences"])

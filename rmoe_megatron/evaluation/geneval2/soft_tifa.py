@@ -52,7 +52,7 @@ def score_atom(
 
 
 def summarise(scores: Sequence[Sequence[float]], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return the scores in percent: over prompts, by skill (arithmetic) and by atomicity (geometric)."""
+    """Return the scores in percent by skill (arithmetic) and by atomicity (geometric)."""
     by_skill: dict[str, list[float]] = defaultdict(list)
     by_atomicity: dict[int, list[float]] = defaultdict(list)
     for atoms, prompt in zip(scores, prompts, strict=True):
@@ -60,8 +60,6 @@ def summarise(scores: Sequence[Sequence[float]], prompts: Sequence[Prompt]) -> d
         for atom, skill in zip(atoms, prompt["skills"], strict=True):
             by_skill[skill].append(atom)
     return {
-        "soft_tifa_am": 100 * float(np.mean([np.mean(atoms) for atoms in scores])),
-        "soft_tifa_gm": 100 * float(np.mean([geometric_mean(atoms) for atoms in scores])),
         "skills_am": {skill: 100 * float(np.mean(atoms)) for skill, atoms in sorted(by_skill.items())},
         "atomicities_gm": {
             str(count): 100 * float(np.mean(each)) for count, each in sorted(by_atomicity.items())
