@@ -332,8 +332,14 @@ def from_hf(
     ],
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder to create.")],
     text_length: Annotated[
-        int, typer.Option(min=1, max=1 << 16, help="Text tokens of an MM-DiT: CLIP's 77 and T5's.")
-    ] = 333,
+        int | None,
+        typer.Option(
+            min=1,
+            max=1 << 16,
+            help="Text tokens of an MM-DiT: CLIP's 77 and T5's; default is what the folder says, or 333.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: ParallelOverrides = None,
 ) -> None:
     """Import SD3, SD3.5 or DiT weights; with torchrun and parallel.* settings each rank imports its part."""

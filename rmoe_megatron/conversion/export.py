@@ -3,25 +3,29 @@
 import functools
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.config.model import ModelDescription, Objective
+from rmoe_megatron.config.model import ModelDescription
+from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.stages import stage_at, stages_of
 from rmoe_megatron.conversion.approximation import output_errors
+from rmoe_megatron.conversion.model_card import model_card
+from rmoe_megatron.conversion.pipeline_settings import pipeline_settings
 from rmoe_megatron.conversion.remote_code import add_remote_code
 from rmoe_megatron.conversion.weight_names import Copies, weight_rules
 from rmoe_megatron.diffusion.build import build_scheduler
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
-from rmoe_megatron.encoders.text import load_text_encoder
+from rmoe_megatron.encoders.text import has_one_encoder, load_text_encoder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
-from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.model.registry import ADDITIONS
 from rmoe_megatron.pretrained.architecture import (
     beyond_diffusers,
@@ -41,7 +45,6 @@ from rmoe_megatron.pretrained.safetensors_folder import MAX_SHARD_SIZE, parse_si
 from rmoe_megatron.typed_files import read_json
 
 TRANSFORMER_CLASSES = ("auto", "diffusers", "rmoe")
-IMAGENET_CLASSES = 1000  # diffusers' DiTPipeline takes this number for the dropped label
 SD3_COMPONENTS = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
 REMEDY = "choose another --dtype (float16 ends at 65504), or an earlier --step if the run has diverged"
 QKV_WEIGHT = "attention.linear_qkv.weight"
@@ -84,7 +87,8 @@ def export_run(
     durable.require_empty(out, "The output")
     shard_bytes = parse_size(max_shard_size)
     weights = RunWeights(run_dir, step, averaged, base)
-    config = exported_config(weights.config, transformer_class, approximate)
+    trained = at_stage_of(weights.config, weights.checkpoint.step)
+    config = exported_config(trained, transformer_class, approximate)
     reader = DiffusersWeights(weights, dtype)
     transformer = empty_transformer(config, reader.dtype, own=transformer_class == "rmoe")
     exact = weights.config.model.downscale_freq_shift
@@ -92,11 +96,30 @@ def export_run(
         (partial / "transformer").mkdir()
         write_model(transformer, reader.read, partial / "transformer", shard_bytes, progress)
         write_pipeline(config, transformer, partial)
+        card = model_card(config, weights.checkpoint.step, averaged, reader.dtype, transformer, partial)
+        (partial / "README.md").write_text(card)
         if remote_code:
             add_remote_code(partial)
         is_exact = config.model.downscale_freq_shift == exact
         errors = {} if is_exact else output_errors(partial / "transformer", exact)
     return errors
+
+
+def at_stage_of(config: RunConfig, step: int) -> RunConfig:
+    """Return a run's configuration with the size of the stage that the step was of, in which its model makes images by itself.
+
+    Raises:
+        UserError: the size is part of what the model is.
+    """
+    if not config.training.stages:
+        return config
+    size = stage_at(stages_of(config), max(step - 1, 0)).sample_size
+    if config.model.text_on_grid and size != config.model.sample_size:
+        raise UserError(
+            f"The run's stage of step {step} has latents of {size} x {size}, but with model.text_on_grid the text's positions are those "
+            f"of {config.model.sample_size} x {config.model.sample_size}, of which a folder has one; export a step of that size."
+        )
+    return replace(config, model=replace(config.model, sample_size=size))
 
 
 def exported_config[M: ModelDescription](config: M, transformer_class: str, approximate: bool) -> M:
@@ -200,19 +223,13 @@ def build_pipeline(config: ModelDescription, transformer: ModelMixin) -> Diffusi
     """Put a transformer together with the frozen encoders and the sampler of a run without SD3's text encoders."""
     cpu = torch.device("cpu")
     scheduler, vae = build_scheduler(config), load_autoencoder(config.encoders.autoencoder, cpu)
+    has_shift = vae.config.get("shift_factor") is not None
+    pipeline_class, settings = pipeline_settings(config, has_sd3_encoders=False, vae_has_shift=has_shift)
     if config.model.is_class_conditional:
-        stock = config.diffusion.objective is Objective.ddpm and config.model.num_classes == IMAGENET_CLASSES
-        pipeline_class = (
-            DiTPipeline if stock and vae.config.get("shift_factor") is None else RecurrentDiTPipeline
-        )
-        return pipeline_class(transformer=transformer, vae=vae, scheduler=scheduler)
+        return pipeline_class(transformer=transformer, vae=vae, scheduler=scheduler, **settings)
     encoder = load_text_encoder(config.encoders, config.model.text_length, cpu, config.model.text_hidden_size)
-    return RecurrentSD3Pipeline(
-        transformer=transformer,
-        scheduler=scheduler,
-        vae=vae,
-        text_length=config.model.text_length,
-        **encoder.components(),
+    return pipeline_class(
+        transformer=transformer, scheduler=scheduler, vae=vae, **settings, **encoder.components()
     )
 
 
@@ -221,7 +238,8 @@ def _has_sd3_encoders(config: ModelDescription) -> bool:
     if config.model.is_class_conditional or name == "minilm":
         return False
     parts = functools.partial(text_encoder_parts, dropped=config.encoders.dropped)
-    return (model_folder(name, parts) / MODEL_INDEX).is_file()
+    folder = model_folder(name, parts)
+    return (folder / MODEL_INDEX).is_file() and not has_one_encoder(folder)
 
 
 def _write_sd3_pipeline(config: ModelDescription, transformer: ModelMixin, folder: Path) -> None:
@@ -230,11 +248,18 @@ def _write_sd3_pipeline(config: ModelDescription, transformer: ModelMixin, folde
     source = model_folder(
         config.encoders.text_encoder, functools.partial(text_encoder_parts, dropped=dropped)
     )
-    index: dict[str, Any] = read_json(source / "model_index.json", OBJECT)
-    index["_class_name"] = "StableDiffusion3Pipeline"
-    dropped_t5 = "t5" in dropped
+    named: dict[str, Any] = read_json(source / MODEL_INDEX, OBJECT)
+    pipeline_class, settings = pipeline_settings(config, has_sd3_encoders=True, vae_has_shift=True)
+    index: dict[str, Any] = {
+        "_class_name": pipeline_class.__name__,
+        "_diffusers_version": diffusers.__version__,
+        "image_encoder": [None, None],
+        "feature_extractor": [None, None],
+        **settings,
+    }
     for name in SD3_COMPONENTS:
-        if name.endswith("_3") and dropped_t5:
+        index[name] = named.get(name, [None, None])
+        if name.endswith("_3") and "t5" in dropped:
             index[name] = [None, None]
         elif (source / name).is_dir():
             weights = TRANSFORMERS_WEIGHTS if name.startswith("text_encoder") else None
@@ -250,4 +275,4 @@ def _write_sd3_pipeline(config: ModelDescription, transformer: ModelMixin, folde
         module = type(component).__module__
         library = "diffusers" if module.startswith("diffusers.") else module
         index[name] = [library, type(component).__name__]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

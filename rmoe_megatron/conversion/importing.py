@@ -17,7 +17,7 @@ from rmoe_megatron.checkpoint.model_state import full_state
 from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
 from rmoe_megatron.config.layout_checks import check_layout
 from rmoe_megatron.config.loading import save_config
-from rmoe_megatron.config.model import EncodersConfig, ModelConfig, Objective
+from rmoe_megatron.config.model import EncodersConfig, ModelConfig, ModelDescription, Objective
 from rmoe_megatron.config.run import (
     DataConfig,
     Device,
@@ -28,6 +28,7 @@ from rmoe_megatron.config.run import (
     TrainingConfig,
 )
 from rmoe_megatron.conversion.facebook_dit import FacebookDiT
+from rmoe_megatron.conversion.pipeline_settings import STOCK_TEXT_LENGTH, read_settings, warn_of_sampler
 from rmoe_megatron.conversion.sd3_file import SD3File
 from rmoe_megatron.conversion.sit import SiT, looks_like_sit
 from rmoe_megatron.conversion.weight_names import Copies, Rule, weight_rules
@@ -42,7 +43,6 @@ from rmoe_megatron.pretrained.architecture import (
     empty_transformer,
     read_architecture,
 )
-from rmoe_megatron.pretrained.config_files import AUTOENCODERS, SCHEDULERS, read_config
 from rmoe_megatron.pretrained.finite import require_finite
 from rmoe_megatron.pretrained.hub import is_repository, model_folder
 from rmoe_megatron.pretrained.model_files import transformer_parts
@@ -55,34 +55,48 @@ Progress = Callable[[int, int], None]
 
 
 def import_diffusers(
-    folder: Path, run_dir: Path, text_length: int, parallel: ParallelConfig, progress: Progress | None = None
+    folder: Path,
+    run_dir: Path,
+    text_length: int | None,
+    parallel: ParallelConfig,
+    progress: Progress | None = None,
 ) -> None:
     """Import the transformer of a diffusers folder, or of a file of Stable Diffusion 3 in its original layout.
 
     Args:
         folder: a pipeline's, with ``transformer/``, or the transformer's own; or the name of a repository of the hub; or the file.
         run_dir: run to create; its only checkpoint has step 0.
-        text_length: text tokens of an MM-DiT, which diffusers' config does not know.
+        text_length: text tokens of an MM-DiT, for a folder that does not say them; None takes those that it says, else the number
+            that diffusers' pipeline takes by itself.
         parallel: layout of the ranks that import; the checkpoint can be loaded under any.
 
     Raises:
-        UserError: the folder is none, its tensors are not those of its architecture, or run_dir holds a run.
+        UserError: the folder is none, its tensors are not those of its architecture, it says something that no run can be, or
+            run_dir holds a run.
     """
     name = None  # of a repository
     if is_repository(str(folder)):
         name, folder = str(folder), model_folder(str(folder), transformer_parts)
     if folder.is_file():
-        _import_sd3_file(folder, run_dir, text_length, parallel, progress)
+        _import_sd3_file(folder, run_dir, text_length or STOCK_TEXT_LENGTH, parallel, progress)
         return
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; download the model first.")
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    architecture = read_architecture(transformer, text_length)
-    source = SafetensorsFolder(transformer)
+    architecture = read_architecture(transformer, text_length or STOCK_TEXT_LENGTH)
     encoders = EncodersConfig()
     if transformer != folder:
-        encoders = _encoders_of(folder, name or str(folder.resolve()))
-        architecture = _with_scheduler(architecture, folder / "scheduler" / "scheduler_config.json")
+        said = read_settings(folder, name or str(folder.resolve()), architecture.diffusion)
+        if said.text_length is not None:
+            if text_length not in (None, said.text_length):
+                raise UserError(
+                    f"--text-length {text_length} is not that of {folder}, whose model has {said.text_length} text tokens; leave it "
+                    "out."
+                )
+            architecture = read_architecture(transformer, said.text_length)
+        encoders, architecture = said.encoders, replace(architecture, diffusion=said.diffusion)
+        warn_of_sampler(folder, _description(architecture, encoders))
+    source = SafetensorsFolder(transformer)
     _import(source, architecture, encoders, run_dir, parallel, str(transformer), progress)
 
 
@@ -130,25 +144,14 @@ def import_facebook_dit(
     _import(source, source.architecture, EncodersConfig(), run_dir, parallel, str(file), progress)
 
 
-def _encoders_of(folder: Path, name: str) -> EncodersConfig:
-    """Return the frozen encoders that come with a pipeline's folder, under the name that finds it again."""
-    encoders = EncodersConfig()
-    if (folder / "text_encoder_2" / "config.json").is_file():
-        encoders.text_encoder = name
-        if not (folder / "text_encoder_3").is_dir():
-            encoders.dropped = ["t5"]
-    vae = folder / "vae" / "config.json"
-    if vae.exists() and read_config(vae, AUTOENCODERS)["_class_name"] == "AutoencoderKL":
-        encoders.autoencoder = name
-    return encoders
-
-
-def _with_scheduler(architecture: ImportedArchitecture, path: Path) -> ImportedArchitecture:
-    """Take the shift of sigma from the pipeline's scheduler."""
-    values = read_config(path, SCHEDULERS) if path.exists() else {}
-    key = "flow_shift" if values.get("use_flow_sigmas") else "shift"  # DPM-Solver's name, Euler's
-    shift = values.get(key, architecture.diffusion.shift)
-    return replace(architecture, diffusion=replace(architecture.diffusion, shift=shift))
+def _description(architecture: ImportedArchitecture, encoders: EncodersConfig) -> ModelDescription:
+    return ModelDescription(
+        model=architecture.model,
+        recurrence=architecture.recurrence,
+        loop=architecture.loop,
+        diffusion=architecture.diffusion,
+        encoders=encoders,
+    )
 
 
 def _import(

@@ -18,7 +18,11 @@ def add_remote_code(folder: Path) -> None:
             module = entry[0].rpartition(".")[2]
             copy_code(entry[0], folder / component)
             index[component] = [module, entry[1]]
-    modules = {"RecurrentSD3Pipeline": "pipeline", "RecurrentDiTPipeline": "dit_pipeline"}
+    modules = {
+        "RecurrentSD3Pipeline": "pipeline",
+        "RecurrentDiTPipeline": "dit_pipeline",
+        "TunedSD3Pipeline": "tuned_sd3_pipeline",
+    }
     if index["_class_name"] in modules:
         module = modules[index["_class_name"]]
         copy_code(f"{PACKAGE}.hf.{module}", folder)

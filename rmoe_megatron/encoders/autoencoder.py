@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.pretrained.config_files import AUTOENCODERS, read_config
 from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.loading import load_autoencoder_folder
 from rmoe_megatron.pretrained.model_files import autoencoder_parts
@@ -22,7 +23,7 @@ type Autoencoder = PixelCodec | AutoencoderKL
 
 
 def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
-    """Load ``pixel``, or a diffusers AutoencoderKL from its folder, a pipeline's folder or the hub.
+    """Load ``pixel``, or an autoencoder from its folder, a pipeline's folder or the hub: AutoencoderKL, or a pixel codec.
 
     Raises:
         UserError: the folder holds no autoencoder, or a malformed one.
@@ -35,7 +36,9 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
         raise UserError(
             f"There is no autoencoder in {name} (no config.json); give a diffusers folder or `pixel`."
         )
-    return load_autoencoder_folder(folder, AutoencoderKL).requires_grad_(False).to(device)
+    name_of_class = read_config(folder / "config.json", AUTOENCODERS)["_class_name"]
+    found = PixelCodec if name_of_class == PixelCodec.__name__ else AutoencoderKL
+    return load_autoencoder_folder(folder, found).requires_grad_(False).to(device)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]
 
 
 class DenoisingLoop:
-    """Mixin of a DiffusionPipeline with components ``transformer``, ``scheduler`` and ``vae``.
+    """Mixin of a DiffusionPipeline with components ``transformer``, ``scheduler`` and ``vae``, and of ShiftsWithSize.
 
     The transformer predicts velocity or noise, as the scheduler expects; of a learned variance the noise alone is used.
     """
@@ -25,6 +25,7 @@ class DenoisingLoop:
     vae: Any
     image_processor: VaeImageProcessor
     progress_bar: Callable[[Any], Any]
+    fit_sampler: Callable[[int, int], None]
     _execution_device: torch.device
 
     def build_image_processor(self) -> None:
@@ -64,6 +65,7 @@ class DenoisingLoop:
             sides = (self.latent_side(height), self.latent_side(width))
             shape = (count, config.in_channels, *sides)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        self.fit_sampler(*latents.shape[2:])
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             guided = guidance_scale != 1.0 and guidance_interval[0] <= timestep / 1000 <= guidance_interval[1]

@@ -12,23 +12,33 @@ from torch import Tensor
 
 from rmoe_megatron.hf.carried_code import CarriesCode
 from rmoe_megatron.hf.denoising import DenoisingLoop, StepCallback
+from rmoe_megatron.hf.size_shift import ShiftsWithSize
 
 
-class RecurrentDiTPipeline(CarriesCode, DenoisingLoop, DiffusionPipeline):
+class RecurrentDiTPipeline(CarriesCode, ShiftsWithSize, DenoisingLoop, DiffusionPipeline):
     """Sampling with classifier-free guidance; of a learned variance the noise alone is used, as in DiTPipeline.
 
     Args:
         transformer: DiTTransformer2DModel or RecurrentDiTTransformer2DModel.
         vae: AutoencoderKL or what has its interface.
         scheduler: of DDPM or rectified flow, as the transformer was trained.
+        shift: of sigma for square latents of the side ``shift_base_size``; None leaves the sampler as it is.
     """
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, transformer: ModelMixin, vae: ModelMixin, scheduler: SchedulerMixin) -> None:
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: ModelMixin,
+        scheduler: SchedulerMixin,
+        shift: float | None = None,
+        shift_base_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_shift(shift, shift_base_size)
         self.build_image_processor()
 
     @torch.no_grad()

@@ -15,14 +15,16 @@ from rmoe_megatron.hf.caption_encoder import TextEncoder
 from rmoe_megatron.hf.carried_code import CarriesCode
 from rmoe_megatron.hf.denoising import DenoisingLoop, StepCallback
 from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.hf.size_shift import ShiftsWithSize
 
 
-class RecurrentSD3Pipeline(CarriesCode, DenoisingLoop, DiffusionPipeline):
+class RecurrentSD3Pipeline(CarriesCode, ShiftsWithSize, DenoisingLoop, DiffusionPipeline):
     """Rectified-flow sampling with one frozen text encoder and classifier-free guidance.
 
     Args:
         transformer: SD3Transformer2DModel or RecurrentSD3Transformer2DModel; predicts the velocity.
         text_length: tokens of text in the joint sequence.
+        shift: of sigma for square latents of the side ``shift_base_size``; None leaves the sampler as it is.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -36,6 +38,8 @@ class RecurrentSD3Pipeline(CarriesCode, DenoisingLoop, DiffusionPipeline):
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         text_length: int = 77,
+        shift: float | None = None,
+        shift_base_size: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -46,6 +50,7 @@ class RecurrentSD3Pipeline(CarriesCode, DenoisingLoop, DiffusionPipeline):
             tokenizer=tokenizer,
         )
         self.register_to_config(text_length=text_length)
+        self.register_shift(shift, shift_base_size)
         self.build_image_processor()
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:

@@ -38,7 +38,11 @@ class PixelCodec(CarriesCode, ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, scaling_factor: float = 2.5, shift_factor: float = -0.55, latent_channels: int = 3
+        self,
+        scaling_factor: float = 2.5,
+        shift_factor: float = -0.55,
+        latent_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (1,),  # diffusers reads a latent's pixels from their number
     ) -> None:
         super().__init__()
         # diffusers reads a model's dtype and device from its first tensor.

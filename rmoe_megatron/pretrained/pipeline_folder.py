@@ -26,6 +26,7 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.hf.tuned_sd3_pipeline import TunedSD3Pipeline
 from rmoe_megatron.pretrained.architecture import (
     CLASSES,
     FORMER_DIT,
@@ -52,7 +53,13 @@ from rmoe_megatron.typed_files import check_value, read_json, shown
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
     cls.__name__: cls
-    for cls in (RecurrentSD3Pipeline, RecurrentDiTPipeline, StableDiffusion3Pipeline, DiTPipeline)
+    for cls in (
+        RecurrentSD3Pipeline,
+        RecurrentDiTPipeline,
+        TunedSD3Pipeline,
+        StableDiffusion3Pipeline,
+        DiTPipeline,
+    )
 }
 COMPONENTS: dict[str, dict[str, type]] = {
     "transformer": CLASSES | {FORMER_DIT: DiTTransformer2DModel},
@@ -72,7 +79,10 @@ NEEDED = {*COMPONENTS, "text_encoder", "tokenizer", "text_encoder_2", "tokenizer
 PAIR = TypeAdapter(Annotated[list[str | None], Field(min_length=2, max_length=2)])
 # What else a pipeline takes from model_index.json.
 SETTINGS: dict[str, TypeAdapter[Any]] = {
-    "text_length": TypeAdapter(Annotated[int, Field(ge=1, le=4096)]),
+    "text_length": TypeAdapter(Annotated[int, Field(ge=1, le=1 << 16)]),
+    "dropped": TypeAdapter(Annotated[str, Field(pattern=r"^((clip_l|clip_g|t5)( |$)){0,3}$")]),
+    "shift": TypeAdapter(Annotated[float, Field(gt=0, le=1000)] | None),
+    "shift_base_size": TypeAdapter(Annotated[int, Field(ge=1, le=4096)] | None),
     "id2label": TypeAdapter(dict[str, str] | None),
 }
 

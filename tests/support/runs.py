@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rmoe_megatron.config.run import RunConfig
+from tests.support.configurations import one_rank, randomise
+
 CONFIG = """\
 run_dir: {folder}/run
 device: cpu
@@ -71,3 +74,29 @@ def losses(run_dir: Path, key: str = "loss") -> dict[int, float]:
     """Return a metric by step from a run's JSONL file."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record[key] for record in records if key in record}
+
+
+def save_untrained(config: RunConfig, folder: Path, step: int = 0) -> None:
+    """Save a run of random weights with one checkpoint, as an import does."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from rmoe_megatron.checkpoint.folders import checkpoint_path
+    from rmoe_megatron.checkpoint.model_state import full_state
+    from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
+    from rmoe_megatron.config.loading import save_config
+    from rmoe_megatron.model.build import build_chunks
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_rank(config):
+        chunks = build_chunks(config, initialise=True)
+        for chunk in chunks:
+            randomise(chunk, std=0.1)
+        entries = full_state(chunks)
+        state = {name: entry for name, entry in entries.items() if isinstance(entry, ShardedTensor)}
+        with new_checkpoint(checkpoint_path(folder, step=step)) as partial:
+            save_sharded({"model": state}, partial)
+            save_config(config, partial / "config.yaml")
+            save_config(config, folder / "config.yaml")
+            (partial / "run_state.json").write_text(
+                json.dumps({"step": step, "samples": 0, "imported": True})
+            )
