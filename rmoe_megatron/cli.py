@@ -147,6 +147,9 @@ def train(
     standard_streams.outlive_reader("stdout")
     with _told_to_all_ranks():
         if resume is not None:
+            from rmoe_megatron.training.run_lock import check_files
+
+            check_files(resume)  # importing Megatron-Core takes seconds
             from rmoe_megatron.training import run
 
             run.resume(resume, arguments)

@@ -74,6 +74,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
         )
     },
 }
+IMAGENET_CLASSES = 1000  # diffusers' DiTPipeline takes this number for the dropped label
 # SD3 can do without T5: zeros stand for it.
 NEEDED = {*COMPONENTS, "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"}
 PAIR = TypeAdapter(Annotated[list[str | None], Field(min_length=2, max_length=2)])
@@ -143,8 +144,12 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
         for key, value in arguments.items()
         if key in parameters
     }
+    pipeline_class = PIPELINES[name]
+    if pipeline_class is DiTPipeline and loaded["transformer"].config.num_embeds_ada_norm != IMAGENET_CLASSES:
+        pipeline_class = RecurrentDiTPipeline  # diffusers' takes label 1000 for the dropped one
+        loaded.pop("id2label", None)
     with refusal(f"{folder} cannot be loaded as a {name}"):
-        pipeline = PIPELINES[name](**loaded)
+        pipeline = pipeline_class(**loaded)
         pipeline.register_to_config(_name_or_path=str(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

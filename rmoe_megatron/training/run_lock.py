@@ -26,7 +26,8 @@ from rmoe_megatron import durable
 from rmoe_megatron.disk_errors import about
 from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.launch import job_id, restart_count
-from rmoe_megatron.regular_files import check_subfolder, open_to_append
+from rmoe_megatron.regular_files import check_regular, check_subfolder, open_to_append
+from rmoe_megatron.training.history import HISTORY
 from rmoe_megatron.typed_files import parse_json, read_json
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,19 @@ PATIENCE = 120.0  # seconds that a later start of a job waits for the end of an 
 WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 STARTED = TypeAdapter(dict[str, str | int | None])
+
+
+def check_files(run_dir: Path) -> None:
+    """Check that what a run writes in its folder stays there, before anything of the run is built.
+
+    Raises:
+        UserError: a folder is a link out of it, or a file is none that can be written.
+    """
+    for name in WRITTEN:
+        check_subfolder(run_dir / name, run_dir)
+    for name in (LOCK, TAKEOVER, HISTORY, "metrics.jsonl", "bad_samples.jsonl"):
+        if os.path.lexists(run_dir / name):
+            check_regular(run_dir / name)
 
 
 class Fence:
@@ -94,8 +108,7 @@ def exclusive(run_dir: Path) -> Iterator[Fence]:
         RunError: an earlier start of this SLURM job holds it and does not end.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN:
-        check_subfolder(run_dir / name, run_dir)
+    check_files(run_dir)
     fence = Fence(run_dir)
     fence.raise_for_others()
     # Closing any descriptor of the file would let go of the lock: nothing else may open it in this process.

@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel, Transformer2DModel
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pretrained.architecture import read_architecture
-from rmoe_megatron.sampling import load_pipeline
+from rmoe_megatron.sampling import load_pipeline, sample_images
 from tests.hf.test_pipelines import recurrent_dit
 from tests.support.diffusers_models import inputs, save_model
 
@@ -51,6 +51,11 @@ def test_a_pipeline_of_it_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFix
     with torch.no_grad():
         assert torch.equal(loaded(**inputs("dit")).sample, model(**inputs("dit")).sample)
     assert not caplog.records
+    # diffusers' own pipeline would look for the dropped label at 1000, which this model of seven classes has not.
+    index |= {"_class_name": "DiTPipeline", "id2label": {"0": "tench"}}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    images = sample_images(load_pipeline(tmp_path), ["1"], [0], steps=2, guidance=2.0, batch_size=1)
+    assert images.shape[0] == 1
     index |= {"transformer": ["diffusers", "PixArtTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="has transformer .*PixArtTransformer2DModel"):
