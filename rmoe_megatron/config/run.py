@@ -246,6 +246,15 @@ class StageConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """A benchmark that the averaged weights are scored by between steps."""
+
+    name: str = MISSING  # shapes, the toy set by GenEval's rules
+    every: int = number(1000, least=1, most=10**9)  # optimizer steps; and after the last
+    limit: int = number(120, least=6, most=10_000)  # prompts of each split, their skills in turn
+
+
+@dataclass
 class TrainingConfig:
     """Length and batch of the run, and what is looked at on the way."""
 
@@ -263,6 +272,7 @@ class TrainingConfig:
     validation_samples: int = number(512, least=1, most=10**9)
     sample_every: int = number(1000, least=1, most=10**9)
     sample_prompts: list[str] = field(default_factory=list)  # class labels for DiT
+    evaluations: list[EvaluationConfig] = field(default_factory=list)
     sample_steps: int = number(20, least=1, most=1000, why="DDPM has 1000 timesteps")
     sample_guidance: float = number(2.0, least=-1000, most=1000)
 

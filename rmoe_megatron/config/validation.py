@@ -35,6 +35,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     check_precision(config)
     check_wandb(config.logging.wandb)
     _check_prompts(config)
+    _check_evaluations(config)
     parse_captions(config.data.captions)
     if config.data.filter is not None:
         SampleFilter(config.data.filter)
@@ -138,6 +139,31 @@ def _check_prompts(config: RunConfig) -> None:
             prompt.isdigit() and int(prompt) < classes,
             f"training.sample_prompts has {prompt!r}, but this model draws class labels 0 to {classes - 1}.",
         )
+
+
+def _check_evaluations(config: RunConfig) -> None:
+    evaluations = config.training.evaluations
+    for number, evaluation in enumerate(evaluations):
+        where = f"training.evaluations[{number}]"
+        require(
+            evaluation.name == "shapes",
+            f"{where}.name is {evaluation.name!r:.40}; shapes is what a run can be scored by between steps. Export the run and give "
+            "the folder to `rmoe eval` for the other benchmarks.",
+        )
+        require(
+            evaluation.name not in [each.name for each in evaluations[:number]],
+            f"{where}.name is {evaluation.name!r}, as that of an earlier one; leave one of them out.",
+        )
+    if not evaluations:
+        return
+    require(
+        not config.model.is_class_conditional,
+        "training.evaluations has shapes, which needs a model of captions; this one draws classes: leave it out.",
+    )
+    require(
+        not config.training.stages and config.data.buckets is None,
+        "training.evaluations has shapes, whose pictures are of one size; leave training.stages and data.buckets out, or the evaluation.",
+    )
 
 
 def check_wandb(arguments: dict[str, Any] | None) -> None:

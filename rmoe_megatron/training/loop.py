@@ -1,5 +1,6 @@
 """What happens in which step of a run: training, validation, saving, sampling, logging; and where it can stop."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from megatron.core import parallel_state
 
 from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.saving import NotSavedError
-from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.run import EvaluationConfig, RunConfig
 from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.disk_errors import warned
 from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.model.backend import describe_backend, warn_of_slow_precision
 from rmoe_megatron.pictures import png
+from rmoe_megatron.training.evaluations import ShapesEvaluation, captions_of, shapes_scenes
 from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.interruption import Interruption, StopRequest
 from rmoe_megatron.training.logging import RunLogger
@@ -73,6 +75,7 @@ class TrainingLoop:
         if training.sample_prompts:
             prompts = self.source.encode_prompts(training.sample_prompts)
             self.grid = SampleGrid(self.config, prompts, self.source.autoencoder)
+        self.evaluations = {f"evaluation {each.name}": self.prepare(each) for each in training.evaluations}
         health = Health(run_dir, engine, self.source.locate, training.max_skipped_steps)
         self.throughput = Throughput(self.config, self.device)
         self.forget_what_is_not_configured()
@@ -125,7 +128,8 @@ class TrainingLoop:
         has_validation = self.source.has_validation(self.state.progress.step - 1)
         pauses = {"validation": training.validate_every} if has_validation else {}
         pauses["checkpoint"] = self.config.checkpoint.every
-        return pauses | ({"samples": training.sample_every} if self.grid is not None else {})
+        pauses |= {"samples": training.sample_every} if self.grid is not None else {}
+        return pauses | {f"evaluation {each.name}": each.every for each in training.evaluations}
 
     def forget_what_is_not_configured(self) -> None:
         """Leave out, and say so, what the checkpoint left to be done if the configuration no longer has it."""
@@ -149,6 +153,7 @@ class TrainingLoop:
             self.state.engine.gather_parameters()
             self.update_averages()
         actions = {"validation": self.validate, "checkpoint": self.save, "samples": self.sample}
+        actions |= {kind: functools.partial(self.score, kind) for kind in self.evaluations}
         while pending:
             kind = pending[0]
             with self.throughput.paused(kind, self.pauses()[kind]):
@@ -229,6 +234,33 @@ class TrainingLoop:
         if self.config.data.buckets is not None:
             metrics |= {f"validation_loss_{bucket}": fmean(found) for bucket, found in losses.items()}
         self.log.log_metrics(step, metrics)
+
+    def prepare(self, settings: EvaluationConfig) -> ShapesEvaluation:
+        """Make an evaluation with its encoded prompts; every rank does."""
+        scenes = shapes_scenes(settings)
+        prompts = self.source.encode_prompts(captions_of(scenes))
+        return ShapesEvaluation(self.config, scenes, prompts, self.source.autoencoder)
+
+    def score(self, kind: str) -> None:
+        """Score the averaged weights by a benchmark; every rank takes part, rank 0 logs and writes."""
+
+        def denoise(*inputs: Any) -> torch.Tensor:
+            self.interruption.check()
+            return self.state.engine.denoise(*inputs)
+
+        step = self.state.progress.step
+        ((height, width),) = self.source.at(step - 1).latent_sizes
+        with self.state.ema.applied():
+            evaluated = self.evaluations[kind].run(denoise, height, width)
+        if evaluated is None:
+            return
+        self.log.log_metrics(step, evaluated.metrics)
+        name = kind.removeprefix("evaluation ")
+        path = Path(self.config.run_dir) / "evaluations" / name / f"step-{step:08d}.png"
+        with warned(f"The examples of the evaluation of step {step}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            durable.write(path, png(evaluated.picture))
+            self.log.log_image(f"evaluation_{name}", path, step)
 
     def sample(self) -> None:
         """Draw a sample grid of every bucket with the averaged weights; every rank computes, rank 0 writes."""

@@ -26,6 +26,7 @@ from rmoe_megatron.data.block_cache import BlockCache
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.remote_store import shard_store
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
+from rmoe_megatron.data.shapes.vocabulary import IMAGE_SIZE
 from rmoe_megatron.data.store import ShardStore
 from rmoe_megatron.engine.deepspeed.library import check_deepspeed
 from rmoe_megatron.errors import UserError
@@ -61,6 +62,7 @@ def check(config: RunConfig, world_size: int) -> None:
     check_deepspeed(config, world_size)
     check_files(config)
     check_buckets(config)
+    check_evaluations(config)
 
 
 def check_looking(config: RunConfig) -> None:
@@ -89,6 +91,7 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     check_deepspeed(config, world_size)
     check_files(config)
     check_buckets(config)
+    check_evaluations(config)
     if not config.model.is_class_conditional and config.encoders.text_encoder != "minilm":
         parts = partial(text_encoder_parts, dropped=config.encoders.dropped)
         present_folder(config.encoders.text_encoder, "encoders.text_encoder", parts)
@@ -239,6 +242,20 @@ def latent_sizes(config: RunConfig, sample_size: int) -> list[tuple[int, int]]:
     """Return height and width of the latents of each bucket."""
     scale = pixels_per_latent(config.encoders.autoencoder)
     return [(bucket.height // scale, bucket.width // scale) for bucket in buckets_of(config, sample_size)]
+
+
+def check_evaluations(config: RunConfig) -> None:
+    """Check that the model makes pictures of the size that the benchmarks between steps are of.
+
+    Raises:
+        UserError: it does not.
+    """
+    side = config.model.sample_size * pixels_per_latent(config.encoders.autoencoder)
+    if config.training.evaluations and side != IMAGE_SIZE:
+        raise UserError(
+            f"training.evaluations has shapes, whose pictures are of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but the model makes {side} x "
+            f"{side}; leave it out."
+        )
 
 
 def check_buckets(config: RunConfig) -> None:

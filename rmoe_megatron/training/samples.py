@@ -33,15 +33,24 @@ class SampleGrid:
 
 
 @torch.no_grad()
-def sample_latents(model: Denoiser, prompts: Prompts, config: RunConfig, height: int, width: int) -> Tensor:
+def sample_latents(
+    model: Denoiser,
+    prompts: Prompts,
+    config: RunConfig,
+    height: int,
+    width: int,
+    numbers: Tensor | None = None,
+) -> Tensor:
     """Sample latents float32 [N, C, height, width] with classifier-free guidance, as ``training.sample_*`` says.
 
     Args:
         model: an engine's ``denoise``.
+        numbers: of the prompts among all, which their noise depends on, int64 [N]; None counts them from 0.
     """
     shape = (config.model.in_channels, height, width)
     count, device = len(prompts.captions), prompts.conditions.device
-    keys = derive(sample_keys(config.seed, torch.arange(count, device=device)), Purpose.samples)
+    numbers = torch.arange(count) if numbers is None else numbers
+    keys = derive(sample_keys(config.seed, numbers.to(device)), Purpose.samples)
     latents = normal(derive(keys, Purpose.noise), math.prod(shape)).view(count, *shape)
     conditions = prompts.conditions.combine(
         prompts.null_conditions, lambda values, empty: torch.cat((values, empty.expand_as(values)))

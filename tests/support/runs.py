@@ -51,14 +51,14 @@ def array(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, side: int = 8) -> Path:
     """Write precomputed shards and a configuration below ``folder``; returns the configuration's path."""
     rng = np.random.default_rng(0)
     for split, shards in (("train", 2), ("val", 1)):
         for shard in range(shards):
             samples = [
                 {
-                    "latents.npy": array(rng.standard_normal((3, 8, 8))),
+                    "latents.npy": array(rng.standard_normal((3, side, side))),
                     "text_hidden_states.npy": array(rng.standard_normal((6, 384))),
                     "text_pooled.npy": array(rng.standard_normal(384)),
                 }
