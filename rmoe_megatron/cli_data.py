@@ -69,34 +69,44 @@ def pack_command(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder of pictures with captions beside them, or a table (CSV, TSV, JSONL, Parquet)."
+            help="Folder of pictures, table (CSV, TSV, JSONL, Parquet, Arrow), saved Hugging Face data set, or folder of shards."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    image_column: Annotated[str, typer.Option(help="Of a table: path or bytes of the picture.")] = "image",
-    caption_column: Annotated[str, typer.Option(help="Of a table: its caption.")] = "caption",
+    image_column: Annotated[
+        str | None,
+        typer.Option(help="Of a table: path or bytes of the picture; image, or as it is usually called."),
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Of a table: its caption; caption, or as it is usually called.")
+    ] = None,
     samples_per_shard: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="In every shard but the last.")
     ] = 10_000,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Of a source with several splits: which one (train); all takes them together."),
+    ] = None,
 ) -> None:
     """Write your own pictures and captions as WebDataset shards."""
     launch.require_one_rank("rmoe data pack")
-    from rmoe_megatron.data.pack import LEFT_OUT, Columns, pack
+    from rmoe_megatron.data.pack import LEFT_OUT, pack
+    from rmoe_megatron.data.pack_rows import Columns
 
-    packed = pack(
-        source, out, Columns(image_column, caption_column), samples_per_shard, Bar("pack", "picture")
-    )
+    columns = Columns(image_column, caption_column)
+    packed = pack(source, out, columns, samples_per_shard, Bar("pack", "picture"), split)
     print(f"{packed.samples} samples in {packed.shards} shards: {out}")
     if packed.left_out:
         name, reason = packed.left_out[0]
         print(f"{len(packed.left_out)} left out ({out / LEFT_OUT}), the first: {name}: {reason}")
     for column, kind in packed.dropped_columns.items():
         print(f"values of the column {column} are dropped: JSON holds no {kind}")
-    if packed.with_several_captions:
+    for column, count in packed.with_several_captions.items():
         print(
-            f"{packed.with_several_captions} samples have several captions; data.captions=[json:{caption_column}] draws one of them, "
-            "the default takes the first"
+            f"{count} samples have several captions; data.captions=[json:{column}] draws one of them, the default takes the first"
         )
+    for note in packed.notes:
+        print(note)
     if packed.beside:
         more = f" and {len(packed.beside) - 5} more" if len(packed.beside) > 5 else ""
         print(f"not taken, beside the pictures: {', '.join(packed.beside[:5])}{more}")

@@ -1,4 +1,4 @@
-r"""Tables that name pictures: CSV, TSV, JSON lines and Parquet as rows of typed values.
+r"""Tables that name pictures: CSV, TSV, JSON lines, Parquet and Arrow as rows of typed values.
 
 Text is what the file says: a byte-order mark is none of it, and a line ends at ``\n`` or ``\r\n`` alone. A column of CSV or TSV
 whose values are all numbers has numbers, as in the other formats.
@@ -7,6 +7,7 @@ whose values are all numbers has numbers, as in the other formats.
 import csv
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,23 @@ QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 Row = dict[str, Any] | str
 
 
-def read_table(table: Path) -> tuple[int, Iterator[Row]]:
-    """Return how many rows a table has, and the rows.
+@dataclass(frozen=True)
+class Table:
+    """A table that has been opened.
+
+    Attributes:
+        count: of rows.
+        columns: their names.
+        rows: to be taken once.
+    """
+
+    count: int
+    columns: list[str]
+    rows: Iterator[Row]
+
+
+def read_table(table: Path) -> Table:
+    """Open a table.
 
     Raises:
         UserError: it cannot be read, or is no table of its kind.
@@ -43,16 +59,17 @@ def _text_of(table: Path) -> str:
         raise UserError(f"The table {table} cannot be read ({error}).") from error
 
 
-def _read_json_lines(table: Path) -> tuple[int, Iterator[Row]]:
+def _read_json_lines(table: Path) -> Table:
     rows: list[Row] = [
         parse_json(line, ROW, f"Line {number} of {table}")
         for number, line in enumerate(lines_of(_text_of(table)), start=1)
         if line.strip()
     ]
-    return len(rows), iter(rows)
+    columns = dict.fromkeys(name for row in rows if not isinstance(row, str) for name in row)
+    return Table(len(rows), list(columns), iter(rows))
 
 
-def _read_csv(table: Path) -> tuple[int, Iterator[Row]]:
+def _read_csv(table: Path) -> Table:
     csv.field_size_limit(MAX_FIELD)
     text = _text_of(table)
     try:
@@ -64,7 +81,7 @@ def _read_csv(table: Path) -> tuple[int, Iterator[Row]]:
     return _with_header(rows)
 
 
-def _read_tsv(table: Path) -> tuple[int, Iterator[Row]]:
+def _read_tsv(table: Path) -> Table:
     """Read a table whose fields tabs part.
 
     Such a table has no quoting: a quotation mark is a character of the text. Programs that know CSV alone write some all the same,
@@ -91,10 +108,10 @@ def _unquoted(field: str) -> str:
     return found[1].replace('""', '"') if found is not None and '""' in found[1] else field
 
 
-def _with_header(rows: list[list[str]]) -> tuple[int, Iterator[Row]]:
+def _with_header(rows: list[list[str]]) -> Table:
     rows = [row for row in rows if row]
     if not rows:
-        return 0, iter(())
+        return Table(0, [], iter(()))
     header, body = rows[0], rows[1:]
     whole = [row for row in body if len(row) == len(header)]
     numeric = {
@@ -116,10 +133,10 @@ def _with_header(rows: list[list[str]]) -> tuple[int, Iterator[Row]]:
             else:
                 yield {name: value(name, text) for name, text in zip(header, row, strict=True)}
 
-    return len(body), typed()
+    return Table(len(body), header, typed())
 
 
-def _read_parquet(table: Path) -> tuple[int, Iterator[Row]]:
+def _read_parquet(table: Path) -> Table:
     from pyarrow import ArrowException, parquet
 
     check_regular(table, follow=True)
@@ -128,12 +145,29 @@ def _read_parquet(table: Path) -> tuple[int, Iterator[Row]]:
     except (OSError, ArrowException) as error:
         raise UserError(f"The table {table} cannot be read ({error}).") from error
     rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
-    return file.metadata.num_rows, rows
+    return Table(file.metadata.num_rows, file.schema_arrow.names, rows)
 
 
-READERS: dict[str, Callable[[Path], tuple[int, Iterator[Row]]]] = {
+def _read_arrow(table: Path) -> Table:
+    """Read what the Hugging Face libraries save: a stream of record batches; or a file of them."""
+    from pyarrow import ArrowException, ipc, memory_map
+
+    check_regular(table, follow=True)
+    try:
+        with memory_map(str(table)) as content:
+            is_file = content.read(6) == b"ARROW1"
+            content.seek(0)
+            batches = ipc.open_file(content).read_all() if is_file else ipc.open_stream(content).read_all()
+    except (OSError, ArrowException) as error:
+        raise UserError(f"The table {table} cannot be read ({error}).") from error
+    rows = (row for batch in batches.to_batches(max_chunksize=64) for row in batch.to_pylist())
+    return Table(batches.num_rows, batches.schema.names, rows)
+
+
+READERS: dict[str, Callable[[Path], Table]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }

@@ -18,7 +18,8 @@ from pyarrow import parquet
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.data.bucketing import Bucketing
-from rmoe_megatron.data.pack import LEFT_OUT, Columns, pack
+from rmoe_megatron.data.pack import LEFT_OUT, pack
+from rmoe_megatron.data.pack_rows import Columns
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
@@ -341,7 +342,7 @@ def test_a_list_of_captions_is_kept_whole_and_one_is_drawn(
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     packed = pack(tmp_path / "t.parquet", tmp_path / "out")
-    assert (packed.samples, packed.with_several_captions) == (2, 2)
+    assert (packed.samples, packed.with_several_captions) == (2, {"caption": 2})
     assert packed_captions(tmp_path / "out") == ["0 0", "1 0"]
     assert ShardDataset(tmp_path / "out")[1]["json"] == {
         "caption": [f"1 {k}" for k in range(5)],
