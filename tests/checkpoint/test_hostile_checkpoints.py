@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -255,3 +257,26 @@ def test_nothing_but_tensors_reaches_a_layer() -> None:
             take_tensors(layers, wrong, is_whole=True)
     objects = {"a": ShardedObject("a", None, (1,), (0,)), "b": torch.ones(1)}
     assert without_objects(objects).keys() == {"b"}
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_changed_metadata_are_read_or_refused(data: st.DataObject, finished: Path, tmp_path: Path) -> None:
+    """Any bytes in the place of some of a pickle's: what is read has the types that it should have."""
+    source = list_checkpoints(finished / "run")[0].path / ".metadata"
+    content = bytearray(source.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        piece = data.draw(
+            st.binary(max_size=6)
+            | st.sampled_from([b"2", b"\x86", b"R", b"b", b"\x94", b"h\x00", b"(", b"u", b"\x81"])
+        )
+        content[place : place + data.draw(st.integers(0, 6))] = piece
+    (tmp_path / ".metadata").write_bytes(content)
+    try:
+        metadata = read_metadata(tmp_path)
+    except pickle.UnpicklingError:
+        return
+    assert all(type(key) is str for key in metadata.state_dict_metadata)
+    assert all(type(place.relative_path) is str for place in metadata.storage_data.values())
+    assert "is not loaded" in str(find_untrusted(tmp_path))  # its files are not here
