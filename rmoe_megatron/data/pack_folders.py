@@ -27,7 +27,7 @@ from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.data.tables import READERS, read_table
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pictures import MAX_BYTES
-from rmoe_megatron.regular_files import read_bytes
+from rmoe_megatron.regular_files import open_regular, read_bytes
 from rmoe_megatron.typed_files import read_json
 
 SIDECARS = ("txt", "caption", "json")
@@ -94,7 +94,7 @@ def _of_file(source: Path, columns: Columns, packed: Packed) -> tuple[int, Itera
 
 
 def _beginning(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(4096).decode("utf-8-sig", "replace").lstrip()
 
 

@@ -3,7 +3,7 @@
 import operator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmoe_megatron.config.sample_filter import SampleFilter
@@ -37,6 +37,7 @@ def test_what_holds(text: str, expected: bool) -> None:
     assert SampleFilter(text).takes(SAMPLE) is expected
 
 
+@settings(deadline=None)
 @given(
     left=st.integers(-5, 5), right=st.integers(-5, 5), symbol=st.sampled_from(["<", "<=", ">", ">=", "==", "!="])
 )  # fmt: skip
@@ -60,6 +61,7 @@ def test_nothing_else_is_understood(text: str) -> None:
         SampleFilter(text)
 
 
+@settings(deadline=None)
 @given(st.text("ab01<>=!&|()'\". notrd\n:,[]{}+-*/", max_size=40))
 def test_any_text_is_a_filter_or_refused(text: str) -> None:
     try:

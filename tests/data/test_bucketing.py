@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmoe_megatron.config.buckets import Bucket
@@ -24,6 +24,7 @@ from tests.support.runs import array, write_shard
 BUCKETS = tuple(Bucket(*size) for size in ((96, 32), (64, 32), (32, 32), (64, 64), (32, 64)))
 
 
+@settings(deadline=None)
 @given(width=st.integers(0, 200), height=st.integers(0, 200), upscale=st.booleans())
 def test_a_picture_comes_into_the_bucket_of_the_nearest_shape(width: int, height: int, upscale: bool) -> None:
     found = Bucketing(BUCKETS, upscale).of(width, height)
@@ -41,6 +42,7 @@ def test_a_picture_comes_into_the_bucket_of_the_nearest_shape(width: int, height
         assert found == (fitting[-1] if fitting else nearest[0])
 
 
+@settings(deadline=None)
 @given(width=st.integers(1, 20_000), height=st.integers(1, 20_000), bucket=st.sampled_from(BUCKETS))
 def test_the_largest_part_of_the_middle_is_kept(width: int, height: int, bucket: Bucket) -> None:
     crop = View().crop(width, height, bucket)

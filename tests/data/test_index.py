@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -265,6 +265,7 @@ def test_every_filter_has_an_index_that_is_kept(tmp_path: Path) -> None:
         ShardDataset(tmp_path, sample_filter=SampleFilter("aesthetic > 8"))
 
 
+@settings(deadline=None)
 @given(
     kinds=st.lists(st.integers(0, 2), min_size=1, max_size=300),
     wanted=st.sets(st.integers(0, 2), min_size=1),
