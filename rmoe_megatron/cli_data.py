@@ -1,5 +1,6 @@
 """The command line of data: ``rmoe data build-shapes / build-mazes / pack / check / index / precompute / show``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,16 @@ import typer
 from rmoe_megatron import durable, launch
 from rmoe_megatron.cli_options import Bar, Overrides, parse_numbers, parse_part
 from rmoe_megatron.errors import UserError
+
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        help="That look at samples at the same time; default is all cores.",
+        show_default=False,
+    ),
+]
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and prepare data.")
 
@@ -120,6 +131,7 @@ def check_command(
         list[str] | None,
         typer.Option("--caption", help="txt (the default), caption or json:KEY; repeatable."),
     ] = None,
+    processes: Processes = None,
 ) -> None:
     """Decode every sample and say what there is: sizes, captions, damage, duplicates."""
     launch.require_one_rank("rmoe data check")
@@ -129,7 +141,7 @@ def check_command(
 
     sample_format = SampleFormat(captions=parse_captions(captions or ["txt"]))
     durable.require_empty(out, "The output")
-    report = inspect_shards(folder, sample_format, Bar("check", "sample"))
+    report = inspect_shards(folder, sample_format, Bar("check", "sample"), processes or _cores())
     write_report(report, out)
     print("\n".join(lines(report)))
     print(f"{'pictures':<15}{out}")
@@ -190,18 +202,42 @@ def precompute_command(
 
 @data_app.command("show")
 def show_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
-    draw: Annotated[int, typer.Option(min=0, max=1 << 40, help="Number of the draw, as logs name it.")],
+    place: Annotated[
+        Path, typer.Argument(metavar="PLACE", help="Folder of raw .tar shards, or of a training run.")
+    ],
+    draw: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=1 << 40, help="Of a run: the number of the draw, as logs name it.", show_default=False
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="PNG to write; default is below RUN/draws.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Page to write (HTML), or of a draw a PNG; default is PLACE.html, or below PLACE/draws.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Configuration to hold the shards against: captions, filter, sizes, tokens.",
+            show_default=False,
+        ),
     ] = None,
     overrides: Overrides = None,
+    processes: Processes = None,
 ) -> None:
-    """Print where a training draw's sample lies and what it says, and save its picture."""
+    """Write a page to look at shards: samples, sizes, captions, duplicates, what is left out. Or find a draw of a run."""
     launch.require_one_rank("rmoe data show")
+    if draw is None:
+        _show_shards(
+            place, out or place.with_name(f"{place.resolve().name}.html"), config, overrides or [], processes
+        )
+        return
     from rmoe_megatron.show_draw import show_draw
 
-    found = show_draw(run_dir, draw, overrides or [], out)
+    found = show_draw(place, draw, overrides or [], out)
     print(f"shard    {found.shard}\nkey      {found.key}")
     if found.caption is not None:
         print(f"caption  {found.caption}")
@@ -210,3 +246,35 @@ def show_command(
     if not found.is_finite:
         print("latents  not finite, black in the picture")
     print(f"picture  {found.picture}")
+
+
+def _show_shards(
+    folder: Path, out: Path, config: Path | None, overrides: list[str], processes: int | None
+) -> None:
+    from rmoe_megatron.config.loading import load_config
+    from rmoe_megatron.data.page import SHOWN, write_page
+    from rmoe_megatron.data.report import inspect_shards
+    from rmoe_megatron.data.samples import SampleFormat
+    from rmoe_megatron.encoders.token_counts import token_counter
+    from rmoe_megatron.training.preflight import sample_format
+
+    if (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is a run: name one of its draws with --draw, or the folder of its shards.")
+    if config is None and overrides:
+        raise UserError("Settings override those of a configuration; name it with --config.")
+    durable.check_writable(out.parent, "The folder of the page")
+    taken, counter = SampleFormat(), None
+    if config is not None:
+        loaded = load_config(config, overrides)
+        taken = sample_format(loaded)
+        if loaded.model.is_class_conditional:
+            raise UserError("A class-conditional model has no captions to look at; leave --config out.")
+        counter = token_counter(loaded.encoders, loaded.model.text_length)
+    report = inspect_shards(folder, taken, Bar("show", "sample"), processes or _cores(), SHOWN, counter)
+    write_page(report, out, folder, taken, counter.limit if counter is not None else None)
+    print(f"page     {out}")
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -48,10 +48,13 @@ def index_shards(
     return parse_index(np.frombuffer(content.getbuffer(), np.uint8), str(store), sample_filter)
 
 
-def open_index(store: ShardStore, sample_filter: SampleFilter | None = None) -> Index:
+def open_index(store: ShardStore, sample_filter: SampleFilter | None = None, processes: int = 1) -> Index:
     """Map the index of a store, which is made or brought up to date first; every filter has an index of its own.
 
     That of a remote store is copied from beside the shards where it is not here, and put there when it was made.
+
+    Args:
+        processes: that scan shards at the same time, if there are some to scan.
 
     Raises:
         UserError: the folder is missing or has no shards, or one cannot be read.
@@ -63,7 +66,7 @@ def open_index(store: ShardStore, sample_filter: SampleFilter | None = None) -> 
         if store.fetch(name, store.index_paths(name)[0]):
             index = _read_if_there(store, sample_filter)
     if index is None or not _is_current(index, shards):
-        return build_index(store, sample_filter)
+        return build_index(store, sample_filter, processes)
     for shard in index.shards:
         _warn_of_damage(store, shard)
     return index

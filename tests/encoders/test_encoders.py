@@ -1,5 +1,6 @@
 """SD3's text encoders and autoencoder against diffusers' StableDiffusion3Pipeline."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.encoders.autoencoder import decode_latents, encode_images, load_autoencoder
 from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder, minilm_folder
+from rmoe_megatron.encoders.token_counts import token_counter
 from rmoe_megatron.errors import UserError
 from tests.support.sd3_pipeline import TEXT_LENGTH, save_pipeline
 
@@ -119,3 +121,15 @@ def test_a_repository_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="nobody/nothing is no local folder and cannot be had"):
         load_autoencoder("nobody/nothing", CPU)
+
+
+@pytest.mark.parametrize(("dropped", "number", "limit"), [([], "_3", TEXT_LENGTH - 77), (["t5"], "", 77)])
+def test_tokens_are_counted_with_the_tokenizer_that_cuts_last(
+    folder: Path, dropped: list[str], number: str, limit: int
+) -> None:
+    counter = token_counter(EncodersConfig(text_encoder=str(folder), dropped=dropped), TEXT_LENGTH)
+    tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{number}")
+    captions = ["", "a", "a b " * 300]
+    assert counter.limit == limit
+    assert counter(captions) == [len(tokenizer(caption)["input_ids"]) for caption in captions]
+    assert pickle.loads(pickle.dumps(counter)) == counter
