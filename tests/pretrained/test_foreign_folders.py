@@ -247,11 +247,10 @@ def test_no_file_of_a_folder_may_be_a_pipe_or_a_folder(door: str, work: Path, va
 
 def import_parts(folder: Path) -> None:
     """What `rmoe convert from-hf` reads of a pipeline's folder before it builds a model."""
-    from rmoe_megatron.conversion.importing import _encoders_of, _with_scheduler
+    from rmoe_megatron.conversion.pipeline_settings import read_settings
 
     architecture = read_architecture(folder / "transformer", TEXT_LENGTH)
-    _encoders_of(folder, str(folder))
-    _with_scheduler(architecture, folder / "scheduler" / "scheduler_config.json")
+    read_settings(folder, str(folder), architecture.diffusion)
 
 
 def encoder_parts(folder: Path) -> None:
