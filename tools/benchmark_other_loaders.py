@@ -1,16 +1,18 @@
-"""Times MosaicML streaming or Megatron-Energon on the sets of benchmark_data.py; prints JSON.
+"""Times MosaicML streaming, Megatron-Energon or litdata on the sets of benchmark_data.py; prints JSON.
 
-    PYTHONPATH=. PYTHON tools/benchmark_other_loaders.py mosaicml|energon FOLDER SET --workers 2
+    PYTHONPATH=. PYTHON tools/benchmark_other_loaders.py mosaicml|energon|litdata FOLDER SET --workers 2
 
-PYTHON is that of an environment with mosaicml-streaming or megatron-energon, and with pydantic: they need other libraries than this
-project's. Pictures are decoded and resized by this project's function. What each reads is made once: MosaicML's own format beside the
-shards, Energon's index of the same shards (with the ``energon`` command of that environment).
+PYTHON is that of an environment with mosaicml-streaming, megatron-energon or litdata, and with pydantic: they need other libraries than
+this project's. Pictures are decoded and resized by this project's function. What each reads is made once: MosaicML's and litdata's own
+formats beside the shards, Energon's index of the same shards (with the ``energon`` command of that environment).
 """
 
 import argparse
 import io
 import itertools
 import json
+import os
+import statistics
 import subprocess
 import sys
 import time
@@ -25,8 +27,9 @@ from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.decoding import decode_image
 
 BATCH = 32
-SAMPLES = 8 * 256  # of each set
-SQUARE = Bucket(256, 256)
+SMALLEST_LOADER = 100_000  # kB resident: PyTorch alone takes more
+SAMPLES = {"latents": 8 * 256, "jpegs": 8 * 256, "large_jpegs": 8 * 32}  # of each set
+SQUARES = {"jpegs": Bucket(256, 256), "large_jpegs": Bucket(512, 512)}
 NAMES = {
     "latents": "latents.npy",
     "text_hidden_states": "text_hidden_states.npy",
@@ -37,24 +40,52 @@ NAMES = {
 Make = Callable[[int, int], Iterator[Any]]
 
 
-def measure(make: Make, workers: int) -> dict[str, float]:
-    """Time one start, one epoch after it, and one restart in the middle of an epoch, in seconds and samples per second."""
+def measure(make: Make, workers: int, samples: int) -> dict[str, float]:
+    """Time one start, one epoch after it, and one restart in the middle of an epoch, in seconds and samples per second.
+
+    After the epoch a loading process is weighed: the memory that is its own (MB), and with its share of what it has in common with others.
+
+    Args:
+        samples: of the set.
+    """
     started = time.perf_counter()
     loaded = make(workers, 0)
     next(loaded)
     first = time.perf_counter()
-    count = SAMPLES // BATCH
+    count = samples // BATCH
     for _ in range(count):
         next(loaded)
     end = time.perf_counter()
+    weights = loading_processes()
     del loaded
     resumed = time.perf_counter()
-    next(make(workers, SAMPLES // 2))
+    next(make(workers, samples // 2))
     return {
         "samples_per_second": count * BATCH / (end - first),
         "first_batch": first - started,
         "resume": time.perf_counter() - resumed,
+        "own_mb": statistics.mean(own for own, _ in weights) if weights else 0.0,
+        "shared_mb": statistics.mean(shared for _, shared in weights) if weights else 0.0,
     }
+
+
+def loading_processes() -> list[tuple[float, float]]:
+    """Return of every process that this one has started and that loads data: its own memory and its proportional one, in MB (Linux).
+
+    Processes that serve others (a tracker of resources, a server of forks) are smaller than a loader can be, and are left out.
+    """
+    found = []
+    for children in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for child in children.read_text().split():
+            try:
+                rows = [line.split() for line in Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()]
+                kilobytes = {row[0]: int(row[1]) for row in rows if row[-1] == "kB"}
+            except (OSError, ValueError):  # it has just ended
+                continue
+            own = kilobytes["Private_Clean:"] + kilobytes["Private_Dirty:"]
+            if kilobytes["Rss:"] > SMALLEST_LOADER:
+                found.append((own * 1024 / 1e6, kilobytes["Pss:"] * 1024 / 1e6))
+    return found
 
 
 def as_float32(batch: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +129,7 @@ def mosaicml(folder: Path) -> Make:
             if is_latents:
                 return {name: torch.from_numpy(sample[name].copy()) for name in NAMES}
             return {
-                "image": torch.from_numpy(decode_image(sample["jpg"], SQUARE)),
+                "image": torch.from_numpy(decode_image(sample["jpg"], SQUARES[folder.name])),
                 "caption": sample["caption"],
             }
 
@@ -145,7 +176,7 @@ def energon(folder: Path) -> Make:
             }
         else:
             values = {
-                "image": torch.from_numpy(decode_image(sample["jpg"], SQUARE)),
+                "image": torch.from_numpy(decode_image(sample["jpg"], SQUARES[folder.name])),
                 "caption": sample["txt"].decode(),
             }
         return {**basic_sample_keys(sample), **values}
@@ -182,14 +213,64 @@ def energon(folder: Path) -> Make:
 
     def saved(workers: int) -> None:
         loader = build(workers)
-        list(itertools.islice(iter(loader), SAMPLES // 2 // BATCH))
-        states[SAMPLES // 2] = loader.save_state_rank()
+        half = SAMPLES[folder.name] // 2
+        list(itertools.islice(iter(loader), half // BATCH))
+        states[half] = loader.save_state_rank()
 
     make.prepare = saved  # type: ignore[attr-defined]
     return make
 
 
-LOADERS = {"mosaicml": mosaicml, "energon": energon}
+def litdata(folder: Path) -> Make:
+    """Return litdata's loader over its copy of a set."""
+    from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming.cache import Cache
+
+    copy, is_latents = folder.with_name(f"{folder.name}_litdata"), folder.name == "latents"
+    if not copy.is_dir():
+        unfinished = copy.with_name(f"{copy.name}.partial")
+        cache = Cache(str(unfinished), chunk_bytes="64MB")
+        for number, sample in enumerate(_samples(folder)):
+            if is_latents:
+                cache[number] = {name: np.load(io.BytesIO(sample[member])) for name, member in NAMES.items()}
+            else:
+                cache[number] = {"jpg": bytes(sample["jpg"]), "caption": sample["txt"].decode()}
+        cache.done()
+        cache.merge()
+        unfinished.rename(copy)
+
+    class Decoded(StreamingDataset):
+        def __getitem__(self, index: Any) -> Any:
+            sample = super().__getitem__(index)
+            if is_latents:
+                return {name: torch.from_numpy(np.array(sample[name])) for name in NAMES}
+            return {
+                "image": torch.from_numpy(decode_image(sample["jpg"], SQUARES[folder.name])),
+                "caption": sample["caption"],
+            }
+
+    def build(workers: int) -> Any:
+        dataset = Decoded(str(copy), shuffle=True, seed=0, drop_last=True)
+        return StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, drop_last=True)
+
+    states: dict[int, Any] = {}
+
+    def make(workers: int, first: int) -> Iterator[Any]:
+        loader = build(workers)
+        if first:  # a state is what a run would have saved there; the time to make it is not counted
+            loader.load_state_dict(states[first])
+        return map(as_float32, itertools.chain.from_iterable(iter(loader) for _ in itertools.count()))
+
+    def saved(workers: int) -> None:
+        loader, half = build(workers), SAMPLES[folder.name] // 2
+        list(itertools.islice(iter(loader), half // BATCH))
+        states[half] = loader.state_dict()
+
+    make.prepare = saved  # type: ignore[attr-defined]
+    return make
+
+
+LOADERS = {"mosaicml": mosaicml, "energon": energon, "litdata": litdata}
 
 
 def main() -> None:
@@ -199,14 +280,14 @@ def main() -> None:
     )
     parser.add_argument("loader", choices=LOADERS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("set", choices=["latents", "jpegs"])
+    parser.add_argument("set", choices=SAMPLES)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     make = LOADERS[arguments.loader](arguments.folder / arguments.set)
     prepare = getattr(make, "prepare", None)
     if prepare is not None:
         prepare(arguments.workers)
-    print(json.dumps(measure(make, arguments.workers)))
+    print(json.dumps(measure(make, arguments.workers, SAMPLES[arguments.set])))
 
 
 if __name__ == "__main__":
