@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.regular_files import open_regular, read_bytes
@@ -37,6 +38,8 @@ _ALLOWED = {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     },
+    # Megatron-Core 0.16 wrote down how each rank had planned to save; nothing reads it.
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "torch.serialization": {"_get_layout"},
 }  # fmt: skip
 _OBJECTS = (
@@ -44,9 +47,12 @@ _OBJECTS = (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    SavePlan,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
+    TensorWriteData,
+    WriteItem,
     _StorageInfo,
 )
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.layout)

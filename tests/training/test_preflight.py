@@ -56,7 +56,7 @@ def test_the_check_needs_no_gpu_and_no_megatron_core(tmp_path: Path) -> None:
         (["data.train={folder}/images"], "4 x 4 pixels, smaller than the model's 8 x 8"),
         (["encoders.autoencoder=nobody/nothing"], "run `hf download nobody/nothing`"),
         (["encoders.text_encoder={folder}/nothing"], "There is no folder"),
-        (["encoders.text_encoder={folder}/data"], "There are no weights (*.safetensors) in"),
+        (["encoders.text_encoder={folder}/data"], "There is no model.safetensors (or its index) in"),
         (["training.steps=1000000000", "checkpoint.keep_last=1000000", "checkpoint.every=1"], "of free disk"),
     ],
 )
