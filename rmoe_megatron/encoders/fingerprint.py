@@ -11,6 +11,7 @@ from rmoe_megatron import durable
 from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.encoders.text import MINILM_BLOCKS, minilm_folder
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.pretrained.config_files import AUTOENCODERS, read_config
 from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.model_files import autoencoder_parts, text_encoder_parts, weight_files
 from rmoe_megatron.regular_files import open_regular, read_bytes
@@ -20,11 +21,18 @@ SETTLED = 2.0  # seconds: the coarsest clock of a file system's times
 
 
 def describe_autoencoder(name: str) -> dict[str, Any]:
-    """Return the name of an autoencoder and the SHA-256 of its weights; pixels have none."""
+    """Return the name of an autoencoder and the SHA-256 of its weights and of what its latents are scaled and shifted by.
+
+    Pixels have none.
+    """
     if name == "pixel":
         return {"autoencoder": name, "autoencoder_sha256": "pixel"}
-    files = weight_files(model_folder(name, autoencoder_parts), autoencoder_parts)
-    return {"autoencoder": name, "autoencoder_sha256": _sha256(files)}
+    folder = model_folder(name, autoencoder_parts)
+    weights = _sha256(weight_files(folder, autoencoder_parts))
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    config = read_config(folder / "config.json", AUTOENCODERS)
+    made_by = f"{weights} {config.get('scaling_factor')} {config.get('shift_factor')}"
+    return {"autoencoder": name, "autoencoder_sha256": hashlib.sha256(made_by.encode()).hexdigest()}
 
 
 def describe_text_encoder(config: ModelDescription) -> dict[str, Any]:

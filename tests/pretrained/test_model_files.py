@@ -323,6 +323,17 @@ def test_what_is_loaded_is_what_is_hashed(folder: Path, tmp_path: Path) -> None:
     assert described(more, ("t5",))[1] == without_t5  # it is not loaded
 
 
+@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
+def test_latents_of_another_scale_are_those_of_another_autoencoder(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(folder / "plain", tmp_path / "other")
+    path = tmp_path / "other" / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 0.5}))
+    assert described(tmp_path / "other")[0] != described(folder / "plain")[0]
+    assert described(tmp_path / "other")[1] == described(folder / "plain")[1]
+
+
 def test_a_pipeline_without_t5_takes_its_width_from_the_model(tmp_path: Path) -> None:
     """What diffusers makes of the captions is the same with zeros in T5's place."""
     make_pipeline().save_pretrained(tmp_path / "full")
