@@ -72,7 +72,7 @@ def open_pipeline(
     """Load a diffusers folder to make images with it on this rank's device; everything that samples does it by this function.
 
     Args:
-        dtype: of all its models, as :func:`resolve_dtype` gives it.
+        dtype: the data type of all its models, as :func:`resolve_dtype` gives it.
         scheduler: the sampler, as :func:`set_scheduler` takes it; None keeps the folder's.
         compile_transformer: run the transformer through torch.compile.
 
@@ -151,7 +151,7 @@ def make_sampler(name: str, config: Any) -> SchedulerMixin:
     Args:
         name: ``euler`` (rectified flow), ``ddim`` (DDPM), ``dpm`` (DPM-Solver++ of either), or the class of a scheduler of
             diffusers that does the model's objective (``FlowMatchHeunDiscreteScheduler``, ``UniPCMultistepScheduler``).
-        config: of the model's own sampler.
+        config: the configuration of the model's own sampler.
 
     Raises:
         UserError: the sampler is unknown or for the other objective.

@@ -46,7 +46,7 @@ def measure(make: Make, workers: int, samples: int) -> dict[str, float]:
     After the epoch a loading process is weighed: the memory that is its own (MB), and with its share of what it has in common with others.
 
     Args:
-        samples: of the set.
+        samples: how many samples the set has.
     """
     started = time.perf_counter()
     loaded = make(workers, 0)

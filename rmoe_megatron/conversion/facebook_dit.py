@@ -52,7 +52,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         tensors: the weights by name, the averaged ones where there are both.
-        arguments: of the command that trained it, as far as they are there.
+        arguments: the arguments of the command that trained it, as far as the file holds them.
     """
 
     tensors: dict[str, Tensor]

@@ -26,10 +26,10 @@ def model_card(
     """Return the page as Markdown.
 
     Args:
-        config: of the run, with the size that images are made in.
+        config: the run's configuration, with the size that images are made in.
         step: optimizer steps of the exported checkpoint.
         averaged: the weights are moving averages.
-        dtype: of the weights.
+        dtype: the data type of the weights.
         folder: with the other parts of the pipeline.
     """
     model, diffusion = config.model, config.diffusion

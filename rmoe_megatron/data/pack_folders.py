@@ -61,7 +61,7 @@ def find_pictures(
     What img2dataset writes is one of the last three.
 
     Args:
-        split: of a source that has several, which it takes; ``all`` takes all.
+        split: the split that is taken of a source that has several; ``all`` takes all of them.
 
     Raises:
         UserError: it is none of these, has several splits, or a part of it cannot be read.

@@ -41,7 +41,7 @@ class Shown:
         place: shard and key.
         thumbnail: uint8 [THUMBNAIL, THUMBNAIL, 3], white beside the picture.
         size: width and height of the picture itself.
-        tokens: of its caption; None if they are not counted.
+        tokens: how many tokens its caption has; None if they are not counted.
     """
 
     place: str
@@ -60,7 +60,7 @@ class Report:
         captions: their lengths in bytes.
         tokens: their lengths in tokens, if these are counted.
         damaged: shard, key and reason of what cannot be used.
-        digests: of the pixels of every usable sample, and its place.
+        digests: a digest of the pixels of every usable sample, with its place.
         duplicates: shard and key of a sample, and of the earlier one with the same pixels.
         sheet: some samples, spread over the set.
         members: how many samples have which members.

@@ -39,7 +39,7 @@ class ScannedShard(NamedTuple):
     Attributes:
         records: one of ``RECORD`` a sample; they number ``kinds`` and ``pieces``.
         kinds: extensions of a sample's members.
-        pieces: of the samples whose members do not lie side by side.
+        pieces: the pieces of the samples whose members do not lie side by side.
     """
 
     entry: IndexedShard

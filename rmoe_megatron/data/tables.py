@@ -33,7 +33,7 @@ class Table:
     """A table that has been opened.
 
     Attributes:
-        count: of rows.
+        count: how many rows there are.
         columns: their names.
         rows: to be taken once.
     """

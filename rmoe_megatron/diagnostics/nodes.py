@@ -71,7 +71,7 @@ class Report:
 
     Attributes:
         lines: to be read by a person, one for each node, and one for all.
-        problems: of the nodes that have some, by their names.
+        problems: the problems that were found, by the names of the nodes.
     """
 
     lines: list[str]
@@ -83,7 +83,7 @@ def check_nodes(folder: Path, names: list[str], limits: Limits) -> Report | None
 
     Args:
         folder: on the file system that all nodes share.
-        names: of the nodes, in the order of their ranks.
+        names: the names of the nodes, in the order of their ranks.
 
     Returns:
         On the first rank what was found, None on the others.

@@ -15,7 +15,7 @@ def depth_loss(config: DiffusionConfig, outputs: Tensor, loss: Callable[[Tensor]
     ``distillation`` times its mean squared distance from the deepest output, which takes no gradient from it (ELT, arXiv 2604.09168).
 
     Args:
-        loss: of one output [B, C, H, W].
+        loss: returns the loss of one output [B, C, H, W].
     """
     *others, deepest = outputs.unbind()
     total = loss(deepest)

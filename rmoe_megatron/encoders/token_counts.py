@@ -23,7 +23,7 @@ class TokenCounter:
     which takes in more of a caption, or those of CLIP where T5 is not there.
 
     Attributes:
-        folder: of the tokenizer.
+        folder: the folder that holds the tokenizer.
         limit: how many tokens of a caption are encoded.
     """
 

@@ -9,7 +9,7 @@ def take_in_turn(tasks: Sequence[Hashable], limit: int | None) -> tuple[int, ...
     """Return the numbers of so many prompts in ascending order, of each task in turn; None if that is all of them.
 
     Args:
-        tasks: of every prompt.
+        tasks: the task of every prompt.
     """
     if limit is None or limit >= len(tasks):
         return None

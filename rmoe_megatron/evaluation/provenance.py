@@ -38,7 +38,7 @@ class Product:
     """One file of an evaluation and what it has to be made by.
 
     Args:
-        path: of the file.
+        path: where the file lies.
         record: returns its record, the same on every rank; called once, and only if the file is there or about to be made.
     """
 
@@ -133,7 +133,7 @@ def require_results(path: Path, identity: Record, again: bool) -> None:
     """Check that results that are there are of the same evaluation; nothing is checked for ``again``.
 
     Args:
-        path: of ``results.json``.
+        path: where ``results.json`` lies.
         identity: the part of the results that says what was evaluated and how.
 
     Raises:

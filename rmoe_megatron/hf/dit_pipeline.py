@@ -22,7 +22,7 @@ class RecurrentDiTPipeline(CarriesCode, ShiftsWithSize, DenoisingLoop, Diffusion
         transformer: DiTTransformer2DModel or RecurrentDiTTransformer2DModel.
         vae: AutoencoderKL or what has its interface.
         scheduler: of DDPM or rectified flow, as the transformer was trained.
-        shift: of sigma for square latents of the side ``shift_base_size``; None leaves the sampler as it is.
+        shift: the shift of sigma for square latents of the side ``shift_base_size``; None leaves the sampler as it is.
     """
 
     model_cpu_offload_seq = "transformer->vae"

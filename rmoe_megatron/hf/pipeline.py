@@ -24,7 +24,7 @@ class RecurrentSD3Pipeline(CarriesCode, ShiftsWithSize, DenoisingLoop, Diffusion
     Args:
         transformer: SD3Transformer2DModel or RecurrentSD3Transformer2DModel; predicts the velocity.
         text_length: tokens of text in the joint sequence.
-        shift: of sigma for square latents of the side ``shift_base_size``; None leaves the sampler as it is.
+        shift: the shift of sigma for square latents of the side ``shift_base_size``; None leaves the sampler as it is.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

@@ -24,7 +24,7 @@ class TunedSD3Pipeline(CarriesCode, ShiftsWithSize, StableDiffusion3Pipeline):
         text_length: tokens of text in the joint sequence, CLIP's 77 and T5's; ``max_sequence_length`` of a call is not looked at.
         dropped: of ``clip_l``, ``clip_g`` and ``t5`` those that give zeros, with a space between them; T5 need not be there then.
             No list: diffusers takes every list in ``model_index.json`` for a component.
-        shift: of sigma for square latents of the side ``shift_base_size``; None leaves the sampler as it is.
+        shift: the shift of sigma for square latents of the side ``shift_base_size``; None leaves the sampler as it is.
     """
 
     def __init__(

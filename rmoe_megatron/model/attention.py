@@ -196,7 +196,7 @@ class Attention(MegatronModule):
         Args:
             vision: heads [S / CP, B, heads / TP, 3, head_dim], not normalised; the QK norm acts on the sum of base and module projections.
             text: from :meth:`JointAttention.project_text`.
-            positions: of a model with rotary ones.
+            positions: the rotary positions, for a model that has them.
 
         Returns:
             [S / (CP TP), B, H], this rank's tokens.
@@ -282,7 +282,7 @@ class JointAttention(Attention):
         Args:
             vision: heads [S / CP, B, heads / TP, 3, head_dim], not normalised; the QK norm acts on the sum of base and module projections.
             text: from :meth:`project_text`.
-            positions: of a model with rotary ones.
+            positions: the rotary positions, for a model that has them.
 
         Returns:
             The attention output of this rank's tokens, vision [S / (CP TP), B, H] and text [L_pad / (CP TP), B, H] or

@@ -94,8 +94,8 @@ class Records:
     """The records of an unfinished set, which the processes that make it share.
 
     Args:
-        folder: of the unfinished set.
-        source: of the raw shards.
+        folder: the folder of the unfinished set.
+        source: where the raw shards lie.
     """
 
     def __init__(self, folder: Path, source: Path) -> None:

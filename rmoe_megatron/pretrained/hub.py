@@ -31,7 +31,7 @@ def present_folder(name: str, key: str, choice: Choice) -> Path:
     """Return the folder of a frozen model that can be had without a network: as a folder, or from the hub's cache.
 
     Args:
-        key: of the configuration, that names the model.
+        key: the key of the configuration that names the model.
         choice: which parts of it are needed.
 
     Raises:

@@ -42,8 +42,8 @@ class SafetensorsFiles:
         follow: the user names these files, which may then be links to anywhere.
 
     Attributes:
-        shapes: of the tensors.
-        dtypes: of the tensors, as safetensors calls them.
+        shapes: the shape of every tensor.
+        dtypes: the data type of every tensor, as safetensors calls it.
 
     Raises:
         UserError: a file cannot be read, or a tensor is not of floating point.

@@ -19,7 +19,7 @@ class PairedDifference:
     """The difference of two scores over the prompts that both have.
 
     Attributes:
-        standard_error: of the difference, by the scatter of the prompts' differences; None where a task has a single prompt.
+        standard_error: the standard error of the difference, by the scatter of the prompts' differences; None where a task has a single prompt.
         p_value: how often a difference as large or larger comes about if every prompt's two scores change places by chance.
         prompts: in both; ``left_out`` those that only one has.
     """

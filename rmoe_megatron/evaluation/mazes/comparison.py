@@ -38,7 +38,7 @@ def difference(arm: Verdicts, reference: Verdicts, seed: int = 0) -> Difference 
     """Return the mean difference over the seeds that both have, paired by seed and grid; None without such a seed.
 
     Args:
-        seed: of the bootstrap's draws.
+        seed: the seed of the bootstrap's draws.
     """
     common = sorted(set(arm) & set(reference))
     if not common:

@@ -45,8 +45,8 @@ class DiTBlock(Block):
             hidden_states: this rank's tokens [S / (CP TP), B, H].
             context: conditioning after SiLU, [1, B, H] for all blocks or [num_layers, B, H], one for each.
             keys: of the counter-based random numbers, int64 [B].
-            positions: of a model with rotary ones.
-            latent_steps: of its recurrence; None is the model's number.
+            positions: the rotary positions, for a model that has them.
+            latent_steps: how many steps its recurrence takes; None takes the model's number.
         """
         conditioning = (
             context if context.shape[0] == 1 else context[self.layer_number - 1 : self.layer_number]

@@ -67,8 +67,8 @@ class JointBlock(Block):
             hidden_states: this rank's tokens [(L_pad + S) / (CP TP), B, H], text first.
             context: conditioning [1, B, H], after SiLU.
             keys: of the counter-based random numbers, int64 [B].
-            positions: of a model with rotary ones.
-            latent_steps: of its recurrence; None is the model's number.
+            positions: the rotary positions, for a model that has them.
+            latent_steps: how many steps its recurrence takes; None takes the model's number.
         """
         shards = num_shards(self.config)
         text, vision = hidden_states.tensor_split(

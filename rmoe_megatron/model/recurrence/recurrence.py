@@ -90,7 +90,7 @@ class Recurrence(MegatronModule):
             text: likewise text tokens, [L_pad / (CP TP), B, H]; None in DiT.
             conditioning: [1, B, H], after SiLU.
             keys: int64 [B], the samples' keys of the counter-based random numbers.
-            positions: of a model with rotary ones; the same in every latent step.
+            positions: the rotary positions, for a model that has them; they are the same in every latent step.
             latent_steps: T of this call; None is the configured number.
             unmodulated: the vision tokens before normalisation and modulation, for a gate that is to see no timestep in them.
         """
