@@ -54,6 +54,18 @@ def uses_transformer_engine(config: RunConfig) -> bool:
     return config.backend is Backend.transformer_engine or is_installed("transformer_engine")
 
 
+def warn_of_new_histories(config: RunConfig, step: int) -> str | None:
+    """Return a line for a run that goes on after ``step`` steps with scales from a past that its checkpoint does not hold; else None."""
+    is_delayed = config.precision is Precision.fp8 and config.fp8.recipe is Fp8Recipe.delayed
+    if step == 0 or not is_delayed:
+        return None
+    return (
+        f"fp8.recipe=delayed takes its scales from the largest values of the steps before, and a checkpoint does not hold what "
+        f"Transformer Engine remembers of them, so it begins anew after step {step}: the next losses differ a little from those of "
+        "a run without a break. fp8.recipe=tensorwise has no past to lose."
+    )
+
+
 def fits_grouped_mm(hidden_size: int, rank: int | None, bytes_each: int) -> bool:
     """Return whether rows of the modules' factors start at multiples of 16 bytes, as ``torch.nn.functional.grouped_mm`` needs."""
     widths = [hidden_size] if rank is None else [hidden_size, rank]

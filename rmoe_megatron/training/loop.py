@@ -20,7 +20,7 @@ from rmoe_megatron.config.run import EvaluationConfig, RunConfig
 from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.disk_errors import warned
 from rmoe_megatron.engine.protocol import StepResult
-from rmoe_megatron.model.backend import describe_backend, warn_of_slow_precision
+from rmoe_megatron.model.backend import describe_backend, warn_of_new_histories, warn_of_slow_precision
 from rmoe_megatron.pictures import png
 from rmoe_megatron.training.evaluations import ShapesEvaluation, captions_of, shapes_scenes
 from rmoe_megatron.training.health import Health
@@ -68,9 +68,12 @@ class TrainingLoop:
             run_dir, self.config.logging, training.steps, progress.step, is_rank0=dist.get_rank() == 0
         )
         self.log.announce(describe_backend(self.config))
-        slow = warn_of_slow_precision(self.config)
-        if slow is not None:
-            self.log.announce(f"warning: {slow}")
+        for warning in (
+            warn_of_slow_precision(self.config),
+            warn_of_new_histories(self.config, progress.step),
+        ):
+            if warning is not None:
+                self.log.announce(f"warning: {warning}")
         self.grid = None
         if training.sample_prompts:
             prompts = self.source.encode_prompts(training.sample_prompts)

@@ -19,6 +19,7 @@ from rmoe_megatron.model.backend import (
     fits_grouped_mm,
     is_installed,
     resolve_precision,
+    warn_of_new_histories,
     warn_of_slow_precision,
 )
 from rmoe_megatron.model.layers import layers_of
@@ -252,3 +253,17 @@ def test_a_run_is_refused_before_it_starts(machine: dict[str, bool]) -> None:
     with pytest.raises(UserError, match="precision=fp8 needs a GPU"):
         check_device(replace(CONFIG, precision=Precision.fp8))
     check_device(CONFIG)
+
+
+def test_a_resumed_run_says_that_delayed_scaling_begins_anew(machine: dict[str, bool]) -> None:
+    config = replace(CONFIG, precision=Precision.fp8, fp8=Fp8Config(Fp8Recipe.delayed, 0, 0))
+    line = warn_of_new_histories(config, 40)
+    assert line is not None
+    assert "it begins anew after step 40" in line
+    assert warn_of_new_histories(config, 0) is None, "nothing is lost by a run that begins"
+    for kept in (
+        replace(config, precision=Precision.fp8_emulated),  # whose histories a checkpoint holds
+        replace(config, fp8=Fp8Config(Fp8Recipe.tensorwise, 0, 0)),
+        replace(config, precision=Precision.bf16),
+    ):
+        assert warn_of_new_histories(kept, 40) is None
