@@ -13,7 +13,6 @@ import typer
 
 from rmoe_megatron import claims, durable, launch, standard_streams, stop_signals
 from rmoe_megatron.cli_data import data_app
-from rmoe_megatron.cli_evaluation import eval_app
 from rmoe_megatron.cli_options import (
     Bar,
     BatchSize,
@@ -27,6 +26,7 @@ from rmoe_megatron.cli_options import (
     check_guidance,
     read_prompts,
 )
+from rmoe_megatron.cli_prompt_benchmarks import eval_app
 from rmoe_megatron.config.buckets import parse_bucket
 from rmoe_megatron.config.model import Objective
 from rmoe_megatron.disk_errors import message_of

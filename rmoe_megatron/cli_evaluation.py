@@ -1,7 +1,8 @@
-"""``rmoe eval``: score models on benchmarks. Thin: every command calls one function."""
+"""``rmoe eval``: toys, ImageNet, comparisons, and the options of all its commands. Thin: every command calls one function."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +18,9 @@ from rmoe_megatron.cli_options import (
     parse_numbers,
 )
 from rmoe_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from rmoe_megatron.evaluation.protocol import Protocol
 
 eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score models.")
 
@@ -158,178 +162,6 @@ def eval_mazes(
     )
 
 
-@eval_app.command("geneval")
-def eval_geneval(
-    model: Model,
-    out: Out,
-    metadata: Annotated[
-        Path | None,
-        typer.Option(
-            help="GenEval's evaluation_metadata.jsonl; default is made by its recipe.", show_default=False
-        ),
-    ] = None,
-    images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 4,
-    protocol: ProtocolName = "official",
-    detector: Annotated[
-        str, typer.Option(help="Mask2Former for COCO's instances: folder or hub repository.")
-    ] = "facebook/mask2former-swin-small-coco-instance",
-    clip: Annotated[
-        str, typer.Option(help="CLIP for colours: folder or hub repository.")
-    ] = "openai/clip-vit-large-patch14",
-    limit: Limit = None,
-    steps: Steps = 50,
-    guidance: Guidance = 7.0,
-    guidance_interval: Interval = (0.0, 1.0),
-    scheduler: Scheduler = None,
-    negative_prompt: NegativePrompt = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    compile: Compile = False,  # noqa: A002
-    again: Again = False,
-    allow_incomplete: AllowIncomplete = False,
-) -> None:
-    """GenEval: objects, counts, colours, positions; with torchrun or srun all ranks share the work."""
-    from rmoe_megatron.evaluation.generation import Sampling
-    from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
-    from rmoe_megatron.evaluation.geneval.prompts import make_prompts, read_metadata
-    from rmoe_megatron.evaluation.limits import take_in_turn
-    from rmoe_megatron.evaluation.protocol import Protocol
-    from rmoe_megatron.sampling import resolve_dtype
-
-    check_guidance(guidance, guidance_interval)
-    durable.check_writable(out, "--out")
-    prompts = make_prompts() if metadata is None else read_metadata(metadata)
-    sampling = Sampling(
-        model,
-        steps,
-        guidance,
-        seed,
-        batch_size,
-        guidance_interval,
-        scheduler,
-        negative_prompt,
-        resolve_dtype(dtype),
-        compile,
-    )
-    chosen = take_in_turn([metadata["tag"] for metadata in prompts], limit)
-    settings = Settings(
-        out, images_per_prompt, Protocol(_one_of(protocol)), detector, clip, again, chosen, allow_incomplete
-    )
-    evaluate_geneval(prompts, sampling, settings, _bars())
-
-
-@eval_app.command("geneval2")
-def eval_geneval2(
-    model: Model,
-    data: Annotated[Path, typer.Option(help="GenEval 2's geneval2_data.jsonl.")],
-    out: Out,
-    protocol: ProtocolName = "official",
-    answerer: Annotated[
-        str, typer.Option(help="Qwen3-VL that answers the questions: folder or hub repository.")
-    ] = "Qwen/Qwen3-VL-8B-Instruct",
-    limit: Limit = None,
-    steps: Steps = 50,
-    guidance: Guidance = 7.0,
-    guidance_interval: Interval = (0.0, 1.0),
-    scheduler: Scheduler = None,
-    negative_prompt: NegativePrompt = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    compile: Compile = False,  # noqa: A002
-    again: Again = False,
-    allow_incomplete: AllowIncomplete = False,
-) -> None:
-    """GenEval 2: Soft-TIFA by skill and atomicity; with torchrun or srun all ranks share the work."""
-    from rmoe_megatron.evaluation.generation import Sampling
-    from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
-    from rmoe_megatron.evaluation.geneval2.prompts import read_prompts
-    from rmoe_megatron.evaluation.limits import take_in_turn
-    from rmoe_megatron.evaluation.protocol import Protocol
-    from rmoe_megatron.sampling import resolve_dtype
-
-    check_guidance(guidance, guidance_interval)
-    durable.check_writable(out, "--out")
-    sampling = Sampling(
-        model,
-        steps,
-        guidance,
-        seed,
-        batch_size,
-        guidance_interval,
-        scheduler,
-        negative_prompt,
-        resolve_dtype(dtype),
-        compile,
-    )
-    prompts = read_prompts(data)
-    chosen = take_in_turn([prompt["atom_count"] for prompt in prompts], limit)
-    settings = Settings(out, Protocol(_one_of(protocol)), answerer, again, chosen, allow_incomplete)
-    evaluate_geneval2(prompts, sampling, settings, _bars())
-
-
-@eval_app.command("dpg")
-def eval_dpg(
-    model: Model,
-    data: Annotated[Path, typer.Option(help="DPG-Bench's dpg_bench.csv.")],
-    out: Out,
-    images_per_prompt: Annotated[
-        int | None,
-        typer.Option(
-            help="4, in a grid of two by two, or 1; default is 4, and of a folder what its pictures say.",
-            show_default=False,
-        ),
-    ] = None,
-    protocol: ProtocolName = "official",
-    answerer: Annotated[
-        str, typer.Option(help="mplug (through modelscope), or a Qwen3-VL: folder or hub repository.")
-    ] = "mplug",
-    limit: Limit = None,
-    steps: Steps = 50,
-    guidance: Guidance = 7.0,
-    guidance_interval: Interval = (0.0, 1.0),
-    scheduler: Scheduler = None,
-    negative_prompt: NegativePrompt = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    compile: Compile = False,  # noqa: A002
-    again: Again = False,
-    allow_incomplete: AllowIncomplete = False,
-) -> None:
-    """DPG-Bench: long prompts by proposition and category; with torchrun or srun all ranks share the work."""
-    from rmoe_megatron.evaluation.dpg.evaluate import Settings, evaluate_dpg
-    from rmoe_megatron.evaluation.dpg.questions import is_published, read_items
-    from rmoe_megatron.evaluation.generation import Sampling
-    from rmoe_megatron.evaluation.limits import take_in_turn
-    from rmoe_megatron.evaluation.protocol import Protocol
-    from rmoe_megatron.sampling import resolve_dtype
-
-    check_guidance(guidance, guidance_interval)
-    durable.check_writable(out, "--out")
-    if images_per_prompt not in (None, 1, 4):
-        raise UserError(f"--images-per-prompt {images_per_prompt} must be 4 or 1.")
-    rules = Protocol(_one_of(protocol))
-    sampling = Sampling(
-        model,
-        steps,
-        guidance,
-        seed,
-        batch_size,
-        guidance_interval,
-        scheduler,
-        negative_prompt,
-        resolve_dtype(dtype),
-        compile,
-    )
-    items = read_items(data, rules)
-    is_official = limit is None and is_published(data)
-    chosen = take_in_turn([None] * len(items), limit)
-    settings = Settings(out, images_per_prompt, rules, answerer, is_official, again, chosen, allow_incomplete)
-    evaluate_dpg(items, sampling, settings, _bars())
-
-
 @eval_app.command("imagenet")
 def eval_imagenet(
     model: Annotated[
@@ -382,7 +214,6 @@ def eval_imagenet(
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.imagenet.dit_sampling import Mode
     from rmoe_megatron.evaluation.imagenet.evaluate import Settings, evaluate_imagenet
-    from rmoe_megatron.evaluation.protocol import Protocol
     from rmoe_megatron.sampling import resolve_dtype
 
     check_guidance(guidance, guidance_interval)
@@ -409,10 +240,10 @@ def eval_imagenet(
         balanced=balanced,
         again=again,
         mode=Mode(sampling),
-        protocol=Protocol(_one_of(protocol)),
+        protocol=protocol_of(protocol),
         allow_incomplete=allow_incomplete,
     )
-    evaluate_imagenet(how, settings, _bars())
+    evaluate_imagenet(how, settings, bars())
 
 
 @eval_app.command("compare")
@@ -432,11 +263,19 @@ def eval_compare(
     print(compare(results, out), end="")
 
 
-def _one_of(protocol: str) -> str:
-    if protocol not in ("official", "fixed"):
-        raise UserError(f"--protocol {protocol} must be official or fixed.")
-    return protocol
+def protocol_of(name: str) -> "Protocol":
+    """Return the rules of ``--protocol``.
+
+    Raises:
+        UserError: there are none of this name.
+    """
+    from rmoe_megatron.evaluation.protocol import Protocol
+
+    if name not in ("official", "fixed"):
+        raise UserError(f"--protocol {name} must be official or fixed.")
+    return Protocol(name)
 
 
-def _bars():  # type: ignore[no-untyped-def]  # a function of a title to a progress bar, shown by the first rank
+def bars() -> Callable[[str], Bar | None]:
+    """Return what makes a progress bar with a title, which the first rank shows."""
     return lambda title: Bar(title, "image" if title == "sample" else "unit") if launch.speaks() else None

@@ -194,6 +194,35 @@ def products_of(pictures: Sequence[Picture]) -> list[Product]:
     return [picture.product for picture in pictures if picture.product is not None]
 
 
+def answer_products(
+    paths: Sequence[Path], asked: Sequence[object], pictures: Sequence[Sequence[Picture]], common: Record
+) -> list[Product]:
+    """Return the files of what judges say, one for every prompt.
+
+    Args:
+        paths: where they lie.
+        asked: what is asked about every prompt's pictures, as JSON has it.
+        pictures: of every prompt.
+        common: what the records of all of them have: rules and judge.
+    """
+
+    def record(what: object, of_prompt: Sequence[Picture]) -> Record:
+        return {"asked": digest(what), "pictures": [picture.identity for picture in of_prompt]} | common
+
+    return [
+        Product(path, functools.partial(record, what, of_prompt))
+        for path, what, of_prompt in zip(paths, asked, pictures, strict=True)
+    ]
+
+
+def grouped_by_prompt(pictures: Sequence[Picture]) -> dict[int, list[Picture]]:
+    """Return the pictures of every prompt that has some, by its number."""
+    found: dict[int, list[Picture]] = {}
+    for picture in pictures:
+        found.setdefault(picture.request.prompt_index, []).append(picture)
+    return found
+
+
 def folder_differences(record: Record) -> list[str]:
     """Return in what a folder of images that is scored differs from what it should be, for a result."""
     problems = record.get("folder", {})

@@ -10,6 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from rmoe_megatron.data.shapes.build import build_shapes
+from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.evaluation.corebench import evaluate as corebench
+from rmoe_megatron.evaluation.corebench import judging
+from rmoe_megatron.evaluation.corebench.prompts import Prompt
 from rmoe_megatron.evaluation.dpg import evaluate as dpg
 from rmoe_megatron.evaluation.dpg.questions import Item, Proposition
 from rmoe_megatron.evaluation.dpg.scoring import QUIRKS as DPG_QUIRKS
@@ -19,6 +24,9 @@ from rmoe_megatron.evaluation.geneval.rules import QUIRKS as GENEVAL_QUIRKS
 from rmoe_megatron.evaluation.geneval.rules import Detection
 from rmoe_megatron.evaluation.geneval2 import evaluate as geneval2
 from rmoe_megatron.evaluation.geneval2.soft_tifa import QUIRKS as GENEVAL2_QUIRKS
+from rmoe_megatron.evaluation.imagenet import evaluate as imagenet
+from rmoe_megatron.evaluation.imagenet.features import Features
+from rmoe_megatron.evaluation.shapes import evaluate_shapes
 
 OF_THE_MACHINE = ("sampling", "judge", "model", "prompt_set")  # digests, paths, devices and versions
 
@@ -35,11 +43,11 @@ def number_of(image: Image.Image) -> int:
     return int(np.asarray(image.convert("RGB"))[0, 0, 0])
 
 
-def results(out: Path) -> dict[str, Any]:
+def results(out: Path, of_the_machine: tuple[str, ...] = OF_THE_MACHINE) -> dict[str, Any]:
     text = (out / "results.json").read_text()
     found = json.loads(text, parse_float=lambda digits: round(float(digits), 9))
-    assert set(OF_THE_MACHINE) <= set(found)
-    return {name: value for name, value in found.items() if name not in OF_THE_MACHINE}
+    assert set(of_the_machine) <= set(found)
+    return {name: value for name, value in found.items() if name not in of_the_machine}
 
 
 class Still:
@@ -195,4 +203,162 @@ def test_dpg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "prompts": 2,
         "prompts_left_out": [],
         "prompt_scores": {"prompts": {"00000 a cat asleep": 0.0, "00001 a dog": 100.0}},
+    }  # fmt: skip
+
+
+def test_corebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images of three prompts; an answer that is neither is left out, and so is an image that has no other."""
+    prompts = [
+        Prompt("C-MI-001", "C-MI", "a cat", ("cat?", "mat?", "hat?")),
+        Prompt("C-MI-002", "C-MI", "a dog", ("dog?",)),
+        Prompt("R-LR-001", "R-LR", "a sum", ("two?", "four?")),
+    ]
+    said = {
+        0: ["yes", "yes", "no"], 1: ["no", "Maybe", "yes"],  # 2/3, 1/2
+        10: ["yes"], 11: ["Yes"],  # 1, and nothing that counts
+        20: ["no", "no"], 21: ["no", "yes"],  # 0, 1/2
+    }  # fmt: skip
+
+    def ask(answerer: Any, image: Image.Image, prompt: Prompt, wording: judging.Wording) -> list[str]:
+        assert wording.text == "Look."
+        return said[number_of(image)]
+
+    for number, prompt in enumerate(prompts):
+        for image in range(2):
+            picture(
+                tmp_path / "images" / prompt.dimension / f"{prompt.name}-{image}.png", 10 * number + image
+            )
+    without_models(monkeypatch, corebench, {
+        "Qwen3VL": lambda name: Still(), "model_folder": lambda *named: tmp_path, "model_digest": lambda folder: "", "ask": ask,
+    })  # fmt: skip
+    settings = corebench.Settings(
+        tmp_path / "out", 2, answerer="q", wording=judging.Wording("given", "Look.")
+    )
+    corebench.evaluate_corebench(
+        prompts, Sampling(str(tmp_path / "images"), 1, 7.0, 0, 1), settings, lambda title: None
+    )
+    cat, dog, total = (2 / 3 + 1 / 2) / 2, 1.0, 1 / 4
+    multi = (2 / 3 + 1 / 2 + 1) / 3  # of the images that have answers, not of the prompts
+    sha256 = "de5176e3"  # sha256sum of the wording
+    found = results(tmp_path / "out")
+    assert found == {
+        "benchmark": "T2I-CoReBench", "protocol": f"official rules for answers, wording given {sha256}, judge q",
+        "images_per_prompt": 2, "answerer": "q", "quirks": judging.QUIRKS,
+        "differences": [
+            f"the judge is asked in the wording given (SHA-256 {sha256}d6e25344), not in the published one",
+            "asked of q, not of a published judge (Qwen/Qwen3-VL-30B-A3B-Thinking, Qwen/Qwen3-VL-32B-Thinking, "
+            "Qwen/Qwen3-VL-8B-Thinking): not comparable",
+            "not the published 1,080 prompts", "not 4 images a prompt",
+        ],
+        "overall": round(100 * (multi + total) / 2, 9),
+        "standard_error": None,  # the second dimension has one prompt
+        "composition": round(100 * multi, 9),
+        "reasoning": 25.0,
+        "dimensions": {"C-MI": round(100 * multi, 9), "R-LR": 25.0},
+        "prompts": 3,
+        "images_judged": 6,
+        "questions": 12,
+        "neither_yes_nor_no": 2,
+        "prompt_scores": {
+            "C-MI": {"00000 a cat": round(100 * cat, 9), "00001 a dog": 100 * dog}, "R-LR": {"00002 a sum": 25.0},
+        },
+    }  # fmt: skip
+
+
+def test_imagenet(tmp_path: Path) -> None:
+    """Numbers in the place of features: four of either set lie at 0 to 3, four of the samples at -100 and four of the reference at 100.
+
+    With three neighbours the manifold of four numbers in a row ends within three of them, so that half of the samples lie in that of the
+    reference, and half of the reference in that of the samples.
+    """
+    samples, real = [0, 1, 2, 3, -103, -102, -101, -100], [0, 1, 2, 3, 100, 101, 102, 103]
+    corners = {**dict.fromkeys(range(8), 1), **dict.fromkeys(range(10, 18), 5)}
+    corners |= {number: corners[number] + 2 for number in (4, 5, 6, 7, 14, 15, 16, 17)}
+
+    def extract(images: Any) -> Features:
+        numbers = [int(image[0, 0, 0]) for image in images]
+        pool = [[samples[number] if number < 10 else real[number - 10]] for number in numbers]
+        certain = [[1.0, 0.0] if number % 2 else [0.0, 1.0] for number in numbers]
+        spatial = [[corners[number]] for number in numbers]
+        return Features(*(np.array(each, dtype=np.float32) for each in (pool, spatial, certain)))
+
+    for number in (*range(8), *range(10, 18)):
+        picture(tmp_path / ("samples" if number < 10 else "real") / f"{number}.png", number)
+    pixels = [np.asarray(Image.open(tmp_path / "real" / f"{number}.png")) for number in range(10, 18)]
+    np.savez(tmp_path / "reference.npz", arr_0=np.stack(pixels))
+    settings = imagenet.Settings(tmp_path / "out", tmp_path / "reference.npz", tmp_path / "inception.pth")
+    sampling = Sampling(str(tmp_path / "samples"), 1, 1.5, 0, 3)
+    imagenet.evaluate_imagenet(sampling, settings, lambda title: None, extract=extract)
+    found = results(tmp_path / "out", ("sampling", "judge", "model", "reference", "class_labels"))
+    # The means are -50 and 51.5; deviations are 50 to 53 and 48.5 to 51.5, each four times over seven degrees of freedom.
+    deviations = [
+        (sum(2 * each**2 for each in far) / 7) ** 0.5 for far in ((50, 51, 52, 53), (48.5, 49.5, 50.5, 51.5))
+    ]
+    fid = 101.5**2 + (deviations[0] - deviations[1]) ** 2
+    assert found.pop("fid") == pytest.approx(fid, rel=1e-6)
+    assert found.pop("sfid") == pytest.approx(16, rel=1e-6)  # means of 2 and 6, the same scatter
+    assert found.pop("inception_score") == pytest.approx(2, rel=1e-6)  # two classes, certain, as often
+    assert found == {
+        "benchmark": "ImageNet 256", "protocol": "official", "classes": "given", "quirks": imagenet.QUIRKS,
+        "extractor": "torch-fidelity's Inception v3 with TensorFlow's weights of 2015-12-05",
+        "differences": [
+            "8 images: not FID-50K", "features of inception.pth, not of torch-fidelity's published weights",
+        ],
+        "precision": 0.5, "recall": 0.5, "images": 8, "reference_images": 8,
+    }  # fmt: skip
+
+
+def test_shapes(tmp_path: Path) -> None:
+    """Two pictures for each of twelve prompts, two of every skill, and of three held-out ones; a picture is the scene or empty."""
+    build_shapes(tmp_path / "shapes", train=1, val=12, seed=5)
+    right = {"val": [2, 1, 0, 2, 1, 0, 0, 1, 0, 2, 2, 2], "val_heldout": [2, 0, 1]}  # of the two pictures
+    scenes = {
+        split: [ShardDataset(tmp_path / "shapes" / split)[number] for number in range(len(counts))]
+        for split, counts in right.items()
+    }
+    drawn = []
+    for split, counts in right.items():
+        for scene, count in zip(scenes[split], counts, strict=True):
+            whole = scene["png"].transpose(1, 2, 0)
+            drawn += [whole] * count + [np.full_like(whole, 40)] * (2 - count)
+
+    def generate(prompts: list[str], seeds: list[int]) -> Any:
+        assert len(set(seeds)) == len(prompts)
+        made = drawn[: len(prompts)]
+        del drawn[: len(prompts)]
+        return np.stack(made)
+
+    evaluate_shapes(
+        generate, tmp_path / "shapes", tmp_path / "out", {"sampling": {}}, images_per_prompt=2, seed=7
+    )
+    captions = {split: [scene["json"]["caption"] for scene in each] for split, each in scenes.items()}
+    names = {split: [f"{n:05d} {each}" for n, each in enumerate(captions[split])] for split in captions}
+    skills = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+    seen = dict(zip(names["val"], [1, 0.5, 0, 1, 0.5, 0, 0, 0.5, 0, 1, 1, 1], strict=True))
+    heldout = [scene["json"]["skill"] for scene in scenes["val_heldout"]]
+    assert len(set(heldout)) == 3
+    assert results(tmp_path / "out", ("sampling",)) == {
+        "benchmark": "toy shapes", "images_per_prompt": 2, "seed": 7, "detector_accuracy_on_ground_truth": 1.0,
+        "splits": {
+            "seen": {
+                "overall": round(3.25 / 6, 9),
+                # Variances of 1/2, 1/8 and 1/2 over two prompts each, in three of six skills.
+                "standard_error": (0.25 + 0.0625 + 0.25) ** 0.5 / 6,
+                "skills": dict(zip(skills, [0.5, 0.5, 0.0, 1.0, 0.75, 0.5], strict=True)),
+                "images": 24,
+                "prompt_scores": {
+                    skill: {name: seen[name] for name in names["val"][place::6]} for place, skill in enumerate(skills)
+                },
+            },
+            "heldout": {
+                "overall": 0.5,
+                "standard_error": None,
+                "skills": dict(zip(heldout, [1.0, 0.0, 0.5], strict=True)),
+                "images": 6,
+                "prompt_scores": {
+                    skill: {name: share}
+                    for skill, name, share in zip(heldout, names["val_heldout"], [1.0, 0.0, 0.5], strict=True)
+                },
+            },
+        },
     }  # fmt: skip

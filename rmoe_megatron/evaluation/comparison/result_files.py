@@ -41,6 +41,8 @@ METRICS = {
     "ImageNet 256": Metric(
         "fid", 2, ("sfid", "inception_score", "precision", "recall"), lower_is_better=True
     ),
+    "PickScore": Metric("score", 3),
+    "HPSv3": Metric("score", 3),
     "toy shapes": Metric("overall", 3, ("skills",)),
 }
 

@@ -21,6 +21,7 @@ from rmoe_megatron.evaluation.generation import (
     Picture,
     Progress,
     Sampling,
+    answer_products,
     check_out,
     fill,
     folder_differences,
@@ -96,7 +97,16 @@ def evaluate_dpg(
         "device": inference_device(local_rank()).type,
         "versions": versions_of(*INFERENCE),
     }
-    answers_of = _answer_products(items, grids, number, settings, answerer_made_of)
+    answers_of = answer_products(
+        [out / "answers" / f"{item.name}.{settings.protocol.value}.json" for item in items],
+        [asdict(item) for item in items],
+        [[grid] for grid in grids],
+        {
+            "images_per_prompt": number,
+            "protocol": settings.protocol.value,
+            "judge": answerer_made_of,
+        },
+    )
     identity: Record = {
         "benchmark": "DPG-Bench",
         "protocol": settings.protocol.value,
@@ -272,29 +282,6 @@ def answerer_record(name: str) -> Record:
     if name == "mplug":
         return {"answerer": MPLUG, "library": versions_of("modelscope")}
     return {"answerer_sha256": model_digest(model_folder(name, judge_parts))}
-
-
-def _answer_products(
-    items: list[Item], grids: list[Picture], images: int, settings: Settings, answerer_made_of: Record
-) -> list[Product]:
-    """Return the file of the answers about every prompt's images."""
-
-    def record(number: int) -> Record:
-        return {
-            "asked": digest(asdict(items[number])),
-            "pictures": [grids[number].identity],
-            "images_per_prompt": images,
-            "protocol": settings.protocol.value,
-            "judge": answerer_made_of,
-        }
-
-    return [
-        Product(
-            settings.out / "answers" / f"{item.name}.{settings.protocol.value}.json",
-            functools.partial(record, number),
-        )
-        for number, item in enumerate(items)
-    ]
 
 
 def ask_all(

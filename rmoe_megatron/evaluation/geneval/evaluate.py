@@ -1,6 +1,5 @@
 """GenEval from prompts to scores: images in the published layout, judged by all ranks, summed up by rank 0."""
 
-import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 
 from rmoe_megatron import durable
@@ -22,10 +21,12 @@ from rmoe_megatron.evaluation.generation import (
     Picture,
     Progress,
     Sampling,
+    answer_products,
     check_out,
     fill,
     folder_differences,
     generate,
+    grouped_by_prompt,
     plan,
     products_of,
 )
@@ -133,7 +134,13 @@ def evaluate_geneval(
         "sampling": made,
         "judge": judge_record(settings),
     }
-    verdicts = verdict_products(prompts, pictures, settings, identity["judge"])
+    of_prompt = grouped_by_prompt(pictures)
+    verdicts = answer_products(
+        [out / "judged" / f"{number:05d}.{settings.protocol.value}.json" for number in of_prompt],
+        [prompts[number] for number in of_prompt],
+        list(of_prompt.values()),
+        {"protocol": settings.protocol.value, "judge": identity["judge"]},
+    )
     check_out(out, [*products_of(pictures), *verdicts], identity, settings.again)
     judges = EarlyJudge(
         lambda: _load_judges(settings), is_needed=not all(verdict.is_made for verdict in verdicts)
@@ -175,29 +182,6 @@ def judge_record(settings: Settings) -> Record:
     }
 
 
-def verdict_products(
-    prompts: list[Metadata], pictures: list[Picture], settings: Settings, judge_made_of: Record
-) -> list[Product]:
-    """Return the file of the verdicts of every prompt that has pictures."""
-    of_prompt: dict[int, list[Picture]] = defaultdict(list)
-    for picture in pictures:
-        of_prompt[picture.request.prompt_index].append(picture)
-
-    def record(number: int) -> Record:
-        return {
-            "asked": digest(prompts[number]),
-            "pictures": [picture.identity for picture in of_prompt[number]],
-            "protocol": settings.protocol.value,
-            "judge": judge_made_of,
-        }
-
-    folder = settings.out / "judged"
-    return [
-        Product(folder / f"{number:05d}.{settings.protocol.value}.json", functools.partial(record, number))
-        for number in of_prompt
-    ]
-
-
 def judge_all(
     prompts: list[Metadata],
     pictures: list[Picture],
@@ -207,49 +191,55 @@ def judge_all(
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
     """Judge the images of every prompt that is not judged yet; returns all verdicts, of all ranks."""
-    of_prompt: dict[int, list[Path]] = defaultdict(list)
-    for picture in pictures:
-        of_prompt[picture.request.prompt_index].append(picture.request.path)
+    of_prompt = grouped_by_prompt(pictures)
     numbers = list(of_prompt)
 
     def judged(place: int) -> bytes:
-        number = numbers[place]
-        return json.dumps(
-            [
-                judge_image(path, prompts[number], judges().detector, judges().classifier, settings.protocol)
-                for path in of_prompt[number]
-            ]
-        ).encode()
+        number, found = numbers[place], []
+        for picture in of_prompt[number]:
+            path = picture.request.path
+            with open_picture(path) as file:
+                verdict = judge_image(
+                    ImageOps.exif_transpose(file), prompts[number], judges(), settings.protocol
+                )
+            found.append({"filename": str(path)} | verdict)
+        return json.dumps(found).encode()
 
     fill(verdicts, settings.out / "claims" / "judged", judged, progress)
     return [verdict for product in verdicts for verdict in read_json(product.path, JUDGED)]
 
 
 def _load_judges(settings: Settings) -> Judges:
+    return load_judges(settings.detector, settings.clip)
+
+
+def load_judges(detector: str, clip: str) -> Judges:
+    """Load both models onto this rank's device.
+
+    Raises:
+        UserError: one of them cannot be had.
+    """
     device = inference_device(local_rank())
-    detector = Detector(model_folder(settings.detector, judge_parts), device)
-    return Judges(detector, ColorClassifier(model_folder(settings.clip, judge_parts), device))
+    finds = Detector(model_folder(detector, judge_parts), device)
+    return Judges(finds, ColorClassifier(model_folder(clip, judge_parts), device))
 
 
-def judge_image(
-    path: Path, metadata: Metadata, detector: Detector, classifier: ColorClassifier, protocol: Protocol
-) -> dict[str, Any]:
-    """Return the verdict of one image in the form of the published results, and its detections."""
-    with open_picture(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
+def judge_image(image: Image.Image, metadata: Metadata, judges: Judges, protocol: Protocol) -> dict[str, Any]:
+    """Return the verdict of one image in the form of the published results without its file's name, and its detections."""
+    image = image.convert("RGB")
     threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
     kept = {
         name: keep_most_confident(found, threshold, MAX_OBJECTS)
-        for name, found in detector.detect(image).items()
+        for name, found in judges.detector.detect(image).items()
     }
     detected = {name: found for name, found in kept.items() if found}
 
     def color_of(objects: list[Detection], name: str) -> list[str]:
-        return classifier.classify(image, objects, name)
+        return judges.classifier.classify(image, objects, name)
 
     verdict = judge(detected, metadata, color_of, protocol)
     return {
-        "filename": str(path), "tag": metadata["tag"], "prompt": metadata["prompt"], "correct": verdict.correct,
+        "tag": metadata["tag"], "prompt": metadata["prompt"], "correct": verdict.correct,
         "reason": verdict.reason,
         "details": {name: [[*each.box, each.score] for each in found] for name, found in detected.items()},
     }  # fmt: skip

@@ -1,6 +1,5 @@
 """GenEval 2 from prompts to scores: one image a prompt, asked by all ranks, summed up by rank 0."""
 
-import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rmoe_megatron.evaluation.generation import (
     Picture,
     Progress,
     Sampling,
+    answer_products,
     check_out,
     fill,
     folder_differences,
@@ -106,7 +106,15 @@ def evaluate_geneval2(
         "sampling": made,
         "judge": answerer_made_of,
     }
-    products = score_products(prompts, pictures, settings, answerer_made_of)
+    products = answer_products(
+        [
+            settings.out / "scores" / f"{picture.request.prompt_index:05d}.{settings.protocol.value}.json"
+            for picture in pictures
+        ],
+        prompts,
+        [[picture] for picture in pictures],
+        {"protocol": settings.protocol.value, "judge": answerer_made_of},
+    )
     check_out(settings.out, [*products_of(pictures), *products], identity, settings.again)
     answerer = EarlyJudge(
         lambda: Qwen3VL(settings.answerer), is_needed=not all(product.is_made for product in products)
@@ -135,28 +143,6 @@ def evaluate_geneval2(
             "prompt_scores": score_prompts(scores, pictures, geometric_mean),
         }
         write_results(settings.out, results, table(results), _examples(scores, prompts, images))
-
-
-def score_products(
-    prompts: list[Prompt], pictures: list[Picture], settings: Settings, answerer_made_of: Record
-) -> list[Product]:
-    """Return the file of the scores of every prompt's atoms."""
-
-    def record(number: int) -> Record:
-        return {
-            "asked": digest(prompts[number]),
-            "pictures": [pictures[number].identity],
-            "protocol": settings.protocol.value,
-            "judge": answerer_made_of,
-        }
-
-    return [
-        Product(
-            settings.out / "scores" / f"{picture.request.prompt_index:05d}.{settings.protocol.value}.json",
-            functools.partial(record, number),
-        )
-        for number, picture in enumerate(pictures)
-    ]
 
 
 def ask_all(
