@@ -249,9 +249,13 @@ class StageConfig:
 class EvaluationConfig:
     """A benchmark that the averaged weights are scored by between steps."""
 
-    name: str = MISSING  # shapes, the toy set by GenEval's rules
+    name: str = MISSING  # shapes, mazes, geneval, geneval2, dpg, corebench or pickscore
     every: int = number(1000, least=1, most=10**9)  # optimizer steps; and after the last
-    limit: int = number(120, least=6, most=10_000)  # prompts of each split, their skills in turn
+    limit: int = number(120, least=6, most=10_000)  # prompts (of shapes: of each split), their tasks in turn
+    # table or folder of the benchmark's prompts, for pickscore a text file with one in a line; none for shapes
+    data: str | None = None
+    # folders or hub repositories of its judges, as of `rmoe eval`; empty are the published ones
+    judges: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -141,28 +141,58 @@ def _check_prompts(config: RunConfig) -> None:
         )
 
 
+# What a run can be scored by between steps: how many judges it has, and whether its prompts come from a file or a folder.
+_EVALUATIONS = {
+    "shapes": (0, False),
+    "mazes": (0, True),
+    "geneval": (2, False),
+    "geneval2": (1, True),
+    "dpg": (1, True),
+    "corebench": (1, True),
+    "pickscore": (2, True),
+}
+
+
 def _check_evaluations(config: RunConfig) -> None:
     evaluations = config.training.evaluations
     for number, evaluation in enumerate(evaluations):
-        where = f"training.evaluations[{number}]"
+        where, name = f"training.evaluations[{number}]", evaluation.name
         require(
-            evaluation.name == "shapes",
-            f"{where}.name is {evaluation.name!r:.40}; shapes is what a run can be scored by between steps. Export the run and give "
-            "the folder to `rmoe eval` for the other benchmarks.",
+            name in _EVALUATIONS,
+            f"{where}.name is {name!r:.40}; a run can be scored between steps by {', '.join(_EVALUATIONS)}. Export the run and give the "
+            "folder to `rmoe eval` for other benchmarks.",
         )
         require(
-            evaluation.name not in [each.name for each in evaluations[:number]],
-            f"{where}.name is {evaluation.name!r}, as that of an earlier one; leave one of them out.",
+            name not in [each.name for each in evaluations[:number]],
+            f"{where}.name is {name!r}, as that of an earlier one; leave one of them out.",
+        )
+        judges, needs_data = _EVALUATIONS[name]
+        require(
+            len(evaluation.judges) in (0, judges),
+            f"{where}.judges has {len(evaluation.judges)} models, but {name} has {judges} judges; name them all, or none for the published "
+            "ones.",
+        )
+        require(
+            name != "dpg" or evaluation.judges != ["mplug"],
+            f"{where}.judges has mplug, which dpg is not asked of between steps; name a Qwen3-VL.",
+        )
+        require(
+            evaluation.data is not None or not needs_data,
+            f"{where}.data is null; {name} needs the table or folder of its prompts.",
+        )
+        require(
+            evaluation.data is None or name != "shapes",
+            f"{where}.data is {evaluation.data!r:.60}, but the scenes of shapes come from no file; leave it out.",
         )
     if not evaluations:
         return
     require(
         not config.model.is_class_conditional,
-        "training.evaluations has shapes, which needs a model of captions; this one draws classes: leave it out.",
+        "training.evaluations needs a model of captions; this one draws classes: leave it out.",
     )
     require(
         not config.training.stages and config.data.buckets is None,
-        "training.evaluations has shapes, whose pictures are of one size; leave training.stages and data.buckets out, or the evaluation.",
+        "training.evaluations has pictures of one size; leave training.stages and data.buckets out, or the evaluations.",
     )
 
 

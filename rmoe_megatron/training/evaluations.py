@@ -1,74 +1,67 @@
-"""Benchmarks between the steps of a run, by the averaged weights: all ranks draw, rank 0 judges and writes."""
+"""Benchmarks between the steps of a run, by the averaged weights: all ranks draw and judge, rank 0 sums up and writes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from PIL import Image
 from torch import Tensor
 
-from rmoe_megatron.config.run import EvaluationConfig, RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Prompts
-from rmoe_megatron.data.shapes.build import make_scene
-from rmoe_megatron.data.shapes.scene import Scene
-from rmoe_megatron.data.shapes.vocabulary import HELDOUT_PAIRS
 from rmoe_megatron.encoders.autoencoder import Autoencoder, decode_latents
-from rmoe_megatron.evaluation.shapes.detector import detect
-from rmoe_megatron.evaluation.shapes.evaluate import SPLITS, score
-from rmoe_megatron.evaluation.shapes.report import JudgedImage, examples
-from rmoe_megatron.evaluation.shapes.rules import judge
+from rmoe_megatron.launch import local_rank
+from rmoe_megatron.platform import inference_device
+from rmoe_megatron.training.benchmarks import Benchmark, Evaluated
 from rmoe_megatron.training.samples import Denoiser, sample_latents
 
-SET_SEED = 0  # of the scenes: those of `rmoe data build-shapes` by default
 BATCH = 32  # prompts that a rank draws at a time
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """What a benchmark gives: metrics by the names they are logged by, and a picture of examples."""
+class Evaluation:
+    """A benchmark whose prompts are always drawn from the same noise.
 
-    metrics: dict[str, float]
-    picture: Image.Image
-
-
-class ShapesEvaluation:
-    """The toy shapes by GenEval's rules: always the same scenes of its validation splits, drawn from the same noise.
+    The judge's models wait in the host's memory, of every rank that judges, and are on its GPU only while it does.
 
     Args:
-        prompts: the encoded captions of :func:`shapes_scenes`, on every rank.
+        prompts: the encoded captions of the benchmark, on every rank.
+
+    Raises:
+        UserError: the judge cannot be had.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        scenes: list[tuple[str, Scene]],
-        prompts: Prompts,
-        autoencoder: Autoencoder,
+        self, config: RunConfig, benchmark: Benchmark, prompts: Prompts, autoencoder: Autoencoder
     ) -> None:
-        self.config, self.scenes, self.prompts, self.autoencoder = config, scenes, prompts, autoencoder
+        self.config, self.benchmark, self.prompts, self.autoencoder = config, benchmark, prompts, autoencoder
+        self.models: Any = None
+        if benchmark.load is not None and _judges():
+            self.models = benchmark.load().to(torch.device("cpu"))
 
     def run(self, denoise: Denoiser, height: int, width: int) -> Evaluated | None:
-        """Draw a picture for every scene, in latents of this size, and judge them; only rank 0 returns the result.
+        """Draw a picture for every prompt, in latents of this size, and judge them; only rank 0 returns the result.
 
-        Data-parallel ranks share the scenes. Each takes as many batches of as many prompts, which their collectives ask for: what is
-        too many repeats the last scene.
+        Data-parallel ranks share the prompts. Each takes as many batches of as many prompts, which their collectives ask for: what is
+        too many repeats the last prompt, and is not judged. Of ranks that share a model the first ones judge.
 
         Args:
             denoise: an engine's method; every rank calls it as often.
         """
-        group = parallel_state.get_data_parallel_group()
-        share = -(-len(self.scenes) // group.size())
-        mine = torch.arange(group.rank() * share, (group.rank() + 1) * share).clamp(max=len(self.scenes) - 1)
+        group, number = parallel_state.get_data_parallel_group(), len(self.benchmark.captions)
+        share = -(-number // group.size())
+        mine = torch.arange(group.rank() * share, (group.rank() + 1) * share)
         drawn = []
-        for numbers in mine.split(BATCH):
+        for numbers in mine.clamp(max=number - 1).split(BATCH):
             latents = sample_latents(
                 denoise, self._part(numbers), self.config, height, width, numbers=numbers
             )
             drawn.append(decode_latents(self.autoencoder, latents))
-        images = _gathered(torch.cat(drawn).to(self.prompts.conditions.device), group)[: len(self.scenes)]
-        return self._judged(images) if dist.get_rank() == 0 else None
+        images = torch.cat(drawn)
+        everything = _gathered(images.to(self.prompts.conditions.device), group)[:number]
+        if not _judges():
+            return None
+        verdicts = self._judged(images, [each for each in mine.tolist() if each < number], group)
+        return self.benchmark.summarise(verdicts, everything.cpu().numpy()) if dist.get_rank() == 0 else None
 
     def _part(self, numbers: Tensor) -> Prompts:
         conditions = self.prompts.conditions
@@ -76,31 +69,24 @@ class ShapesEvaluation:
         places = numbers.to(conditions.device)
         return Prompts(captions, conditions.map(lambda values: values[places]), self.prompts.null_conditions)
 
-    def _judged(self, images: Tensor) -> Evaluated:
-        judged = []
-        for (split, scene), image in zip(self.scenes, images.cpu().numpy(), strict=True):
-            verdict = judge(detect(image), scene.requirements)
-            judged.append(JudgedImage(split, scene.skill, scene.caption, image, verdict))
-        metrics = {}
-        for split in dict.fromkeys(split for split, _ in self.scenes):
-            found = score([item for item in judged if item.split == split])
-            metrics[f"shapes_{split}"] = found["overall"]
-            metrics |= {f"shapes_{split}_{skill}": share for skill, share in found["skills"].items()}
-        return Evaluated(metrics, examples(judged))
+    def _judged(self, images: Tensor, mine: list[int], group: dist.ProcessGroup) -> list[Any]:
+        """Judge this rank's pictures uint8 [N, H, W, 3] of these prompts; returns the verdicts of all ranks of the group, in order."""
+        if self.models is not None:
+            self.models.to(inference_device(local_rank()))
+        pixels = images.cpu().numpy()
+        verdicts = [
+            self.benchmark.judge(self.models, number, pixels[place]) for place, number in enumerate(mine)
+        ]
+        if self.models is not None:
+            self.models.to(torch.device("cpu"))
+        everyone: list[list[Any]] = [[] for _ in range(group.size())]
+        dist.all_gather_object(everyone, verdicts, group=group)
+        return [verdict for of_rank in everyone for verdict in of_rank]
 
 
-def shapes_scenes(settings: EvaluationConfig) -> list[tuple[str, Scene]]:
-    """Return the scenes of the toy set's validation splits, the first so many of each, whose skills take turns."""
-    return [
-        (split, make_scene(SET_SEED, folder, number, frozenset(HELDOUT_PAIRS)))
-        for split, folder in SPLITS.items()
-        for number in range(settings.limit)
-    ]
-
-
-def captions_of(scenes: Sequence[tuple[str, Scene]]) -> list[str]:
-    """Return the captions of scenes."""
-    return [scene.caption for _, scene in scenes]
+def _judges() -> bool:
+    """Whether this rank is of the data-parallel group of rank 0, whose ranks judge."""
+    return 0 in dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
 
 
 def _gathered(images: Tensor, group: dist.ProcessGroup) -> Tensor:

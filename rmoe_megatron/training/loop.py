@@ -22,7 +22,8 @@ from rmoe_megatron.disk_errors import warned
 from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.model.backend import describe_backend, warn_of_new_histories, warn_of_slow_precision
 from rmoe_megatron.pictures import png
-from rmoe_megatron.training.evaluations import ShapesEvaluation, captions_of, shapes_scenes
+from rmoe_megatron.training.benchmarks import open_benchmark
+from rmoe_megatron.training.evaluations import Evaluation
 from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.interruption import Interruption, StopRequest
 from rmoe_megatron.training.logging import RunLogger
@@ -238,11 +239,11 @@ class TrainingLoop:
             metrics |= {f"validation_loss_{bucket}": fmean(found) for bucket, found in losses.items()}
         self.log.log_metrics(step, metrics)
 
-    def prepare(self, settings: EvaluationConfig) -> ShapesEvaluation:
-        """Make an evaluation with its encoded prompts; every rank does."""
-        scenes = shapes_scenes(settings)
-        prompts = self.source.encode_prompts(captions_of(scenes))
-        return ShapesEvaluation(self.config, scenes, prompts, self.source.autoencoder)
+    def prepare(self, settings: EvaluationConfig) -> Evaluation:
+        """Make an evaluation with its encoded prompts and its judge; every rank does."""
+        benchmark = open_benchmark(settings)
+        prompts = self.source.encode_prompts(benchmark.captions)
+        return Evaluation(self.config, benchmark, prompts, self.source.autoencoder)
 
     def score(self, kind: str) -> None:
         """Score the averaged weights by a benchmark; every rank takes part, rank 0 logs and writes."""

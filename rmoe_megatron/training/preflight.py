@@ -26,7 +26,6 @@ from rmoe_megatron.data.block_cache import BlockCache
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.remote_store import shard_store
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.shapes.vocabulary import IMAGE_SIZE
 from rmoe_megatron.data.store import ShardStore
 from rmoe_megatron.engine.deepspeed.library import check_deepspeed
 from rmoe_megatron.errors import UserError
@@ -35,6 +34,7 @@ from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
 from rmoe_megatron.pretrained.hub import present_folder
 from rmoe_megatron.pretrained.model_files import autoencoder_parts, text_encoder_parts
+from rmoe_megatron.training.benchmarks import check_benchmark
 from rmoe_megatron.typed_files import OPEN, read_json
 
 
@@ -245,17 +245,14 @@ def latent_sizes(config: RunConfig, sample_size: int) -> list[tuple[int, int]]:
 
 
 def check_evaluations(config: RunConfig) -> None:
-    """Check that the model makes pictures of the size that the benchmarks between steps are of.
+    """Check that the benchmarks between steps have their prompts and judges here, and judge pictures of the model's size.
 
     Raises:
-        UserError: it does not.
+        UserError: something is missing, or the pictures are of another size.
     """
     side = config.model.sample_size * pixels_per_latent(config.encoders.autoencoder)
-    if config.training.evaluations and side != IMAGE_SIZE:
-        raise UserError(
-            f"training.evaluations has shapes, whose pictures are of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but the model makes {side} x "
-            f"{side}; leave it out."
-        )
+    for number, settings in enumerate(config.training.evaluations):
+        check_benchmark(settings, side, f"training.evaluations[{number}]")
 
 
 def check_buckets(config: RunConfig) -> None:
