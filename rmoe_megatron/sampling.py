@@ -245,8 +245,8 @@ def sample_images(
         uint8 [N, H, W, 3].
 
     Raises:
-        UserError: a class label is none of the model's, the pipeline makes no images of this size, its components do not fit
-            together, or an image has values that are not finite.
+        UserError: a class label is none of the model's, the pipeline makes no images of this size or has no such guidance, its
+            components do not fit together, or an image has values that are not finite.
     """
     arguments: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
     arguments |= _guidance(pipeline, guidance, guidance_interval)
@@ -354,9 +354,13 @@ def _conditions(pipeline: DiffusionPipeline, prompts: list[str]) -> list[Any]:
 
 def _guidance(pipeline: DiffusionPipeline, guidance: float, interval: tuple[float, float]) -> dict[str, Any]:
     """Return the pipeline's arguments for guidance in an interval of timesteps."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if guidance < 1 and "guidance_interval" not in parameters:
+        raise UserError(
+            f"{type(pipeline).__name__} guides at scales above 1 alone and would take --guidance {guidance:g} for 1; give 1 or more."
+        )
     if interval == (0.0, 1.0):
         return {"guidance_scale": guidance}
-    parameters = inspect.signature(pipeline.__call__).parameters
     if "guidance_interval" in parameters:
         return {"guidance_scale": guidance, "guidance_interval": interval}
     if "callback_on_step_end" not in parameters:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.support.commands import rmoe
-from tests.support.runs import losses, make_run, write_shard
+from tests.support.runs import assert_same_picture, losses, make_run, write_shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,6 +93,7 @@ def test_the_whole_chain_on_a_tiny_model(tmp_path: Path) -> None:
         ["sample", f"{tmp_path}/model", "--prompt", "two red circles", "--steps", "2", "--out", f"{tmp_path}/images"],
         ["eval", "shapes", f"{tmp_path}/model", "--data", str(shapes), "--out", f"{tmp_path}/scores", "--steps", "1",
          "--images-per-prompt", "1"],
+        ["sample", f"{tmp_path}/model", "--prompt", "a red circle", "--steps", "2", "--dtype", "fp32", "--out", f"{tmp_path}/grid"],
     ]  # fmt: skip
     for command in commands:
         code, errors = rmoe(*command)
@@ -107,7 +108,7 @@ def test_the_whole_chain_on_a_tiny_model(tmp_path: Path) -> None:
     assert results["splits"]["seen"]["images"] == 24
     assert results["splits"]["heldout"]["images"] == 6
     assert results["detector_accuracy_on_ground_truth"] == 1.0
-    assert (tmp_path / "run" / "samples" / "step-00000004.png").is_file()
+    assert_same_picture(tmp_path / "run" / "samples" / "step-00000004.png", tmp_path / "grid" / "grid.png")
     assert (tmp_path / "run" / "curves.png").is_file()
 
 

@@ -1,14 +1,14 @@
-"""Sample grids during training, from the training model itself."""
+"""Sample grids during training, from the training model itself: the pictures that ``rmoe sample`` makes of its export."""
 
-import math
 from collections.abc import Callable
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.counter_rng import Purpose, derive, normal, sample_keys
+from rmoe_megatron.counter_rng import Purpose, derive, sample_keys
 from rmoe_megatron.data.batch import Conditions, Prompts
 from rmoe_megatron.diffusion.build import build_scheduler
 from rmoe_megatron.diffusion.guidance import guide
@@ -43,6 +43,9 @@ def sample_latents(
 ) -> Tensor:
     """Sample latents float32 [N, C, height, width] with classifier-free guidance, as ``training.sample_*`` says.
 
+    The noise of a prompt is the one that diffusers' pipelines draw for an image from a generator whose seed is the run's plus the
+    prompt's number.
+
     Args:
         model: an engine's ``denoise``.
         numbers: of the prompts among all, which their noise depends on, int64 [N]; None counts them from 0.
@@ -51,7 +54,8 @@ def sample_latents(
     count, device = len(prompts.captions), prompts.conditions.device
     numbers = torch.arange(count) if numbers is None else numbers
     keys = derive(sample_keys(config.seed, numbers.to(device)), Purpose.samples)
-    latents = normal(derive(keys, Purpose.noise), math.prod(shape)).view(count, *shape)
+    generators = [torch.Generator("cpu").manual_seed(config.seed + number) for number in numbers.tolist()]
+    latents = randn_tensor((count, *shape), generators, device, torch.float32)
     conditions = prompts.conditions.combine(
         prompts.null_conditions, lambda values, empty: torch.cat((values, empty.expand_as(values)))
     )

@@ -11,7 +11,7 @@ from PIL import Image
 
 import rmoe_megatron.hf  # noqa: F401  # diffusers loads the recurrent transformer from it
 from tests.support.commands import rmoe
-from tests.support.runs import losses, write_shard
+from tests.support.runs import assert_same_picture, losses, write_shard
 from tests.support.sd3_pipeline import T5_WIDTH, TEXT_LENGTH, save_pipeline
 
 CONFIG = f"""\
@@ -55,6 +55,8 @@ def test_sd3_from_import_to_images(tmp_path: Path) -> None:
             "a cat",
             "--steps",
             "2",
+            "--dtype",
+            "fp32",
             "--out",
             str(tmp_path / "out"),
         ],
@@ -64,6 +66,7 @@ def test_sd3_from_import_to_images(tmp_path: Path) -> None:
         assert code == 0, errors
     assert len(losses(tmp_path / "run")) == 4
     assert Image.open(tmp_path / "out" / "00000.png").size == (16, 16)
+    assert_same_picture(tmp_path / "run" / "samples" / "step-00000004.png", tmp_path / "out" / "grid.png")
     described = json.loads((tmp_path / "encoded" / "dataset.json").read_text())["encoders"]
     assert len(described["text_encoder_sha256"]) == 64
     tuned = StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")

@@ -362,3 +362,15 @@ def test_guidance_interval() -> None:
         part = images(4.0, (0.5, 1.1))
         assert (part != guided).any()
         assert (part != unguided).any()
+
+
+def test_less_guidance_than_none_is_no_guidance_in_diffusers_own_pipelines() -> None:
+    """Training extrapolates with any scale, and so do our pipelines; diffusers' would take 0.5 for 1."""
+    arguments = {"seeds": [5], "steps": 2, "batch_size": 1}
+    half, whole = (sample_images(dit_pipeline(), ["1"], guidance=scale, **arguments) for scale in (0.5, 1.0))
+    assert (half != whole).any()
+    with pytest.raises(
+        UserError,
+        match=r"StableDiffusion3Pipeline guides at scales above 1 alone and would take --guidance 0.5",
+    ):
+        sample_images(make_pipeline(), ["a cat"], guidance=0.5, **arguments)

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from rmoe_megatron.config.run import RunConfig
 from tests.support.configurations import one_rank, randomise
@@ -74,6 +75,14 @@ def losses(run_dir: Path, key: str = "loss") -> dict[int, float]:
     """Return a metric by step from a run's JSONL file."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record[key] for record in records if key in record}
+
+
+def assert_same_picture(path: Path, other: Path) -> None:
+    """Assert that two pictures are the same but for values on the edge between two levels of 255, which the last bit decides."""
+    one, two = (np.asarray(Image.open(each).convert("RGB")).astype(int) for each in (path, other))
+    assert one.shape == two.shape
+    assert np.abs(one - two).max() <= 1
+    assert (one != two).mean() < 0.01
 
 
 def save_untrained(config: RunConfig, folder: Path, step: int = 0) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.support.commands import rmoe
-from tests.support.runs import array, losses, write_shard
+from tests.support.runs import array, assert_same_picture, losses, write_shard
 
 CONFIG = """\
 run_dir: {folder}/run
@@ -66,6 +66,10 @@ def test_it_is_exported_and_sampled_by_label(folder: Path) -> None:
     )
     assert code == 0, errors
     assert Image.open(folder / "samples" / "00001.png").size == (8, 8)
+    as_in_training = ["--prompt", "0", "--prompt", "6", "--steps", "2", "--dtype", "fp32"]
+    code, errors = rmoe("sample", str(folder / "model"), *as_in_training, "--out", str(folder / "grid"))
+    assert code == 0, errors
+    assert_same_picture(folder / "run" / "samples" / "step-00000010.png", folder / "grid" / "grid.png")
     code, errors = rmoe("sample", str(folder / "model"), "--prompt", "7", "--out", str(folder / "samples"))
     assert code == 2
     assert "no class label" in errors
