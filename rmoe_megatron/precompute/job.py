@@ -34,6 +34,7 @@ from rmoe_megatron.precompute.sources import (
     read_sources,
     remove_records,
 )
+from rmoe_megatron.precompute.stored_captions import StoredCaptions, remove_places
 from rmoe_megatron.training.preflight import buckets_of, sample_format
 from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.work_queue import WorkQueue
@@ -125,8 +126,8 @@ def _encode(encoder: ShardEncoder, shard: Path, target: Path, records: Records) 
             f"The shard {shard} was written to while it was encoded; precompute it again when it is complete."
         )
     records.put(described)
-    if encoder.captions is not None and places:
-        encoder.captions.remember(target, places)
+    if encoder.captions is not None and encoder.captions.stored is not None and places:
+        encoder.captions.stored.put(name, places)
 
 
 def _load_encoder(config: RunConfig, unfinished: Path) -> ShardEncoder:
@@ -137,7 +138,7 @@ def _load_encoder(config: RunConfig, unfinished: Path) -> ShardEncoder:
         text_encoder = load_text_encoder(
             config.encoders, config.model.text_length, device, config.model.text_hidden_size
         )
-        captions = CaptionCache(text_encoder, DTYPES[asked.storage])
+        captions = CaptionCache(text_encoder, DTYPES[asked.storage], StoredCaptions(unfinished))
         if not (unfinished / NULL_TEXT).exists():
             null_text = encode_captions(text_encoder, [""])
             tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
@@ -252,6 +253,7 @@ def _publish(records: Records, out: Path, names: list[str], finished: dict[str, 
             leftover.unlink(missing_ok=True)
         for claims in unfinished.glob(f"{CLAIMS}-*"):  # of processes that were killed
             durable.remove(claims)
+        remove_places(unfinished)
         if gone := finished.keys() - set(names):
             logger.warning(
                 "%s no longer has what was made of %d shards that %s no longer has.",

@@ -26,8 +26,9 @@ from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.precompute.captions import CaptionCache
 from rmoe_megatron.precompute.job import precompute
 from rmoe_megatron.precompute.shard import ShardEncoder
+from rmoe_megatron.precompute.stored_captions import StoredCaptions
 from tests.data.test_shards import picture, png
-from tests.support.configurations import tiny_config
+from tests.support.configurations import MODEL, tiny_config
 from tests.support.ranks import DIT
 from tests.support.runs import write_shard
 
@@ -167,7 +168,7 @@ class CountingEncoder:
     def encode(self, captions: list[str]) -> TextEmbeddings:
         self.asked.append(captions)
         lengths = torch.tensor([float(len(caption)) for caption in captions])
-        return TextEmbeddings(lengths[:, None, None].expand(-1, 4, 8), lengths[:, None].expand(-1, 8))
+        return TextEmbeddings(lengths[:, None, None].repeat(1, 4, 8), lengths[:, None].repeat(1, 8))
 
 
 def test_the_caption_cache_keeps_the_latest_within_its_bytes() -> None:
@@ -200,14 +201,15 @@ def test_captions_that_repeat_in_other_shards_are_read_again_not_encoded(
     """The memory takes what one shard has, and the third shard has the captions of the first."""
     captions = [["a", "bb"], ["ccc", "dddd"], ["bb", "a"]]
     encoder, taken = CountingEncoder(), SampleFormat(bucketing=Bucketing((Bucket(4, 4),)))
-    cache = CaptionCache(encoder, dtype, max_bytes=2 * (4 * 8 + 8))
+    stored = StoredCaptions(tmp_path / "out")
+    cache = CaptionCache(encoder, dtype, stored, max_bytes=2 * (4 * 8 + 8))
     storage = Storage.float16 if dtype is torch.float16 else Storage.bfloat16
     encoding = ShardEncoder(cache, PixelCodec(), taken, PrecomputeConfig(storage=storage))
     (tmp_path / "out").mkdir()
     for number, texts in enumerate(captions):
         source, target = (tmp_path / folder / f"{number}.tar" for folder in ("in", "out"))
         write_shard(source, [{"png": png(1), "txt": text.encode()} for text in texts])
-        cache.remember(target, encoding.encode(source, target))
+        stored.put(f"{number}.tar", encoding.encode(source, target))
     assert encoder.asked == [["a", "bb"], ["ccc", "dddd"]]
     samples = TrainingDataset(tmp_path / "out", taken)
     for index, text in enumerate([text for texts in captions for text in texts]):
@@ -221,6 +223,60 @@ def test_captions_that_repeat_in_other_shards_are_read_again_not_encoded(
         cache.add({"ccc"})
     assert encoder.asked[2:] == [["ccc"]]
     assert "cannot be read again" in caplog.text
+
+
+def encode_shard(folder: Path, number: int, captions: list[str]) -> list[str]:
+    """Encode a shard as a process of its own does; returns the captions that its encoder was asked for."""
+    encoder, stored = CountingEncoder(), StoredCaptions(folder / "out")
+    taken = SampleFormat(bucketing=Bucketing((Bucket(4, 4),)))
+    encoding = ShardEncoder(CaptionCache(encoder, stored=stored), PixelCodec(), taken, PrecomputeConfig())
+    (folder / "out").mkdir(exist_ok=True)
+    source, target = (folder / name / f"{number}.tar" for name in ("in", "out"))
+    write_shard(source, [{"png": png(1), "txt": text.encode()} for text in captions])
+    stored.put(target.name, encoding.encode(source, target))
+    drawn = TrainingDataset(folder / "out", taken, shards=[target.name])
+    for index, text in enumerate(captions):
+        assert (drawn.draw(index, 0)["text_hidden_states"] == len(text)).all()
+    return [caption for asked in encoder.asked for caption in asked]
+
+
+def test_what_another_process_has_encoded_is_read(tmp_path: Path) -> None:
+    assert encode_shard(tmp_path, 0, ["a", "bb"]) == ["a", "bb"]
+    assert encode_shard(tmp_path, 1, ["bb", "ccc"]) == ["ccc"]
+    assert encode_shard(tmp_path, 2, ["ccc", "bb"]) == []
+    # The first shard is made anew, with a text of another length in the place of "a": nobody takes it for that one.
+    places = {path.name: path.read_bytes() for path in (tmp_path / "out" / ".captions").iterdir()}
+    encode_shard(tmp_path, 0, ["dddd", "bb"])
+    for name, content in places.items():
+        (tmp_path / "out" / ".captions" / name).write_bytes(content)
+    assert encode_shard(tmp_path, 3, ["a"]) == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"[]"])
+def test_places_that_are_damaged_cost_time_alone(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode_shard(tmp_path, 0, ["a"])
+    (path,) = (tmp_path / "out" / ".captions").iterdir()
+    path.write_bytes(content)
+    assert encode_shard(tmp_path, 1, ["a"]) == ["a"]
+    assert "its captions may be encoded again" in caplog.text
+
+
+def test_the_ranks_of_a_job_encode_a_caption_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        samples = [{"png": png(1), "txt": f"caption {each}".encode()} for each in (number, 0, 4)]
+        write_shard(tmp_path / "source" / f"{number}.tar", samples)
+    encoder, config = CountingEncoder(), tiny_config(model=replace(MODEL, sample_size=4))
+    monkeypatch.setattr("rmoe_megatron.precompute.job.load_text_encoder", lambda *_: encoder)
+    for key, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert precompute(config, tmp_path / "source", tmp_path / "out") == (rank == 1)
+    asked = [caption for each in encoder.asked for caption in each]
+    assert sorted(asked) == ["", *(f"caption {number}" for number in range(5))]
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_an_autoencoder_sees_few_large_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
