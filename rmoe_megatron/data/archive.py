@@ -14,6 +14,13 @@ from typing import BinaryIO
 from rmoe_megatron.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
+# How compressed files begin, whatever they are called.
+COMPRESSED = {
+    b"\x1f\x8b": "it is compressed with gzip; unpack it first (`gunzip`)",
+    b"BZh": "it is compressed with bzip2; unpack it first (`bunzip2`)",
+    b"\xfd7zXZ": "it is compressed with xz; unpack it first (`unxz`)",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd; unpack it first (`unzstd`)",
+}
 MAX_ZEROS = 1 << 30  # that are read to see whether anything comes behind them
 
 
@@ -140,6 +147,12 @@ def _members(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
     """Yield the members whose headers pass their checksum; what else there is, is told to ``damage``."""
     end = 0  # of the members so far
     try:
+        beginning = file.read(6)
+        if (
+            kind := next((said for mark, said in COMPRESSED.items() if beginning.startswith(mark)), None)
+        ) is not None:
+            damage.append(kind)
+            return
         size = file.seek(0, os.SEEK_END)
         file.seek(_behind_zeros(file, 0, size))
         # Without ignore_zeros tarfile takes a damaged header, or zeros in the middle, for the end of the archive.

@@ -1,6 +1,7 @@
 """What a value of a table or of JSON says as captions."""
 
 import math
+from decimal import Decimal
 from typing import Any
 
 KEYS = ("text", "caption", "raw")  # under which sets of the hub keep a caption inside of a value
@@ -22,10 +23,17 @@ def captions_of(value: Any) -> list[str]:
         return [text] if text else []
     if isinstance(value, bool) or value is None:
         return []
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | Decimal):
         return [str(value)] if math.isfinite(value) else []
     if isinstance(value, list):
         return [text for each in value if not isinstance(each, list) for text in captions_of(each)]
     if isinstance(value, dict):
         return next((found for key in KEYS if (found := captions_of(value.get(key)))), [])
     return []
+
+
+def is_list_of_captions(value: Any) -> bool:
+    """Whether ``value`` may hold several captions, be it by itself or under the key of an object."""
+    if isinstance(value, dict):
+        return any(isinstance(value.get(key), list) for key in KEYS)
+    return isinstance(value, list)

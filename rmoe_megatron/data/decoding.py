@@ -1,5 +1,6 @@
 """Members of samples from their bytes: PNG, JPEG, WebP and AVIF images, text, JSON, classes, plain arrays; nothing is unpickled."""
 
+import codecs
 import io
 import json
 import re
@@ -119,6 +120,23 @@ def _opened(content: bytes) -> Image.Image:
         raise ValueError(f"it is {kind}; PNG, JPEG, WebP and AVIF are taken") from error
 
 
+def decode_text(content: bytes) -> str:
+    """Return text of UTF-8, or of UTF-16 with a byte-order mark, as Windows calls Unicode; the mark is none of the text.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            return content.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise ValueError("it is no UTF-16 text, which its first two bytes say") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no UTF-8 text (byte {error.start} is none)") from error
+
+
 def _fitted(image: Image.Image, bucket: Bucket, upscale: bool, view: View) -> Image.Image:
     width, height = image.size
     if (width < bucket.width or height < bucket.height) and not upscale:
@@ -165,8 +183,8 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "jpeg": decode_image,
     "webp": decode_image,
     "avif": decode_image,
-    "txt": lambda content: content.decode("utf-8-sig"),
-    "caption": lambda content: content.decode("utf-8-sig"),
+    "txt": decode_text,
+    "caption": decode_text,
     "json": json.loads,
     "cls": int,
     "npy": _decode_array,

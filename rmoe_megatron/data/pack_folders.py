@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from rmoe_megatron.data.archive import is_litter
 from rmoe_megatron.data.captions import captions_of
-from rmoe_megatron.data.decoding import DECODERS, MAX_TEXT
+from rmoe_megatron.data.decoding import DECODERS, MAX_TEXT, decode_text
 from rmoe_megatron.data.index import IMAGES, LATENTS, OTHER_IMAGES
 from rmoe_megatron.data.pack_rows import (
     Columns,
@@ -24,7 +25,7 @@ from rmoe_megatron.data.pack_rows import (
     pictures_of_tables,
 )
 from rmoe_megatron.data.shards import ShardDataset
-from rmoe_megatron.data.tables import READERS, read_table
+from rmoe_megatron.data.tables import READERS, is_table, read_table
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pictures import MAX_BYTES
 from rmoe_megatron.regular_files import open_regular, read_bytes
@@ -35,6 +36,17 @@ TABLES = tuple(READERS)
 OF_DATASETS = (".parquet", ".arrow")  # tables that hold the pictures themselves
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 ALL = "all"
+_UNPACK = "is compressed; unpack it first"
+# Of files by their extension: what to do to have a source.
+WHY_NO_SOURCE = {
+    **dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"), _UNPACK),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a workbook; save the sheet as CSV UTF-8"),
+    ".json": "is one JSON value; a table has an object a line (`jq -c '.[]' a.json > a.jsonl` makes one of a list of objects)",
+    ".npz": "holds arrays of numpy; write a table with a column of pictures",
+    ".h5": "is an HDF5 file; write a table with a column of pictures",
+    ".db": "is a database; write a table with a column of pictures",
+    ".lmdb": "is a database; write a table with a column of pictures",
+}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of an imagefolder
 FILE_NAME = "file_name"  # its column
 STATE, DATASET_DICT = "state.json", "dataset_dict.json"  # of save_to_disk
@@ -80,10 +92,12 @@ def find_pictures(
 
 
 def _of_file(source: Path, columns: Columns, packed: Packed) -> tuple[int, Iterator[Picture]]:
-    if source.suffix in TABLES:
+    if is_table(source):
         return pictures_of_tables([source], columns, packed)
     if source.suffix == ".tar":
         raise UserError(f"{source} is a shard; name the folder that it lies in.")
+    if (reason := WHY_NO_SOURCE.get(source.suffix.lower())) is not None:
+        raise UserError(f"{source} {reason}.")
     beginning = _beginning(source)
     if beginning.startswith(("http://", "https://")):
         raise UserError(
@@ -154,10 +168,13 @@ def _of_folder(
     every = sorted(path for path in source.rglob("*") if not path.is_dir())
     # What a picture is, its content says; one of another format is left out by name.
     files = [path for path in every if path.suffix[1:].lower() in (*IMAGES, *OTHER_IMAGES)]
+    files = [path for path in files if not is_litter(path.relative_to(source).as_posix())]
     shards = [path for path in every if path.suffix == ".tar"]
     metadata = [path for path in every if path.name in METADATA]
     tables = [path for path in every if path.suffix in OF_DATASETS and path not in metadata]
     taken = files or shards or tables
+    if not taken:
+        _require_something(source, every)
     splits = list(dict.fromkeys(name for path in taken if (name := _split_of(path, source)) is not None))
     if split != ALL and (split is not None or len(splits) > 1):
         chosen = _one_of(source, splits, split)
@@ -169,7 +186,7 @@ def _of_folder(
     described = _described(metadata, columns) if files else {}
     others = [path for path in taken if os.path.normpath(path) not in set().union(*described.values())]
     if files:
-        known |= {*described, *(path.with_suffix(f".{name}") for path in others for name in SIDECARS)}
+        known |= {*described, *(beside for path in others for _, beside in _places_beside(path))}
     packed.beside = [str(path.relative_to(source)) for path in every if path not in known]
     if files:
         count, pictures = pictures_of_tables(list(described), columns, packed)
@@ -177,6 +194,23 @@ def _of_folder(
     if shards:
         return _of_shards(source, taken)
     return pictures_of_tables(taken, columns, packed)
+
+
+def _require_something(source: Path, every: list[Path]) -> None:
+    """Say what a folder without pictures, shards and tables of pictures holds instead.
+
+    Raises:
+        UserError: it holds something that a source can be made of.
+    """
+    for path in every:
+        if path.suffix.lower() in WHY_NO_SOURCE and path.name not in ("dataset_info.json", "dataset.json"):
+            raise UserError(
+                f"There are no pictures in {source}; {path.relative_to(source)} {WHY_NO_SOURCE[path.suffix.lower()]}."
+            )
+        if is_table(path):
+            raise UserError(
+                f"There are no pictures in {source}; to take those that {path} names, give this path."
+            )
 
 
 def _split_of(path: Path, source: Path) -> str | None:
@@ -227,19 +261,40 @@ def _load_file(path: Path, source: Path) -> tuple[bytes, dict[str, Any]]:
     return read_bytes(path, MAX_BYTES, within=source), _sidecars(path, source)
 
 
+def _places_beside(path: Path) -> Iterator[tuple[str, Path]]:
+    """Yield where captions of a picture may lie, with their kinds; Windows does not tell capitals from small letters."""
+    for extension in SIDECARS:
+        yield extension, path.with_suffix(f".{extension}")
+        yield extension, path.with_suffix(f".{extension.upper()}")
+
+
 def _sidecars(path: Path, source: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for extension in SIDECARS:
-        beside = path.with_suffix(f".{extension}")
-        if os.path.lexists(beside):
-            text = read_bytes(beside, MAX_TEXT[extension], within=source).decode("utf-8-sig")
-            if extension == "json":
-                found[extension] = json.loads(text)
-            elif captions := captions_of(text):
-                found[extension] = captions[0]
-    if not found and any(os.path.lexists(path.with_suffix(f".{extension}")) for extension in SIDECARS):
+    there = [(extension, beside) for extension, beside in _places_beside(path) if os.path.lexists(beside)]
+    for extension, beside in there:
+        if extension in found:
+            continue
+        try:
+            text = decode_text(read_bytes(beside, MAX_TEXT[extension], within=source))
+        except ValueError as error:
+            raise ValueError(f"of {beside.name}: {error}") from error
+        if extension == "json":
+            found[extension] = _object_of(text, beside)
+        elif captions := captions_of(text):
+            found[extension] = captions[0]
+    if there and not found:
         raise ValueError("its caption is empty")
     return found
+
+
+def _object_of(text: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no object, whose values have names")
+    return value
 
 
 def _of_shards(source: Path, shards: list[Path]) -> tuple[int, Iterator[Picture]]:

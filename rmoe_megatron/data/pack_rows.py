@@ -1,15 +1,20 @@
 """Rows of tables as pictures to pack: which columns have the picture and its caption, and what becomes of the others."""
 
+import base64
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from rmoe_megatron.data.captions import captions_of
+from rmoe_megatron.data.arrow_tables import Unheld
+from rmoe_megatron.data.captions import captions_of, is_list_of_captions
 from rmoe_megatron.data.decoding import MAX_TEXT
 from rmoe_megatron.data.tables import Row, Table, read_table
 from rmoe_megatron.errors import UserError
@@ -20,6 +25,12 @@ from rmoe_megatron.regular_files import read_bytes
 IMAGE_COLUMNS = ("image", "file_name", "img", "picture", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "text", "captions", "txt", "prompt", "description", "sentences")
 URL_COLUMNS = ("url", "image_url", "img_url", "urls", "link")
+# How the base64 of a JPEG, PNG, WebP or AVIF file begins.
+BASE64 = re.compile(
+    r"(?:data:image/[a-z+.-]+;base64,)?((?:/9j/|iVBORw0KGgo|UklGR|AAAA[A-Za-z0-9+/]{2}Z0eX)[A-Za-z0-9+/\s]+={0,2})\s*"
+)
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.*", re.DOTALL)
+MAX_PATH = 4096  # bytes of Linux
 INPUT_FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".parquet": "parquet"}  # of img2dataset
 
 
@@ -173,6 +184,7 @@ def _of_row(
     others = _others(row, {image_column, caption_column}, packed)
     if len(captions) > 1:
         packed.with_several_captions[caption_column] += 1
+    if is_list_of_captions(value):  # of one, too: json:COLUMN then finds the caption of every sample
         others[caption_column] = captions
     if others:
         members["json"] = others
@@ -182,14 +194,27 @@ def _of_row(
 def _others(row: dict[str, Any], taken: set[str], packed: Packed) -> dict[str, Any]:
     """Return what goes into the JSON of a sample."""
     others = {}
-    for key, value in row.items():
+    for key, found in row.items():
+        value = _plain(found)
         if key in taken or value is None:
             continue
         if _is_json(value):
             others[key] = value
         else:
-            packed.dropped_columns.setdefault(key, type(value).__name__)
+            kind = value.kind if isinstance(value, Unheld) else type(value).__name__
+            packed.dropped_columns.setdefault(key, kind)
     return others
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a table with numbers in the place of decimals, which JSON does not have."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return value
 
 
 def refuse(reason: str) -> tuple[bytes, dict[str, Any]]:
@@ -210,14 +235,28 @@ def _why_no_caption(value: Any) -> str:
 
 
 def _content(image: Any, folder: Path) -> bytes:
-    """Return the bytes of a picture given by its path or its bytes."""
+    """Return the bytes of a picture given by its path, as bytes, or as the base64 of these."""
     if image is None:
         raise ValueError("it has no picture")
     if isinstance(image, str):
-        return read_bytes(folder / image, MAX_BYTES, follow=True)
+        if encoded := BASE64.fullmatch(image):
+            return base64.b64decode(encoded[1])
+        return read_bytes(_path_of(image, folder), MAX_BYTES, follow=True)
     if not isinstance(image, bytes):
         raise ValueError(f"a picture is bytes or a path, not {type(image).__name__}")
     return image
+
+
+def _path_of(image: str, folder: Path) -> Path:
+    """Return the path of a picture that a table names, which may be written as on Windows, or as a URL of this machine."""
+    if len(image) > MAX_PATH:
+        raise ValueError(f"it is named by a text of {len(image)} characters, which is no path")
+    if image.startswith("file://"):
+        return Path(unquote(urlsplit(image).path))
+    if URL.fullmatch(image):
+        raise ValueError(f"it lies at {image}; copy it to this machine, and give its path there")
+    spellings = (image, image.strip(), image.strip().replace("\\", "/"))
+    return next((path for each in spellings if (path := folder / each).exists()), folder / image)
 
 
 def _is_json(value: Any) -> bool:
