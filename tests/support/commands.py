@@ -25,6 +25,9 @@ from torch.distributed import TCPStore
 PRELOADED = [
     "rmoe_megatron.cli", "rmoe_megatron.training.run", "rmoe_megatron.conversion.importing", "rmoe_megatron.conversion.export",
     "rmoe_megatron.sampling", "rmoe_megatron.precompute.job", "rmoe_megatron.training.preflight",
+    "rmoe_megatron.evaluation.geneval.evaluate", "rmoe_megatron.evaluation.geneval2.evaluate", "rmoe_megatron.evaluation.dpg.evaluate",
+    "rmoe_megatron.evaluation.corebench.evaluate", "rmoe_megatron.evaluation.imagenet.evaluate",
+    "rmoe_megatron.evaluation.preference.evaluate",
 ]  # fmt: skip
 # Of every fork server of this process, here and in tests/support/ranks.py.
 multiprocessing.set_forkserver_preload(PRELOADED)
