@@ -24,6 +24,7 @@ from rmoe_megatron.conversion.remote_code import add_remote_code
 from rmoe_megatron.conversion.weight_names import Copies, weight_rules
 from rmoe_megatron.diffusion.build import build_scheduler
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
+from rmoe_megatron.encoders.sd3_text import require_room_for_t5
 from rmoe_megatron.encoders.text import has_one_encoder, load_text_encoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.registry import ADDITIONS
@@ -243,7 +244,12 @@ def _has_sd3_encoders(config: ModelDescription) -> bool:
 
 
 def _write_sd3_pipeline(config: ModelDescription, transformer: ModelMixin, folder: Path) -> None:
-    """Copy the text encoders of diffusers' own StableDiffusion3Pipeline; they can be larger than memory."""
+    """Copy the text encoders of diffusers' own StableDiffusion3Pipeline; they can be larger than memory.
+
+    Raises:
+        UserError: the run's text has no tokens of T5, which no such pipeline can make.
+    """
+    require_room_for_t5(config.model.text_length)
     dropped = config.encoders.dropped
     source = model_folder(
         config.encoders.text_encoder, functools.partial(text_encoder_parts, dropped=dropped)

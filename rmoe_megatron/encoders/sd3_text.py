@@ -115,13 +115,22 @@ def load_sd3_text_encoders(
     Raises:
         UserError: a part of the folder is missing or malformed, or ``text_length`` leaves T5 no token.
     """
+    require_room_for_t5(text_length)
+    loaded = {name: _load(folder, name, name in dropped, device, text_hidden_size) for name in ENCODERS}
+    return SD3TextEncoder(**loaded, text_length=text_length, device=device)
+
+
+def require_room_for_t5(text_length: int) -> None:
+    """Check that a text has tokens beside CLIP's.
+
+    Raises:
+        UserError: it has none.
+    """
     if text_length <= CLIP_LENGTH:
         raise UserError(
             f"model.text_length is {text_length}, but SD3's text has {CLIP_LENGTH} tokens of CLIP and then T5's; "
             "diffusers' default is 333."
         )
-    loaded = {name: _load(folder, name, name in dropped, device, text_hidden_size) for name in ENCODERS}
-    return SD3TextEncoder(**loaded, text_length=text_length, device=device)
 
 
 def _load(folder: Path, name: str, dropped: bool, device: torch.device, t5_width: int | None) -> Encoder:

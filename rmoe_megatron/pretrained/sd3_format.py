@@ -66,6 +66,10 @@ class SD3Format(TransformerFormat):
         require_fixed(path, values, {"out_channels": values["in_channels"]})
         if values.get("qk_norm") not in (None, "rms_norm"):
             raise UserError(f"{path} has qk_norm {values['qk_norm']}; supported are null and rms_norm.")
+        if values.get("min_sigma") not in (None, MIN_SIGMA):
+            raise UserError(
+                f"{path} has min_sigma {values['min_sigma']}; supported are null and {MIN_SIGMA}."
+            )
         on_grid = values.get("text_on_grid", False)
         if on_grid:
             text_length = max(text_length, (values["sample_size"] // values["patch_size"]) ** 2)
