@@ -117,6 +117,11 @@ class ShardDataset(Dataset[Any]):
             raise NoSamplesError(
                 f"data.filter takes none of the {len(self.index)} samples in {self.folder}; change it."
             )
+        damaged = next((shard for shard in self.index.shards if shard.damage), None)
+        if not len(self.index) and damaged is not None:
+            raise NoSamplesError(
+                f"The shards in {self.folder} hold no samples; {damaged.name} is damaged: {damaged.damage}."
+            )
         if not len(self):
             raise NoSamplesError(
                 f"The shards in {self.folder} hold no samples with members {needed}; {what_to_do(kinds)}."
