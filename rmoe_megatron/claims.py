@@ -2,12 +2,14 @@
 
 A claim is created by one process alone, and a thread of that process keeps it young. It is void when its process has died on this
 host, or when nobody has kept it young for a while: then its host is gone, too. Claims need no locks of the file system, which not
-every cluster has.
+every cluster has. How old one is the file system's clock says, which dates it, and not this host's.
 """
 
+import logging
 import os
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,12 +18,18 @@ from pathlib import Path
 
 from rmoe_megatron.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 HEARTBEAT = 10.0  # seconds
 LEASE = 60.0  # seconds after which a claim that nobody keeps young is void
 # The same where the whole work is thrown away should it be done twice; a large file may be written while no thread gets a turn.
 LONG_LEASE = 600.0
 _held: set[Path] = set()  # by this process, which may have the number of one that died
 TAKEOVER = 10.0  # seconds after which one who was about to remove a void claim has died over it
+CLOCK = 30.0  # seconds for which the difference between two clocks is believed
+_clocks: dict[
+    Path, tuple[float, float]
+] = {}  # of folders: when their file system was asked for the time, and how far it was ahead
 
 
 def this_process() -> str:
@@ -63,24 +71,41 @@ def release(path: Path) -> None:
 def holder(path: Path) -> str:
     """Return whose claim it is, as :func:`this_process` says it; an empty text if nobody's or not yet written."""
     try:
-        if stat.S_ISREG(path.lstat().st_mode):  # a pipe would keep who reads it waiting
-            return path.read_text()[:300]
-    except (FileNotFoundError, UnicodeDecodeError):
-        pass
-    return ""
+        return _read(path)[0]
+    except FileNotFoundError:
+        return ""
+
+
+def _read(path: Path) -> tuple[str, float]:
+    """Return whose claim it is, and when it was touched last; of what is no file an empty text and 0."""
+    if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would keep who reads it waiting
+        return "", 0.0
+    with path.open(
+        errors="replace"
+    ) as file:  # a network file system shows the last touch to who opens a file
+        return file.read(300), os.fstat(file.fileno()).st_mtime
 
 
 def is_void(path: Path, lease: float = LEASE) -> bool:
     """Whether there is a claim that nobody stands behind any more."""
     try:
-        found = path.lstat()
+        name, touched = _read(path)
     except FileNotFoundError:
         return False
-    name = holder(path)
     host, _, process = name.partition(" ")
-    if not stat.S_ISREG(found.st_mode) or (name == this_process() and path.absolute() not in _held):
+    if name == this_process() and path.absolute() not in _held:
         return True
-    return is_dead(host, process) or time.time() - found.st_mtime > lease
+    return is_dead(host, process) or now(path.parent) - touched > lease
+
+
+def now(folder: Path) -> float:
+    """Return the time, in seconds since 1970, that what is written in ``folder`` is dated by: its server's."""
+    asked, ahead = _clocks.get(folder, (-CLOCK, 0.0))
+    if time.monotonic() - asked >= CLOCK:
+        with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+            ahead = os.fstat(file.fileno()).st_mtime - time.time()
+        _clocks[folder] = time.monotonic(), ahead
+    return time.time() + ahead
 
 
 def is_dead(host: str, process: str) -> bool:
@@ -131,8 +156,10 @@ def only_process(path: Path, what: str) -> Iterator[None]:
         with kept_young(path):
             yield
     finally:
-        with suppress(OSError):
+        try:
             release(path)
+        except OSError as error:
+            logger.warning("%s stays, which nobody needs any more (%s); remove it.", path, error.strerror)
 
 
 def _create(path: Path) -> bool:

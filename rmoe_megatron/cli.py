@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from rmoe_megatron import claims, durable, launch, standard_streams, stop_signals
+from rmoe_megatron import durable, launch, standard_streams, stop_signals
 from rmoe_megatron.cli_data import data_app
 from rmoe_megatron.cli_options import (
     Bar,
@@ -440,8 +440,7 @@ def sample(
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(repeated))]
     progress = Bar("sample", "image")
-    out.mkdir(parents=True, exist_ok=True)
-    with claims.only_process(out / ".claim", f"{out} is being written"):
+    with durable.filling(out):
         images = sample_images(
             pipeline, repeated, seeds, steps, guidance, batch_size, progress, guidance_interval, size=bucket
         )

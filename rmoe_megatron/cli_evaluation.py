@@ -91,17 +91,17 @@ def eval_shapes(
         "prompt_set": set_record(data) | {"limit": limit},
         "sampling": sampling_record(sampling),
     }
-    require_results(out / "results.json", identity, again)
-    print(f"images are made {describe_place(sampling.dtype)}")
-    pipeline = open_pipeline(model, sampling.dtype)
+    with durable.filling(out):
+        require_results(out / "results.json", identity, again)
+        print(f"images are made {describe_place(sampling.dtype)}")
+        pipeline = open_pipeline(model, sampling.dtype)
 
-    def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
-        return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
+        def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
+            return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
 
-    described = identity | {"model": str(model.absolute())}
-    evaluate_shapes(
-        generate, data, out, described, images_per_prompt, limit, seed, progress=Bar("eval shapes", "image")
-    )
+        described = identity | {"model": str(model.absolute())}
+        progress = Bar("eval shapes", "image")
+        evaluate_shapes(generate, data, out, described, images_per_prompt, limit, seed, progress)
 
 
 @eval_app.command("mazes")
@@ -147,19 +147,19 @@ def eval_mazes(
         "prompt_set": set_record(data) | {"limit": limit},
         "sampling": sampling_record(how) | {"steps": list(counts), "depths": tried},
     }
-    require_results(out / "results.json", identity, again)
-    print(f"images are made {describe_place(how.dtype)}")
-    pipeline = open_pipeline(model, how.dtype)
+    with durable.filling(out):
+        require_results(out / "results.json", identity, again)
+        print(f"images are made {describe_place(how.dtype)}")
+        pipeline = open_pipeline(model, how.dtype)
 
-    def generate(texts: list[str], seeds: list[int], count: int, depth: int | None) -> np.ndarray:
-        if depth is not None:
-            set_depth(pipeline, depth)
-        return sample_images(pipeline, texts, seeds, count, guidance=1.0, batch_size=batch_size)
+        def generate(texts: list[str], seeds: list[int], count: int, depth: int | None) -> np.ndarray:
+            if depth is not None:
+                set_depth(pipeline, depth)
+            return sample_images(pipeline, texts, seeds, count, guidance=1.0, batch_size=batch_size)
 
-    described = identity | {"model": str(model.absolute())}
-    evaluate_mazes(
-        generate, data, out, described, counts, tried, limit, seed, progress=Bar("eval mazes", "setting")
-    )
+        described = identity | {"model": str(model.absolute())}
+        progress = Bar("eval mazes", "setting")
+        evaluate_mazes(generate, data, out, described, counts, tried, limit, seed, progress)
 
 
 @eval_app.command("imagenet")
@@ -257,6 +257,7 @@ def eval_compare(
     out: Annotated[Path, typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.")],
 ) -> None:
     """Results side by side with published ones, and whether they differ by more than chance, prompt by prompt."""
+    launch.require_one_rank("rmoe eval compare")
     durable.check_writable(out, "--out")
     from rmoe_megatron.evaluation.comparison.compare import compare
 

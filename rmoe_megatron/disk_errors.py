@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rmoe_megatron.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
 
+_OF_RUST = re.compile(r"\(os error (\d{1,4})\)")
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _ADVICE = {
     errno.EDQUOT: "your quota there is used up; remove something or ask for more",
@@ -29,6 +31,8 @@ _ADVICE = {
 def about(path: Path, partial: Path | None = None, wanted: int | None = None) -> Iterator[None]:
     """Give an error of the system that names no file, as those of writing do, the name of ``path``.
 
+    What libraries in Rust (safetensors, tokenizers) say of the system in the text of an error of their own is made one of the system's.
+
     Args:
         partial: under which name ``path`` is being made; errors that name it, or what is in it, are about ``path``.
         wanted: bytes that are to be written, for :func:`sentence`.
@@ -40,6 +44,11 @@ def about(path: Path, partial: Path | None = None, wanted: int | None = None) ->
             error.filename, error.filename2 = str(path), None
             error.wanted = getattr(error, "wanted", wanted)  # type: ignore[attr-defined]
         raise
+    except Exception as error:
+        number = None if isinstance(error, UserError) else _OF_RUST.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextmanager

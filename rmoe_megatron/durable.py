@@ -5,7 +5,6 @@ import re
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -86,7 +85,10 @@ def is_being_written(partial: Path) -> bool:
     parts = partial.name.removesuffix(".partial").split("~")
     if len(parts) < 3 or claims.is_dead(*parts[-2:]):
         return False
-    return parts[-2] == socket.gethostname() or time.time() - partial.lstat().st_mtime < claims.LONG_LEASE
+    return (
+        parts[-2] == socket.gethostname()
+        or claims.now(partial.parent) - partial.lstat().st_mtime < claims.LONG_LEASE
+    )
 
 
 @contextmanager
@@ -120,6 +122,34 @@ def building(final: Path, replace: bool = False) -> Iterator[Path]:
                 raise
 
 
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Put files into a folder, which is made if it is not there, while no other process does.
+
+    Unfinished files that others have left there are removed.
+
+    Raises:
+        UserError: another process does; says which.
+    """
+    with about(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with claims.only_process(folder / ".claim", f"{folder} is being written"):
+            remove_unfinished_files(folder)
+            yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()  # if nothing came of it
+        raise
+
+
+def remove_unfinished_files(folder: Path) -> None:
+    """Remove what :func:`writing` has left in a folder where the disk let nothing be removed, and processes that were killed."""
+    for path in folder.glob(".*~*~*.partial"):
+        if not is_being_written(path):
+            remove(path)
+
+
 def claim_of(final: Path) -> Path:
     """Return the claim of the process that builds ``final``."""
     return final.with_name(f".{final.name}.claim")
@@ -137,12 +167,16 @@ def put_in_place(partial: Path, final: Path, replace: bool = False) -> None:
         final.rename(replaced)
     try:
         partial.rename(final)  # over an empty folder, if there is one
+        try:
+            sync(final.parent)
+        except BaseException:
+            final.rename(partial)
+            raise
     except BaseException:
         if replaced.exists():
             with suppress(OSError):
                 replaced.rename(final)
         raise
-    sync(final.parent)
     remove(replaced)
 
 

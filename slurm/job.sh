@@ -77,7 +77,8 @@ split_line() { # split_line TEXT: its words, as a shell takes them, are in words
 }
 
 refuse_array() { # refuse_array SCRIPT: its job is one
-    [[ -z $array ]] || fail "${1##*/} is one job, not an array (--array=$array); sweep.sh and precompute_latents.sh submit arrays." \
+    local given=${array:-${SBATCH_ARRAY_INX:-}}
+    [[ -z $given ]] || fail "${1##*/} is one job, not an array (--array=$given); sweep.sh and precompute_latents.sh submit arrays." \
         "Nothing is submitted."
 }
 
@@ -225,6 +226,27 @@ training_arguments() { # training_arguments DEFAULT_CONFIG WORDS...: arguments o
     fi
 }
 
+is_in_container() { # is_in_container FOLDER: jobs see it under the same name
+    local mount
+    [[ -n $SITE_CONTAINER_RUNTIME ]] || return 0
+    while read -r mount; do
+        if [[ ${mount%%:*} == "${mount#*:}" && $1/ == "${mount%%:*}"/* ]]; then return 0; fi
+    done < <(mounts '\n')
+    return 1
+}
+
+keep_configuration() { # keep_configuration FILE: kept is a copy of it as it is now, for it may change while the job waits
+    kept=$1
+    [[ -r $1 ]] || fail "there is no configuration $1; nothing is submitted."
+    if ! is_in_container "$SITE_LOGS"; then
+        echo "the job reads $1 as it is when it starts: the container does not see SITE_LOGS (SITE_CONTAINER_MOUNTS)." >&2
+    elif ! $is_dry_run; then
+        mkdir -p "$SITE_LOGS"
+        kept=$(mktemp "$SITE_LOGS/$(basename "${1%.yaml}")-XXXXXX.yaml")
+        cat "$1" > "$kept"
+    fi
+}
+
 train_job() { # train_job SCRIPT DEFAULT_CONFIG ARGUMENTS...: check and submit, or train
     local script=$1 config=$2
     shift 2
@@ -244,6 +266,10 @@ submit_training() { # submit_training SCRIPT DEFAULT_CONFIG ARGUMENTS...: sets r
     refuse_array "$script"
     training_arguments "$config" "${words[@]}"
     check_training "${arguments[@]}"
+    if [[ ${arguments[0]} != --resume ]]; then
+        keep_configuration "${arguments[0]}"
+        arguments[0]=$kept
+    fi
     site_options
     task_options
     options+=(--nodes="$nodes" --signal="B:USR1@$SITE_SIGNAL_SECONDS" --requeue)
@@ -290,9 +316,9 @@ submit_sweep() { # submit_sweep SCRIPT ARGUMENTS...: check every line, submit an
         check_training "${arguments[@]}" "${words_of_line[@]}" "run_dir=$sweep_dir-$number"
         echo "line $number is fine: ${lines[number]}" >&2
     done
+    keep_configuration "${words[0]}"
     copy=${words[1]}
-    if ! $is_dry_run; then # as they are now: the file may change while jobs wait
-        mkdir -p "$SITE_LOGS"
+    if ! $is_dry_run; then # as the configuration
         copy=$(mktemp "$SITE_LOGS/sweep-XXXXXX")
         printf '%s\n' "${lines[@]}" > "$copy"
     fi
@@ -300,7 +326,7 @@ submit_sweep() { # submit_sweep SCRIPT ARGUMENTS...: check every line, submit an
     task_options
     options+=(--output="$SITE_LOGS/%x-%A_%a.log" --array="$array" --nodes="$nodes")
     options+=(--signal="B:USR1@$SITE_SIGNAL_SECONDS" --requeue)
-    RMOE_RUN_DIR=$sweep_dir submit "$script" "${words[0]}" "$copy" "${words[@]:2}"
+    RMOE_RUN_DIR=$sweep_dir submit "$script" "$kept" "$copy" "${words[@]:2}"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------- job
@@ -441,6 +467,8 @@ precompute_job() { # precompute_job SCRIPT ARGUMENTS...: check and submit rmoe d
         find_part "$number" "${numbers[0]}" "${numbers[-1]}" "${#numbers[@]}"
     done
     check_precompute "${words[@]}"
+    keep_configuration "${words[0]}"
+    words[0]=$kept
     site_options
     task_options
     options+=(--output="$SITE_LOGS/%x-%A_%a.log" --array="$array")

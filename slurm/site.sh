@@ -17,7 +17,7 @@
 : "${SITE_SBATCH_OPTIONS=}"   # anything else, for instance "--switches=1 --comment='two words'"
 
 # --- where things lie (on a file system that all nodes see) ----------------------------------------------------------------
-: "${SITE_LOGS=$PWD/logs}"    # what jobs print: NAME-JOB.log
+: "${SITE_LOGS=$PWD/logs}"    # what jobs print: NAME-JOB.log; and configurations as they were at submission
 : "${SITE_RUN_ROOT=}"         # runs go to SITE_RUN_ROOT/NAME_OF_CONFIG; empty: where the configuration's run_dir says
 : "${HF_HOME=$HOME/.cache/huggingface}"             # frozen encoders, fetched before: hf download OWNER/NAME
 : "${TORCHINDUCTOR_CACHE_DIR=/tmp/$(id -un)/inductor}" # local to a node: thousands of small files

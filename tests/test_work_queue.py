@@ -65,6 +65,21 @@ def test_what_a_killed_process_had_in_flight_is_done_again_and_no_more(tmp_path:
     assert [unit for _, unit in log(tmp_path)].count(in_flight) == 2
 
 
+@pytest.mark.parametrize("ahead", [-3600.0, 0.0, 3600.0])
+def test_the_clock_of_this_host_may_be_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    young, old = tmp_path / "young", tmp_path / "old"
+    for path in (young, old):
+        path.write_text("elsewhere 12")
+    touched = young.stat().st_mtime - 2 * claims.LEASE
+    os.utime(old, (touched, touched))
+    real = time.time
+    monkeypatch.setattr(claims.time, "time", lambda: real() + ahead)
+    assert claims.is_void(old)
+    assert not claims.is_void(young)
+
+
 def test_a_claim_of_another_host_is_void_when_it_is_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

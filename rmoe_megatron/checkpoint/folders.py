@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, TypedDict
+from typing import Annotated, NotRequired, TypedDict
 
 from pydantic import Field, TypeAdapter, with_config
 
@@ -49,7 +49,7 @@ class RunState(TypedDict):
     step: Annotated[int, Field(ge=0, lt=100_000_000)]
     samples: Annotated[int, Field(ge=0, lt=1 << 40)]
     skipped_steps: NotRequired[Annotated[int, Field(ge=0)]]
-    pending: NotRequired[list[Literal["validation", "samples"]]]
+    pending: NotRequired[list[Annotated[str, Field(pattern=r"^(validation|samples|evaluation \w{1,40})$")]]]
     imported: NotRequired[bool]  # weights alone
     job: NotRequired[str]  # SLURM's number of the job that saved it
     base_fingerprint: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
@@ -185,11 +185,28 @@ def remove_old(run_dir: Path, keep_last: int, step: int) -> None:
         up_to_now = [checkpoint for checkpoint in list_checkpoints(run_dir) if checkpoint.step <= step]
         for checkpoint in up_to_now[keep_last:]:
             durable.remove(checkpoint.path)
-        for name in ("*.partial", "*.claim"):
-            for left in (run_dir / "checkpoints").glob(name):
-                durable.remove(left)
+        _remove_unfinished(run_dir)
     except OSError as error:
         logger.warning("Old checkpoints stay for now: %s", sentence(error))
+
+
+def begin_writing(run_dir: Path) -> None:
+    """Remove what is unfinished, before a run writes: who holds the run's lock waits for nobody else.
+
+    A claim of a process on a lost node would else look alive for minutes.
+    """
+    try:
+        _remove_unfinished(run_dir)
+        for folder in (run_dir, run_dir / "samples"):
+            durable.remove_unfinished_files(folder)
+    except OSError as error:
+        logger.warning("What an unfinished save left stays for now: %s", sentence(error))
+
+
+def _remove_unfinished(run_dir: Path) -> None:
+    for name in ("*.partial", "*.claim"):
+        for left in (run_dir / "checkpoints").glob(name):
+            durable.remove(left)
 
 
 def _sha256(file: Path) -> str:

@@ -119,9 +119,10 @@ def diagnose_precision(
         for (block, layer), product in sorted(watched.items())
         for recipe, errors in product.mean_errors().items()
     ]
-    output.mkdir(parents=True, exist_ok=True)
-    durable.write(output / "precision.json", json_text([asdict(each) for each in losses], indent=1) + "\n")
-    durable.write(output / "precision.png", draw_losses(losses))
+    described = json_text([asdict(each) for each in losses], indent=1) + "\n"
+    with durable.filling(output):
+        durable.write(output / "precision.json", described)
+        durable.write(output / "precision.png", draw_losses(losses))
     return losses
 
 

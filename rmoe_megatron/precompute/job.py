@@ -15,6 +15,7 @@ from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.requirements import require
 from rmoe_megatron.config.run import Latents, RunConfig
 from rmoe_megatron.data.index import INDEX
+from rmoe_megatron.disk_errors import sentence
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT
 from rmoe_megatron.encoders.fingerprint import DATASET, describe_autoencoder, describe_text_encoder
@@ -75,6 +76,7 @@ def precompute(
     """
     shards = check_precompute(config, source, out)
     if not shards:
+        _tidy(out)
         return True
     number, count = part[0] * world_size() + rank(), part[1] * world_size()
     names = [str(shard.relative_to(source)) for shard in shards]
@@ -271,8 +273,16 @@ def _publish(records: Records, out: Path, names: list[str], finished: dict[str, 
         durable.put_in_place(ready, out, replace=bool(finished))
     except FileNotFoundError:
         return True
-    remove_records(out)
+    _tidy(out)
     return True
+
+
+def _tidy(out: Path) -> None:
+    """Remove the records of single shards from a finished set; what cannot be removed now is when the set is asked for again."""
+    try:
+        remove_records(out)
+    except OSError as error:
+        logger.warning("Records that %s no longer needs stay in it for now: %s", out, sentence(error))
 
 
 def _ready(out: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rmoe_megatron import stop_signals
-from rmoe_megatron.launch import end_of_job
+from rmoe_megatron.launch import end_of_job, rank
 
 SAVES_LEFT = 2  # a run stops when no more time is left than so many saves take
 FIRST_SAVE = 30.0  # seconds that a save is taken to last before one was measured
@@ -36,7 +36,8 @@ class Interruption:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.save_seconds = FIRST_SAVE
         self.clock = clock
-        self.end = end_of_job()
+        # One clock decides: another node's may be wrong, and then only its own ranks would see the end.
+        self.end = end_of_job() if rank() == 0 else None
 
     def check(self) -> None:
         """Go on, or stop on all ranks; every rank takes part.

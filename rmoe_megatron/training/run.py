@@ -8,9 +8,18 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from rmoe_megatron import durable
-from rmoe_megatron.checkpoint.folders import CheckpointFolder, find_checkpoint, list_checkpoints, read_state
+from rmoe_megatron.checkpoint.folders import (
+    CheckpointFolder,
+    begin_writing,
+    checkpoint_path,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    verify,
+)
 from rmoe_megatron.config.loading import load_config, to_yaml
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
@@ -46,12 +55,16 @@ def train(config: RunConfig) -> None:
     config = resolve_precision(config)
     preflight.check(config, world_size())
     run_dir = Path(config.run_dir)
+    _require_new(run_dir)
+    _run(config, checkpoint=None, goes_on=False)
+
+
+def _require_new(run_dir: Path) -> None:
     if list_checkpoints(run_dir):
         raise UserError(
             f"{run_dir} already holds checkpoints; continue it with `rmoe train --resume {run_dir}` "
             "or choose another run_dir."
         )
-    _run(config, checkpoint=None)
 
 
 def resume(run_dir: Path, overrides: list[str]) -> None:
@@ -67,7 +80,9 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
         raise UserError(f"There is no run at {run_dir}; give the run_dir of an earlier `rmoe train`.")
     if (run_dir / "config.yaml").is_file() and not list_checkpoints(run_dir):
         logger.warning("%s has no checkpoint yet; it starts anew with the configuration there.", run_dir)
-        train(load_config(run_dir / "config.yaml", [*overrides, f"run_dir={run_dir}"]))
+        config = resolve_precision(load_config(run_dir / "config.yaml", [*overrides, f"run_dir={run_dir}"]))
+        preflight.check(config, world_size())
+        _run(config, checkpoint=None, goes_on=True)
         return
     checkpoint = find_checkpoint(run_dir)
     progress = read_state(checkpoint.path)
@@ -108,20 +123,27 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
     if checkpoint.step >= config.training.steps and not progress.get("pending"):
         logger.warning("%s is finished: step %d of %d.", run_dir, checkpoint.step, config.training.steps)
         return
-    _run(config, checkpoint)
+    _run(config, checkpoint, goes_on=True)
 
 
-def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
+def _run(config: RunConfig, checkpoint: CheckpointFolder | None, goes_on: bool) -> None:
+    """Train from ``checkpoint``, or from a newer one that there is by the time the folder is this process's; every rank calls it."""
     run_dir, is_rank0 = Path(config.run_dir), rank() == 0
-    first_step = checkpoint.step if checkpoint is not None else 0
     loop: TrainingLoop | None = None
     with exclusive(run_dir) if is_rank0 else nullcontext() as fence:
+        if is_rank0:  # who had the folder before may have saved while this process waited or looked
+            if not goes_on:
+                _require_new(run_dir)
+            begin_writing(run_dir)
+            checkpoint = _newest(run_dir, checkpoint)
+        first_step = checkpoint.step if checkpoint is not None else 0
         if is_rank0:
             record(run_dir, "started" if checkpoint is None else "resumed", first_step)
         try:
             with process_groups(config) as device:
                 if is_rank0:
                     _write_down(config, run_dir)
+                checkpoint = _that_of_rank0(run_dir, checkpoint)
                 loop = _build(config, checkpoint, device)
                 if fence is not None:
                     loop.restarts, loop.may_publish = count_restarts(read_history(run_dir)), fence.check
@@ -139,6 +161,21 @@ def _run(config: RunConfig, checkpoint: CheckpointFolder | None) -> None:
         raise Interrupted(
             f"{stopped}: {run_dir} stopped after step {step}; `rmoe train --resume {run_dir}` goes on."
         )
+
+
+def _newest(run_dir: Path, checkpoint: CheckpointFolder | None) -> CheckpointFolder | None:
+    """Return the newest whole checkpoint that is newer than ``checkpoint``, or ``checkpoint``."""
+    known = checkpoint.step if checkpoint is not None else -1
+    newer = (each for each in list_checkpoints(run_dir) if each.step > known)
+    return next((each for each in newer if verify(each.path) is None), checkpoint)
+
+
+def _that_of_rank0(run_dir: Path, checkpoint: CheckpointFolder | None) -> CheckpointFolder | None:
+    """Return the checkpoint that rank 0 goes on from, on all ranks: they may have looked at different moments."""
+    steps = [None if checkpoint is None else checkpoint.step]
+    dist.broadcast_object_list(steps)
+    step = steps[0]
+    return None if step is None else CheckpointFolder(checkpoint_path(run_dir, step), step)
 
 
 def _record(run_dir: Path, event: EventName, step: int, why: str | None) -> None:

@@ -1,5 +1,6 @@
 """What slurm/job.sh does with a job: signals handed on, restarts counted, comments; with a stand-in for rmoe."""
 
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -50,7 +51,9 @@ class Site:
         return "".join(path.read_text() for path in sorted((self.folder / "logs").glob("*.log")))
 
     def calls(self) -> list[str]:
-        return (self.folder / "calls").read_text().splitlines()
+        """How rmoe was called; the copy that a job has of its configuration under the name that it was submitted by."""
+        text = (self.folder / "calls").read_text()
+        return re.sub(rf"{self.folder}/logs/c-\w{{6}}\.yaml", "c.yaml", text).splitlines()
 
 
 @pytest.fixture
@@ -170,6 +173,47 @@ def test_a_sweep_trains_every_line(site: Site) -> None:
         f"0 train c.yaml seed=1 lr=1e-3 steps=2 run_dir={site.folder}/run-0",
         f"0 train c.yaml seed=1 lr=1e-4 run_dir={site.folder}/run-1",
     ]
+
+
+def test_a_job_has_the_configuration_as_it_was_at_submission(site: Site) -> None:
+    site.stand_in("for word; do [[ $word != *.yaml ]] || cat $word; done")
+    (site.folder / "c.yaml").write_text("seed: 7\n")
+    (site.folder / "lines").write_text("a=1\n")
+    jobs = [
+        site.submit("pretrain_t2i.sh", "--nodes=1", "--begin=now+1hour", "c.yaml"),
+        site.submit("sweep.sh", "--nodes=1", "--begin=now+1hour", "c.yaml", "lines"),
+    ]
+    (site.folder / "c.yaml").write_text("seed: 8\n")  # for the next job
+    for job in jobs:
+        assert site.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now").returncode == 0
+        assert site.slurm.wait(job) == "COMPLETED", site.log()
+    assert re.findall(r"^seed: \d", site.log(), re.MULTILINE) == ["seed: 7"] * 4  # two jobs of two tasks
+
+
+def test_an_array_runs_as_many_tasks_at_once_as_it_says(site: Site) -> None:
+    note = f"echo $1 $SLURM_ARRAY_TASK_ID >> {site.folder}/noted"
+    site.stand_in(f"n() {{ ((SLURM_PROCID)) || {note}; }}; n begin; sleep 2; n end")
+    (site.folder / "lines").write_text("a=1\na=2\na=3\na=4\na=5\n")
+    job = site.submit("sweep.sh", "--nodes=1", "--array=0-3%2", "c.yaml", "lines")
+    for number in range(4):
+        assert site.slurm.wait(f"{job}_{number}") == "COMPLETED", site.log()
+    running, most, numbers = 0, 0, []
+    for line in (site.folder / "noted").read_text().splitlines():
+        what, number = line.split()
+        running += 1 if what == "begin" else -1
+        most = max(most, running)
+        numbers += [number] if what == "begin" else []
+    assert (sorted(numbers), most) == (["0", "1", "2", "3"], 2)
+
+
+def test_an_array_that_the_environment_asks_for_is_refused_where_a_job_is_one(site: Site) -> None:
+    site.stand_in("exit 0")
+    for script, arguments in (("pretrain_t2i.sh", ["c.yaml"]), ("convert_to_hf.sh", ["run", "out"])):
+        done = site.slurm.run(
+            str(ROOT / "slurm" / script), *arguments, cwd=site.folder, **site.settings, SBATCH_ARRAY_INX="0-3"
+        )
+        assert done.returncode == 2
+        assert "is one job, not an array (--array=0-3)" in done.stderr
 
 
 def test_a_task_of_an_array_starts_itself_anew_and_no_other(site: Site) -> None:

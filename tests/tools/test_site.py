@@ -170,12 +170,30 @@ def test_a_login_node_without_rmoe_says_that_nothing_was_checked(tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("not checked: there is no rmoe on this node")
+    (copy,) = (tmp_path / "logs").glob("t2i_2b-??????.yaml")
+    assert copy.read_bytes() == (ROOT / "configs" / "t2i_2b.yaml").read_bytes()
     assert done.stdout.splitlines() == [
         "sbatch", f"--output={tmp_path}/logs/%x-%j.log", "--open-mode=append", "--account=vision", "--partition=h100",
         "--mem=0", "--constraint=ib", "--exclude=n7", "--mincpus=96", "--gpus-per-node=8", "--nodes=3",
-        "--signal=B:USR1@600", "--requeue", "--qos=low", "script.sh", f"{ROOT}/configs/t2i_2b.yaml", "seed=1",
+        "--signal=B:USR1@600", "--requeue", "--qos=low", "script.sh", str(copy), "seed=1",
         "run_dir=/runs/t2i_2b",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mounts", ["/data", "/data,{folder}", "/data,{folder}:/elsewhere"])
+def test_a_container_that_does_not_see_the_copy_of_a_configuration_reads_the_file(
+    tmp_path: Path, mounts: str
+) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 3\n")
+    done = call(
+        tmp_path, f"keep_configuration {tmp_path}/c.yaml && echo $kept", SITE_CONTAINER_RUNTIME="pyxis",
+        SITE_CONTAINER_MOUNTS=mounts.format(folder=tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    is_seen = mounts == "/data,{folder}"
+    assert (done.stdout.strip() != f"{tmp_path}/c.yaml") is is_seen
+    assert Path(done.stdout.strip()).read_text() == "seed: 3\n"
+    assert ("the container does not see SITE_LOGS" in done.stderr) is not is_seen
 
 
 def test_a_command_that_this_version_has_not_is_said(tmp_path: Path) -> None:

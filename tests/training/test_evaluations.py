@@ -1,6 +1,7 @@
 """Benchmarks between steps: a perfect model scores one, verdicts add up, ranks share the work, a run logs and draws it, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,15 @@ def test_a_run_logs_and_draws_it_and_two_ranks_do_the_same(run: Path) -> None:
         pictures.append(np.asarray(Image.open(folder / "step-00000004.png"), dtype=int))
     assert pictures[0].shape == pictures[1].shape
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_an_evaluation_that_a_checkpoint_left_to_be_done_is_made_up_for(run: Path) -> None:
+    found = losses(run / "one", "shapes_seen")
+    shutil.rmtree(run / "one" / "evaluations")
+    code, errors = rmoe("train", "--resume", str(run / "one"))
+    assert code == 0, errors
+    assert losses(run / "one", "shapes_seen") == found
+    assert (run / "one" / "evaluations" / "shapes" / "step-00000004.png").is_file()
 
 
 @pytest.mark.parametrize(

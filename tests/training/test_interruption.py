@@ -174,6 +174,28 @@ def test_a_run_stops_before_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> N
             interruption.check()
 
 
+def test_the_clock_of_one_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node whose clock is hours ahead sees the end of a job at its beginning."""
+    others = {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "SLURM_JOB_END_TIME": "1000",
+    }
+    for name, value in others.items():
+        monkeypatch.setenv(name, value)
+    late = Interruption(clock=lambda: 5000.0)
+    for name in others:
+        monkeypatch.delenv(name)
+    with one_rank(tiny_config()):
+        late.check()
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
+    first = Interruption(clock=lambda: 5000.0)
+    with one_rank(tiny_config()), pytest.raises(StopRequest, match="time limit"):
+        first.check()
+
+
 def test_a_process_that_cannot_stop_ends_at_a_later_sigterm() -> None:
     program = (
         "import time; from rmoe_megatron import stop_signals as s; s.PATIENCE = 0.5; s.listen(); print('ready', flush=True)\n"

@@ -3,20 +3,28 @@
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from rmoe_megatron.checkpoint.folders import list_checkpoints, remove_old
-from rmoe_megatron.config.run import LoggingConfig
+from rmoe_megatron.checkpoint.folders import CheckpointFolder, list_checkpoints, remove_old
+from rmoe_megatron.config.loading import load_config
+from rmoe_megatron.config.run import LoggingConfig, RunConfig
 from rmoe_megatron.errors import RunError, UserError
-from rmoe_megatron.training import run_lock
+from rmoe_megatron.parallel import process_groups
+from rmoe_megatron.training import run, run_lock
 from rmoe_megatron.training.history import count_restarts, read_history, record
 from rmoe_megatron.training.logging import RunLogger
 from rmoe_megatron.training.run_lock import Fence, exclusive
-from tests.support.commands import kill
+from tests.support.commands import kill, rmoe
+from tests.support.ranks import MMDIT, configuration, run_on_ranks
+from tests.support.runs import make_run
 
 HOLD = """\
 import sys, time
@@ -104,6 +112,85 @@ def test_an_earlier_start_that_does_not_end_is_named(tmp_path: Path, monkeypatch
             pass
     finally:
         kill(process)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration and a run of two steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    settings = [
+        "training.steps=2",
+        "checkpoint.every=1",
+        "checkpoint.keep_last=9",
+        "training.sample_prompts=[]",
+    ]
+    code, errors = rmoe(
+        "train", str(make_run(folder)), *settings, "data.validation=null", "optimizer.warmup_steps=0"
+    )
+    assert code == 0, errors
+    return folder
+
+
+def saved_meanwhile(monkeypatch: pytest.MonkeyPatch, source: Path, run_dir: Path) -> None:
+    """Let another process have saved a checkpoint and be gone by the time this one has the folder."""
+
+    @contextmanager
+    def held_before(asked: Path) -> Iterator[Fence]:
+        shutil.copytree(source, run_dir / "checkpoints" / source.name)
+        with exclusive(asked) as fence:
+            yield fence
+
+    monkeypatch.setattr(run, "exclusive", held_before)
+
+
+def test_a_new_run_does_not_begin_where_another_one_has_saved_meanwhile(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_meanwhile(monkeypatch, whole / "run" / "checkpoints" / "step-00000002", tmp_path / "run")
+    config = load_config(whole / "config.yaml", [f"run_dir={tmp_path}/run"])
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        run.train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+def test_a_run_goes_on_from_what_was_saved_meanwhile(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    saved_meanwhile(monkeypatch, whole / "run" / "checkpoints" / "step-00000002", tmp_path / "run")
+    run.resume(tmp_path / "run", ["training.steps=3"])
+    last = read_history(tmp_path / "run")[-2:]
+    assert [(event["event"], event["step"]) for event in last] == [("resumed", 2), ("finished", 3)]
+
+
+def test_what_a_lost_node_left_of_a_save_holds_nobody_up(whole: Path, tmp_path: Path) -> None:
+    """The claim of its process looks alive for ten minutes: nobody here can tell that it is gone."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole / "run", run_dir)
+    (run_dir / "checkpoints" / ".step-00000003.claim").write_text("lost 12")
+    (run_dir / "checkpoints" / ".step-00000003~lost~12.partial").mkdir()
+    run.resume(run_dir, ["training.steps=3"])
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        f"step-0000000{step}" for step in (1, 2, 3)
+    ]
+
+
+def steps_of_all_ranks(config: RunConfig) -> list[int]:
+    """The step that each rank goes on from, if each has found another one."""
+    with process_groups(config):
+        mine = CheckpointFolder(Path("x"), 5 + 5 * dist.get_rank())
+        found = run._that_of_rank0(Path("x"), mine)
+        assert found is not None
+        everyone: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(everyone, found.step)
+    return everyone
+
+
+def test_ranks_that_looked_at_different_moments_go_on_from_the_same_checkpoint(tmp_path: Path) -> None:
+    found = run_on_ranks(2, {"": configuration(MMDIT, recurrent=False)}, tmp_path, steps_of_all_ranks)
+    assert found[""] == [5, 5]
 
 
 @pytest.mark.parametrize("name", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])

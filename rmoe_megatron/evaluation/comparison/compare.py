@@ -39,12 +39,11 @@ def compare(paths: Sequence[Path], out: Path) -> str:
     """
     groups = group_by_benchmark([entry for path in paths for entry in read_entries(path)])
     text = "\n".join(table(group) for group in groups)
-    out.mkdir(parents=True, exist_ok=True)
-    durable.write(out / "comparison.png", plot(groups))
-    durable.write(
-        out / "comparison.json", json.dumps([_described(group) for group in groups], indent=1) + "\n"
-    )
-    durable.write(out / "comparison.md", text)
+    described = json.dumps([_described(group) for group in groups], indent=1) + "\n"
+    with durable.filling(out):
+        durable.write(out / "comparison.png", plot(groups))
+        durable.write(out / "comparison.json", described)
+        durable.write(out / "comparison.md", text)
     return text
 
 
