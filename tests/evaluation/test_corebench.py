@@ -126,26 +126,33 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def test_what_the_judge_sees() -> None:
-    """Sides rounded to multiples of 2 x 16 pixels by Pillow, and no black border: facts of the published code."""
+    """Sides rounded to multiples of 2 x 16 pixels by Pillow, no black border, white behind what is transparent: facts of the published code."""
 
     class Processor:
         patch_size, merge_size = 16, 2
 
     whole = noise(64, 96)
-    assert (np.asarray(_as_published(whole, Processor)) == np.asarray(whole)).all()
+    assert (np.asarray(_as_published(whole, Processor, False)) == np.asarray(whole)).all()
     bordered = Image.new("RGB", (120, 90))
     bordered.paste(whole, (7, 5))
-    assert (np.asarray(_as_published(bordered, Processor)) == np.asarray(whole)).all()
+    assert (np.asarray(_as_published(bordered, Processor, True)) == np.asarray(whole)).all()
+    assert _as_published(bordered, Processor, False).size == (128, 96)  # a picture of others stays as it is
+    clear = whole.copy()
+    clear.putalpha(0)
+    assert (np.asarray(_as_published(clear, Processor, False)) == 255).all()
     odd = noise(70, 90)
     expected = odd.resize((96, 64), Image.Resampling.BICUBIC)
-    assert (np.asarray(_as_published(odd, Processor)) == np.asarray(expected)).all()
-    assert _as_published(Image.new("RGB", (64, 64)), Processor).size == (64, 64)  # all black
+    assert (np.asarray(_as_published(odd, Processor, True)) == np.asarray(expected)).all()
+    assert _as_published(Image.new("RGB", (64, 64)), Processor, True).size == (64, 64)  # all black
 
 
 @pytest.mark.parametrize(("mixture", "thinking"), [(False, False), (True, True)])
 def test_answers_are_what_transformers_generates(tmp_path: Path, mixture: bool, thinking: bool) -> None:
     """Several conversations of different lengths at once, against each alone, put together by hand."""
     model = save_answerer(tmp_path, mixture=mixture, thinking=thinking)
+    # What a published folder says of sampling has no say.
+    said = {"do_sample": True, "temperature": 0.6, "top_k": 3, "repetition_penalty": 9.0, "eos_token_id": 65}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
     answerer = Qwen3VL(str(tmp_path))
     assert answerer.thinks is thinks(tmp_path) is thinking
     image = noise(24, 32)
@@ -157,7 +164,7 @@ def test_answers_are_what_transformers_generates(tmp_path: Path, mixture: bool, 
         "<|vision_start|>" + "<|image_pad|>" * 12 + "<|vision_end|>"
     )  # 24 x 32 pixels in two by two patches of 4
     ends = answerer.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    said = []
+    alone = []
     for after in ("Is it?<|im_end|>", "Are there many cats?<|im_end|>", "x"):
         tokens = answerer.tokenizer(f"a<|im_start|>{marks}{after}", return_tensors="pt")["input_ids"]
         kinds = (tokens == model.config.image_token_id).int()
@@ -165,8 +172,8 @@ def test_answers_are_what_transformers_generates(tmp_path: Path, mixture: bool, 
             input_ids=tokens, attention_mask=torch.ones_like(tokens), mm_token_type_ids=kinds, **pixels, max_new_tokens=6,
             do_sample=False, repetition_penalty=1.3, eos_token_id=ends,
         )[0, tokens.shape[1] :].tolist()  # fmt: skip
-        said.append([token for token in output if token not in ends])
-    assert found == said
+        alone.append([token for token in output if token not in ends])
+    assert found == alone
     assert len({tuple(each) for each in found}) > 1
 
 
@@ -181,7 +188,7 @@ def test_a_question_is_put_with_its_prompt(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(answerer, "generate", generate)
     monkeypatch.setattr("rmoe_megatron.evaluation.corebench.judging.TOGETHER", 2)
-    assert ask(answerer, noise(24, 32), CAT, Wording("given", "Look.")) == ["yes"] * 3
+    assert ask(answerer, noise(24, 32), CAT, Wording("given", "Look."), True) == ["yes"] * 3
     assert [(before, rest) for before, _, rest in asked] == [
         ("<|im_start|>system\n\nLook.\n<|im_end|>\n<|im_start|>user\n", (8192, 1.05))
     ] * 2
@@ -256,7 +263,9 @@ def test_the_whole(tmp_path: Path) -> None:
     # The judge's answers about one picture, asked here.
     prompt = read_prompts(data)[0]
     with Image.open(out / "images" / "C-MI" / "C-MI-001-1.png") as image:
-        asked = ask(Qwen3VL(str(tmp_path / "answerer")), image, prompt, Wording("given", "Say yes or no."))
+        asked = ask(
+            Qwen3VL(str(tmp_path / "answerer")), image, prompt, Wording("given", "Say yes or no."), True
+        )
     answers = json.loads((out / "answers" / "C-MI-001.json").read_text())
     assert answers[1] == asked
     assert set(asked) <= {"yes", "no"}

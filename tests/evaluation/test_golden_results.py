@@ -219,8 +219,11 @@ def test_corebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         20: ["no", "no"], 21: ["no", "yes"],  # 0, 1/2
     }  # fmt: skip
 
-    def ask(answerer: Any, image: Image.Image, prompt: Prompt, wording: judging.Wording) -> list[str]:
+    def ask(
+        answerer: Any, image: Image.Image, prompt: Prompt, wording: judging.Wording, is_made_here: bool
+    ) -> list[str]:
         assert wording.text == "Look."
+        assert not is_made_here
         return said[number_of(image)]
 
     for number, prompt in enumerate(prompts):

@@ -43,7 +43,7 @@ from rmoe_megatron.evaluation.generation import (
 )
 from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.provenance import Product, Record, digest
+from rmoe_megatron.evaluation.provenance import Product, Record, digest, read_record
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
 from rmoe_megatron.evaluation.results import (
     Example,
@@ -217,8 +217,10 @@ def ask_all(
     def answers(place: int) -> bytes:
         number, of_images = numbers[place], []
         for picture in of_prompt[number]:
-            with open_picture(picture.request.path) as image:
-                of_images.append(ask(answerer(), image, prompts[number], settings.wording))
+            path = picture.request.path
+            is_made_here = read_record(path) is not None
+            with open_picture(path) as image:
+                of_images.append(ask(answerer(), image, prompts[number], settings.wording, is_made_here))
         return json.dumps(of_images).encode()
 
     fill(products, settings.out / "claims" / "answers", answers, progress)

@@ -93,12 +93,17 @@ def judging_record(wording: Wording) -> Record:
     }
 
 
-def ask(answerer: Qwen3VL, image: Image.Image, prompt: Prompt, wording: Wording) -> list[str]:
+def ask(
+    answerer: Qwen3VL, image: Image.Image, prompt: Prompt, wording: Wording, is_made_here: bool
+) -> list[str]:
     """Return the judge's answers to all questions about a picture of a prompt, without what it thought before.
 
-    Decoding is greedy. As in the published code, black borders are cut off, and Pillow rounds the sides to what the judge takes.
+    Decoding is greedy.
+
+    Args:
+        is_made_here: cut off the black borders, as the published code does where it makes pictures, and not where it judges them.
     """
-    shown = _as_published(image.convert("RGB"), answerer.processor)
+    shown = _as_published(image, answerer.processor, is_made_here)
     before = f"<|im_start|>system\n\n{wording.text}\n<|im_end|>\n<|im_start|>user\n"
     after = [
         f'Prompt: "{prompt.text}"\nQuestion: "{question}"<|im_end|>\n<|im_start|>assistant\n'
@@ -114,9 +119,15 @@ def ask(answerer: Qwen3VL, image: Image.Image, prompt: Prompt, wording: Wording)
     return answers
 
 
-def _as_published(image: Image.Image, processor: Any) -> Image.Image:
-    """Return a picture without black borders, its sides rounded to multiples of the processor's patches."""
-    image = image.crop(image.getbbox())
+def _as_published(image: Image.Image, processor: Any, is_made_here: bool) -> Image.Image:
+    """Return a picture as Qwen's own code hands it on: on white where it is transparent, its sides multiples of the processor's patches."""
+    if image.mode == "RGBA":
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        image = white
+    image = image.convert("RGB")
+    if is_made_here:
+        image = image.crop(image.getbbox())
     factor = processor.patch_size * processor.merge_size
     fewest, most = (number * factor**2 for number in TOKENS_OF_A_PICTURE)
     height, width = smart_resize(image.height, image.width, factor, fewest, most)
