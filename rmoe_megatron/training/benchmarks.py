@@ -271,7 +271,7 @@ def _corebench(settings: EvaluationConfig) -> Benchmark:
 
     return Benchmark(
         [prompt.text for prompt in prompts],
-        lambda models, number, image: ask(models, Image.fromarray(image), prompts[number], wording),
+        lambda models, number, image: ask(models, Image.fromarray(image), prompts[number], wording, True),
         summarise,
         partial(Qwen3VL, answerer),
         ((answerer, judge_parts),),

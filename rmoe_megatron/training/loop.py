@@ -255,7 +255,7 @@ class TrainingLoop:
         step = self.state.progress.step
         ((height, width),) = self.source.at(step - 1).latent_sizes
         with self.state.ema.applied():
-            evaluated = self.evaluations[kind].run(denoise, height, width)
+            evaluated = self.evaluations[kind].run(denoise, height, width, self.interruption.check)
         if evaluated is None:
             return
         self.log.log_metrics(step, evaluated.metrics)

@@ -21,7 +21,7 @@ from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.evaluation.geneval.evaluate import Judges
 from rmoe_megatron.evaluation.geneval.rules import Detection
-from rmoe_megatron.training.benchmarks import open_benchmark
+from rmoe_megatron.training.benchmarks import Benchmark, open_benchmark
 from rmoe_megatron.training.evaluations import Evaluation
 from tests.evaluation.test_corebench import save_tables
 from tests.evaluation.test_dpg import TABLE
@@ -154,7 +154,7 @@ def test_corebench_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     said = [["yes", "no"], ["yes", "yes"], ["no", "no"], ["no", "maybe"], ["yes", "Yes."], ["no", "yes"]]
     monkeypatch.setattr(
         "rmoe_megatron.evaluation.corebench.judging.ask",
-        lambda models, image, prompt, wording: said[number_of(image)],
+        lambda models, image, prompt, wording, is_made_here: said[number_of(image)],
     )
     found = summarised("corebench", save_tables(tmp_path / "data"), None, 6)
     parts = {"C-MI": 50.0, "C-MA": 100.0, "C-MR": 0.0, "C-TR": 0.0, "R-LR": 100.0, "R-BR": 50.0}
@@ -213,6 +213,46 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         code, errors = rmoe("train", str(config), f"run_dir={folder}/{name}", ranks=ranks)
         assert code == 0, errors
     return folder
+
+
+@pytest.mark.distributed
+def test_ranks_that_share_a_model_share_the_judging(run: Path) -> None:
+    (config,) = run.glob("*.yaml")
+    layout = "parallel={tensor_model_parallel_size: 2, sequence_parallel: true}"
+    shared = [layout, f"run_dir={run}/shared"]
+    code, errors = rmoe("train", str(config), *shared, ranks=2)
+    assert code == 0, errors
+    for name in ("shapes_seen", "geneval_overall", "geneval2_soft_tifa_gm", "pickscore"):
+        expected = losses(run / "one", name)
+        assert losses(run / "shared", name) == pytest.approx(expected, rel=0.05), name
+
+
+def test_judging_stops_between_two_pictures_and_gives_the_gpu_back() -> None:
+    class Judge:
+        places: list[str] = []  # noqa: RUF012
+
+        def to(self, device: torch.device) -> "Judge":
+            self.places.append(device.type)
+            return self
+
+    judged: list[int] = []
+    benchmark = Benchmark(
+        ["a"] * 4, lambda models, number, image: judged.append(number), lambda *found: None, Judge
+    )  # type: ignore[arg-type, return-value, func-returns-value]
+    calls = iter([None, None, RuntimeError("stop")])
+
+    def check() -> None:
+        if (error := next(calls)) is not None:
+            raise error
+
+    config = tiny_config()
+    with one_rank(config):
+        evaluation = Evaluation(config, benchmark, None, None)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="stop"):
+            evaluation._judged(np.zeros((4, 2, 2, 3), dtype=np.uint8), check)
+    assert judged == [0, 1]
+    assert len(Judge.places) == 3  # to the host, to the device, and back
+    assert Judge.places[-1] == "cpu"
 
 
 def test_a_run_logs_and_draws_it_and_two_ranks_do_the_same(run: Path) -> None:
