@@ -133,15 +133,15 @@ def train(
     ] = None,
 ) -> None:
     """Train a model from a configuration, or go on with a run."""
-    stop_signals.listen()
-    from rmoe_megatron.config.loading import load_config
-
     arguments = arguments or []
     if ranks is not None and not check:
         raise UserError("--ranks is for --check; torchrun or srun start the ranks of a run.")
     if check:
         _check_training(arguments, resume, ranks or launch.world_size())
         return
+    stop_signals.listen()
+    from rmoe_megatron.config.loading import load_config
+
     if resume is None and not arguments:
         raise UserError("train needs a configuration file, or --resume RUN; see `rmoe train --help`.")
     standard_streams.outlive_reader("stdout")

@@ -147,6 +147,7 @@ def _run(
     ready: Connection,
 ) -> None:
     set_start_method("fork", force=True)  # a new interpreter's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # likewise; tests in the background ignore it
     os.setsid()
     ready.send(None)
     ready.close()

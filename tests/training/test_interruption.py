@@ -126,22 +126,25 @@ def has_logged(run_dir: Path, step: int) -> Callable[[], bool]:
     return lambda: (run_dir / "metrics.jsonl").is_file() and max(losses(run_dir), default=0) >= step
 
 
-def test_a_signal_to_every_process_of_a_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])  # as SLURM sends it, as Ctrl-C in a terminal does
+def test_a_signal_to_every_process_of_a_job(tmp_path: Path, name: str) -> None:
     run_dir, settings = (
         tmp_path / "run",
         ["training.steps=100000", "checkpoint.every=100000", "data.num_workers=2"],
     )
     process = start(["train", str(make_run(tmp_path)), *settings])
     until(has_logged(run_dir, 3), process)
-    os.killpg(process.pid, signal.SIGTERM)  # as SLURM does, its data loading processes too
+    os.killpg(process.pid, signal.Signals[name])  # its data loading processes too
     code, errors = finish(process, timeout=60)
     assert code == 75, errors
     step = list_checkpoints(run_dir)[0].step
     last = errors.splitlines()[-1]
     assert last == (
-        f"interrupted: SIGTERM: {run_dir} stopped after step {step}; `rmoe train --resume {run_dir}` goes on."
+        f"interrupted: {name}: {run_dir} stopped after step {step}; `rmoe train --resume {run_dir}` goes on."
     )
     assert max(losses(run_dir)) == step
+    (_, interrupted) = read_history(run_dir)
+    assert (interrupted["event"], interrupted["step"], interrupted["why"]) == ("interrupted", step, name)
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
@@ -196,14 +199,45 @@ def test_the_clock_of_one_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         first.check()
 
 
+LISTENING = """
+import signal, time
+from rmoe_megatron import stop_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
+stop_signals.PATIENCE = 0.5
+stop_signals.listen()
+print("ready", flush=True)
+for _ in range(600):
+    time.sleep(0.1)
+"""
+
+
+def start_listening() -> subprocess.Popen[str]:
+    """Start a process that notes signals and never gets to where it would stop."""
+    command = [sys.executable, "-c", LISTENING]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_a_second_ctrl_c_ends_a_process_at_once() -> None:
+    process = start_listening()
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "\n"
+        assert "a second Ctrl-C ends it at once" in process.stderr.readline()
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+    finally:
+        if process.poll() is None:
+            kill(process)
+
+
 def test_a_process_that_cannot_stop_ends_at_a_later_sigterm() -> None:
-    program = (
-        "import time; from rmoe_megatron import stop_signals as s; s.PATIENCE = 0.5; s.listen(); print('ready', flush=True)\n"
-        "for _ in range(600): time.sleep(0.1)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = start_listening()
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "ready\n"
