@@ -24,6 +24,7 @@ from rmoe_megatron.cli_options import (
     Seed,
     Steps,
     check_guidance,
+    keeping,
     read_prompts,
 )
 from rmoe_megatron.cli_prompt_benchmarks import eval_app
@@ -47,8 +48,6 @@ app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
 diagnose_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look inside a trained model.")
 app.add_typer(diagnose_app, name="diagnose")
-
-INTERRUPTED = 75
 
 
 def main() -> None:
@@ -82,7 +81,7 @@ def main() -> None:
             raise
         _end(f"error: {message}", exit_code(error))
     except Interrupted as interruption:
-        _end(f"interrupted: {interruption}", INTERRUPTED)
+        _end(f"interrupted: {interruption}", interruption.code)
     except ModuleNotFoundError as error:
         found = extra_of(error.name or "")
         if found is None:
@@ -391,6 +390,7 @@ def _parse_parallel(overrides: list[str] | None):  # type: ignore[no-untyped-def
 
 
 @app.command()
+@keeping("the images that are finished")
 def sample(
     model: Annotated[
         Path, typer.Argument(help="Exported diffusers folder, or a hub repository (owner/name).")
@@ -425,27 +425,14 @@ def sample(
     bucket = parse_bucket("--size", size) if size is not None else None
     prompts = read_prompts(prompt or [], prompts_file)
     durable.check_writable(out, "--out")
-    from rmoe_megatron.evaluation.generation import Sampling, sampling_record
-    from rmoe_megatron.evaluation.provenance import save_pictures
-    from rmoe_megatron.pictures import labelled_grid, png
-    from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images, set_depth
+    from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.sample_folder import fill_folder
+    from rmoe_megatron.sampling import resolve_dtype
 
     dtype = resolve_dtype(dtype)
     how = Sampling(str(model), steps, guidance, seed, batch_size, guidance_interval, scheduler, None, dtype)
-    record = sampling_record(how) | {"depth": depth}
-    print(f"images are made {describe_place(dtype)}")
-    pipeline = open_pipeline(model, dtype, scheduler)
-    if depth is not None:
-        set_depth(pipeline, depth)
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    seeds = [seed + index for index in range(len(repeated))]
-    progress = Bar("sample", "image")
-    with durable.filling(out):
-        images = sample_images(
-            pipeline, repeated, seeds, steps, guidance, batch_size, progress, guidance_interval, size=bucket
-        )
-        others = save_pictures(images, out, [{"prompt": text} | record for text in repeated])
-        durable.write(out / "grid.png", png(labelled_grid(images, repeated)))
-    print(f"{len(images)} images and grid.png in {out}")
+    others = fill_folder(out, repeated, how, bucket, depth, Bar("sample", "image"))
+    print(f"{len(repeated)} images and grid.png in {out}")
     if others:
         print(f"beside them {len(others)} of an earlier command: {others[0].name} to {others[-1].name}")

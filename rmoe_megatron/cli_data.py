@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rmoe_megatron import durable, launch
-from rmoe_megatron.cli_options import Bar, Overrides, parse_numbers, parse_part
+from rmoe_megatron.cli_options import Bar, Overrides, keeping, parse_numbers, parse_part
 from rmoe_megatron.errors import UserError
 
 Processes = Annotated[
@@ -76,6 +76,7 @@ def build_mazes_command(
 
 
 @data_app.command("pack")
+@keeping("the shards that are finished")
 def pack_command(
     source: Annotated[
         Path,
@@ -173,6 +174,7 @@ def index_command(
 
 
 @data_app.command("precompute")
+@keeping("the shards that are finished")
 def precompute_command(
     config: Annotated[Path, typer.Argument(help="Configuration whose encoders are used.")],
     source: Annotated[Path, typer.Argument(help="Folder with raw shards, possibly in subfolders.")],

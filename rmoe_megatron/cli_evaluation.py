@@ -15,12 +15,15 @@ from rmoe_megatron.cli_options import (
     Seed,
     Steps,
     check_guidance,
+    keeping,
     parse_numbers,
 )
 from rmoe_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from rmoe_megatron.evaluation.protocol import Protocol
+
+KEEPING = keeping("the pictures and verdicts that are finished")
 
 eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score models.")
 
@@ -163,6 +166,7 @@ def eval_mazes(
 
 
 @eval_app.command("imagenet")
+@KEEPING
 def eval_imagenet(
     model: Annotated[
         str,

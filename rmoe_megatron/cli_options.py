@@ -1,12 +1,17 @@
-"""What several commands of the command line take, and the progress bar that they show."""
+"""What several commands of the command line take, the progress bar that they show, and what they say when Ctrl-C ends them."""
 
+import functools
+import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 from tqdm import tqdm
 
-from rmoe_megatron.errors import UserError
+from rmoe_megatron.errors import Interrupted, UserError
+from rmoe_megatron.stop_signals import CTRL_C
 from rmoe_megatron.typed_files import lines_of, read_text
 
 Overrides = Annotated[
@@ -59,6 +64,27 @@ class Bar:
         """Leave the lines of all bars, so that what is printed next begins a new one."""
         while cls.shown:
             cls.shown.pop().close()
+
+
+def keeping[**P](what: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Return a decorator of commands that keep what is finished when Ctrl-C ends them, and go on from there.
+
+    Args:
+        what: is kept, in the plural.
+    """
+
+    def decorator(command: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(command)
+        def interruptible(*arguments: P.args, **named: P.kwargs) -> None:
+            try:
+                command(*arguments, **named)
+            except KeyboardInterrupt:
+                again = shlex.join(["rmoe", *sys.argv[1:]])
+                raise Interrupted(f"Ctrl-C: {what} are kept; `{again}` goes on from there.", CTRL_C) from None
+
+        return interruptible
+
+    return decorator
 
 
 def check_guidance(guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from rmoe_megatron import durable
 from rmoe_megatron.cli_evaluation import (
+    KEEPING,
     Again,
     AllowIncomplete,
     Compile,
@@ -28,6 +29,7 @@ __all__ = ["eval_app"]
 
 
 @eval_app.command("geneval")
+@KEEPING
 def eval_geneval(
     model: Model,
     out: Out,
@@ -88,6 +90,7 @@ def eval_geneval(
 
 
 @eval_app.command("geneval2")
+@KEEPING
 def eval_geneval2(
     model: Model,
     data: Annotated[Path, typer.Option(help="GenEval 2's geneval2_data.jsonl.")],
@@ -137,6 +140,7 @@ def eval_geneval2(
 
 
 @eval_app.command("dpg")
+@KEEPING
 def eval_dpg(
     model: Model,
     data: Annotated[Path, typer.Option(help="DPG-Bench's dpg_bench.csv.")],
@@ -197,6 +201,7 @@ def eval_dpg(
 
 
 @eval_app.command("corebench")
+@KEEPING
 def eval_corebench(
     model: Model,
     data: Annotated[Path, typer.Option(help="Folder data of github.com/KlingTeam/T2I-CoReBench.")],
@@ -256,6 +261,7 @@ def eval_corebench(
 
 
 @eval_app.command("preference")
+@KEEPING
 def eval_preference(
     folder: Annotated[Path, typer.Argument(help="Folder of pictures, in any layout.")],
     out: Out,

@@ -14,11 +14,15 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):  # noqa: N818  # nothing is wrong
-    """A run that was asked to stop, has saved, and can go on from there.
+    """A command that was asked to stop, has kept what it had done, and can go on from there.
 
-    The message is one sentence that says why, at which step, and how to resume. The command line prints it and exits
-    with code 75 (EX_TEMPFAIL of sysexits.h: try again), at which the jobs of ``slurm/`` start anew.
+    The message is one sentence that says why, where, and how to go on. The command line prints it and exits with
+    ``code``: 75 (EX_TEMPFAIL of sysexits.h: try again), at which the jobs of ``slurm/`` start anew, or what shells say of Ctrl-C.
     """
+
+    def __init__(self, message: str, code: int = 75) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class RunError(Exception):

@@ -261,7 +261,7 @@ def sample_images(
     if size is not None:
         _check_size(pipeline, size)
         arguments |= {"height": size.height, "width": size.width}
-    conditions = _conditions(pipeline, prompts)
+    conditions = conditions_of(pipeline, prompts)
     images = []
     if progress is not None:
         progress(0, len(prompts))
@@ -341,8 +341,12 @@ def _check_size(pipeline: DiffusionPipeline, size: Bucket) -> None:
         )
 
 
-def _conditions(pipeline: DiffusionPipeline, prompts: list[str]) -> list[Any]:
-    """Return the prompts as the pipeline takes them."""
+def conditions_of(pipeline: DiffusionPipeline, prompts: list[str]) -> list[Any]:
+    """Return the prompts as the pipeline takes them.
+
+    Raises:
+        UserError: one is no class label of a class-conditional pipeline.
+    """
     if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
         return prompts
     classes = pipeline.transformer.config.num_embeds_ada_norm

@@ -254,7 +254,14 @@ def _described(metadata: list[Path], columns: Columns) -> dict[Path, set[str]]:
 
 
 def _of_files(source: Path, files: list[Path]) -> Iterator[Picture]:
-    return (Picture(str(path.relative_to(source)), partial(_load_file, path, source)) for path in files)
+    return (
+        Picture(
+            str(path.relative_to(source)),
+            partial(_load_file, path, source),
+            (path, *(beside for _, beside in _places_beside(path))),
+        )
+        for path in files
+    )
 
 
 def _load_file(path: Path, source: Path) -> tuple[bytes, dict[str, Any]]:
@@ -306,7 +313,11 @@ def _of_shards(source: Path, shards: list[Path]) -> tuple[int, Iterator[Picture]
                 f"{folder} holds precomputed samples; pack the raw shards that they were made from."
             )
     return sum(len(samples) for _, samples in sets), (
-        Picture(_name_in(samples, index, source), partial(_load_sample, samples, index))
+        Picture(
+            _name_in(samples, index, source),
+            partial(_load_sample, samples, index),
+            (Path(samples.shard(index)),),
+        )
         for _, samples in sets
         for index in range(len(samples))
     )

@@ -41,10 +41,12 @@ class Picture:
     Attributes:
         name: what a message calls it.
         load: returns the bytes of its file, and what is beside it in its sample: extension -> value.
+        files: what it is read from; some need not be there.
     """
 
     name: str
     load: Callable[[], tuple[bytes, dict[str, Any]]]
+    files: tuple[Path, ...]
 
 
 @dataclass
@@ -166,7 +168,7 @@ def _of_row(
 ) -> Picture:
     name = f"row {number} of {table.name}"
     if isinstance(row, str):
-        return Picture(name, partial(refuse, row))
+        return Picture(name, partial(refuse, row), (table,))
     image, value = row.get(image_column), row.get(caption_column)
     if isinstance(image, dict):  # as the Hugging Face hub has them
         image = image.get("bytes") or image.get("path")
@@ -174,12 +176,13 @@ def _of_row(
         raise UserError(_fetch_first(table, image_column, caption_column))
     if image is None and row.get("status") not in (None, "success"):  # of img2dataset
         reason = f"it could not be fetched: {row['status']}, {row.get('error_message')}"
-        return Picture(name, partial(refuse, reason))
+        return Picture(name, partial(refuse, reason), (table,))
     captions = captions_of(value)
     if not captions:
-        return Picture(name, partial(refuse, _why_no_caption(value)))
+        return Picture(name, partial(refuse, _why_no_caption(value)), (table,))
     if max(map(len, captions)) > MAX_TEXT["txt"]:
-        return Picture(name, partial(refuse, f"its caption has more than {MAX_TEXT['txt']} characters"))
+        reason = f"its caption has more than {MAX_TEXT['txt']} characters"
+        return Picture(name, partial(refuse, reason), (table,))
     members: dict[str, Any] = {"txt": captions[0]}
     others = _others(row, {image_column, caption_column}, packed)
     if len(captions) > 1:
@@ -188,7 +191,17 @@ def _of_row(
         others[caption_column] = captions
     if others:
         members["json"] = others
-    return Picture(name, lambda: (_content(image, table.parent), members))
+    return Picture(name, lambda: (_content(image, table.parent), members), (table, *_files_of(image, table)))
+
+
+def _files_of(image: Any, table: Path) -> list[Path]:
+    """Return the file that a picture of a table lies in, if it is given by its path."""
+    if not isinstance(image, str) or BASE64.fullmatch(image):
+        return []
+    try:
+        return [_path_of(image, table.parent)]
+    except ValueError:  # which is said when the picture is loaded
+        return []
 
 
 def _others(row: dict[str, Any], taken: set[str], packed: Packed) -> dict[str, Any]:

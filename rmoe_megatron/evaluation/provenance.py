@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from pydantic import TypeAdapter
 
@@ -86,15 +84,6 @@ def png_with(image: Image.Image, record: Record) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="png", pnginfo=text)
     return buffer.getvalue()
-
-
-def save_pictures(images: NDArray[np.uint8], folder: Path, records: Sequence[Record]) -> list[Path]:
-    """Write images [N, H, W, 3] as ``00000.png`` and so on, each with its record; returns those of an earlier command that stay."""
-    for number, (image, record) in enumerate(zip(images, records, strict=True)):
-        of_image = record | {"image_number": number}
-        product = Product(folder / f"{number:05d}.png", functools.partial(dict, of_image))
-        product.write(png_with(Image.fromarray(image), product.record))
-    return [path for path in sorted(folder.glob("[0-9]*.png")) if path.stem >= f"{len(images):05d}"]
 
 
 def read_record(path: Path) -> Record | None:
