@@ -130,6 +130,9 @@ def train(
     ranks: Annotated[
         int | None, typer.Option(min=1, max=launch.MAX_RANKS, help="With --check: of the job to come.")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say which kernels the run uses, and why not others.")
+    ] = False,
 ) -> None:
     """Train a model from a configuration, or go on with a run."""
     arguments = arguments or []
@@ -139,6 +142,8 @@ def train(
         _check_training(arguments, resume, ranks or launch.world_size())
         return
     stop_signals.listen()
+    if verbose:
+        logging.getLogger("rmoe_megatron").setLevel(logging.INFO)
     from rmoe_megatron.config.loading import load_config
 
     if resume is None and not arguments:

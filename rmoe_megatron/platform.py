@@ -97,6 +97,11 @@ def device_memory(device: torch.device) -> int:
     return psutil.virtual_memory().total
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that this process's tensors have taken on a GPU; None for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the kernels queued on ``device``, so that a clock read after it measures finished work."""
     if device.type == "cuda":

@@ -2,7 +2,8 @@
 
 ``RUN/checkpoints/step-00000500`` holds Megatron-Core's torch_dist files, ``config.yaml``, ``run_state.json`` and
 ``manifest.json`` with the size and SHA-256 of every other file. A folder is written under a name that ends in
-``.partial`` and renamed when everything is on the disk.
+``.partial`` and renamed when everything is on the disk. What is to follow the newest one, such as samples of its weights, and is not
+done yet, stands beside the folders in ``pending.json``.
 """
 
 import hashlib
@@ -26,9 +27,21 @@ from rmoe_megatron.typed_files import CLOSED, OPEN, read_json
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+PENDING = "pending.json"
 MAX_NAMED = 3  # damaged checkpoints in a sentence
 REQUIRED = {METADATA, "config.yaml", "run_state.json", "metadata.json"}
 _NAME = re.compile(r"step-(\d{8})")
+
+
+Pause = Annotated[str, Field(pattern=r"^(validation|samples|evaluation \w{1,40})$")]
+
+
+@with_config(CLOSED)
+class Pending(TypedDict):
+    """``pending.json``: what is left of ``pending`` of the checkpoint of ``step``."""
+
+    step: int
+    pending: list[Pause]
 
 
 @with_config(CLOSED)
@@ -43,13 +56,13 @@ class ManifestEntry(TypedDict):
 class RunState(TypedDict):
     """``run_state.json``: optimizer steps done, samples drawn, and what belongs to the kind of checkpoint.
 
-    ``pending`` is what this step is still to be followed by, before the next.
+    ``pending`` is what this step was still to be followed by, before the next, when it was saved; see :func:`pending_of`.
     """
 
     step: Annotated[int, Field(ge=0, lt=100_000_000)]
     samples: Annotated[int, Field(ge=0, lt=1 << 40)]
     skipped_steps: NotRequired[Annotated[int, Field(ge=0)]]
-    pending: NotRequired[list[Annotated[str, Field(pattern=r"^(validation|samples|evaluation \w{1,40})$")]]]
+    pending: NotRequired[list[Pause]]
     imported: NotRequired[bool]  # weights alone
     job: NotRequired[str]  # SLURM's number of the job that saved it
     base_fingerprint: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
@@ -57,6 +70,7 @@ class RunState(TypedDict):
 
 MANIFEST_MODEL = TypeAdapter(dict[str, ManifestEntry])
 RUN_STATE = TypeAdapter(RunState)
+_PENDING = TypeAdapter(Pending)
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,31 @@ def read_state(path: Path) -> RunState:
         UserError: the file is malformed.
     """
     return read_json(path / "run_state.json", RUN_STATE)
+
+
+def pending_of(checkpoint: CheckpointFolder) -> list[str]:
+    """Return what a checkpoint is still to be followed by.
+
+    Raises:
+        UserError: a file is malformed.
+    """
+    pending, path = read_state(checkpoint.path).get("pending", []), checkpoint.path.with_name(PENDING)
+    if pending and os.path.lexists(path):
+        left = read_json(path, _PENDING)
+        if left["step"] == checkpoint.step:
+            return left["pending"]
+    return pending
+
+
+def write_pending(run_dir: Path, step: int, pending: list[str]) -> None:
+    """Put down what is left of ``pending`` of the checkpoint of ``step``, the newest."""
+    path = checkpoint_path(run_dir, step).with_name(PENDING)
+    durable.write(path, json.dumps({"step": step, "pending": pending}))
+
+
+def forget_pending(run_dir: Path) -> None:
+    """Remove what was put down of a checkpoint, before another one, perhaps of the same step, takes its place."""
+    (run_dir / "checkpoints" / PENDING).unlink(missing_ok=True)
 
 
 def remove_old(run_dir: Path, keep_last: int, step: int) -> None:

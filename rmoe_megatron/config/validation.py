@@ -213,7 +213,8 @@ def check_wandb(arguments: dict[str, Any] | None) -> None:
             suggestion = f"did you mean {nearest[0]}?" if nearest else "see wandb.init for what it takes."
             raise UserError(f"logging.wandb has {key!r}, which wandb.init does not take; {suggestion}")
         require(
-            key not in ("dir", "id", "resume"), f"logging.wandb.{key} is set by the run itself; leave it out."
+            key not in ("dir", "id", "resume", "config", "allow_val_change"),
+            f"logging.wandb.{key} is set by the run itself; leave it out.",
         )
         entries = value if isinstance(value, list) else [value]
         require(

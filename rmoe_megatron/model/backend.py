@@ -95,6 +95,17 @@ def check_backend(config: RunConfig) -> None:
 
 
 def describe_backend(config: RunConfig) -> str:
+    """Return one sentence: on what and in which precision a run computes, and with whose layers."""
+    where = "a GPU" if runs_on_cuda(config.device) else "the CPU"
+    layers = "Transformer Engine" if uses_transformer_engine(config) else "Megatron-Core"
+    engine = " and DeepSpeed" if config.engine is EngineName.deepspeed else ""
+    return (
+        f"The run computes in {config.precision.value} on {where} with the layers of {layers}{engine}; --verbose says which kernels "
+        "are used and why."
+    )
+
+
+def describe_kernels(config: RunConfig) -> str:
     """Return one line: which layers are whose, what is fused, and why the rest is not."""
     cuda = runs_on_cuda(config.device)
     if config.precision.is_emulated:

@@ -13,15 +13,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from rmoe_megatron import durable
-from rmoe_megatron.config.run import LoggingConfig
+from rmoe_megatron.config.run import LoggingConfig, RunConfig
 from rmoe_megatron.disk_errors import about, warned
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.regular_files import open_to_append
 from rmoe_megatron.training.curves import MAX_BYTES, draw_curves, read_records
 from rmoe_megatron.typed_files import lines_of, read_text
+from rmoe_megatron.versions import versions_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,15 @@ METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 STATUS = "status"  # one line: where the run is
 WANDB_ID = "wandb_id.txt"
+LIBRARIES = (
+    "torch",
+    "megatron-core",
+    "deepspeed",
+    "transformer-engine",
+    "diffusers",
+    "transformers",
+    "numpy",
+)
 
 
 class RunLogger:
@@ -36,10 +47,19 @@ class RunLogger:
 
     A resumed run continues the same files: records of steps after ``start_step``, which the resumed run repeats, are
     dropped from the JSONL file and from TensorBoard.
+
+    Args:
+        description: what TensorBoard and wandb are to know of the run; see :func:`describe_run`.
     """
 
     def __init__(
-        self, run_dir: Path, config: LoggingConfig, total_steps: int, start_step: int, is_rank0: bool
+        self,
+        run_dir: Path,
+        config: LoggingConfig,
+        total_steps: int,
+        start_step: int,
+        is_rank0: bool,
+        description: dict[str, Any] | None = None,
     ) -> None:
         self.is_active = is_rank0
         if not is_rank0:
@@ -54,13 +74,18 @@ class RunLogger:
             threading.excepthook = _without_errors_of_tensorboard(threading.excepthook)
             with warned("TensorBoard"):
                 self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            for name, value in (description or {}).items():
+                text = json.dumps(value, indent=2)
+                self._tell_tensorboard("add_text", name, f"```\n{text}\n```", start_step)
         if config.wandb is not None:
             import wandb
 
-            self.wandb = wandb.init(
-                **{**config.wandb, "dir": str(run_dir), "id": _wandb_id(run_dir), "resume": "allow"}
-            )
+            own = {"dir": str(run_dir), "id": _wandb_id(run_dir), "resume": "allow"}
+            # A resumed run may have other settings than those that wandb knows.
+            known = {"config": description or {}, "allow_val_change": True}
+            self.wandb = wandb.init(**{**config.wandb, **known, **own})
         self.is_terminal = sys.stderr.isatty()
+        self.beside_bar: dict[str, str] = {}
         self.bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -89,6 +114,15 @@ class RunLogger:
             self._tell_tensorboard("add_scalar", name, value, step)
         self._tell_wandb(lambda run: run.log(metrics, step=step))
         self._show(step, metrics, remaining)
+
+    def show_step(self, step: int, loss: float, remaining: float | None = None) -> None:
+        """Show a step that is not recorded: on the bar of a terminal; elsewhere the first step of this process alone, as a line."""
+        if not self.is_active:
+            return
+        if step == self.start_step + 1:
+            self._show(step, {"loss": loss}, remaining)
+        elif self.is_terminal:
+            self._move_bar(step, {"loss": loss}, remaining)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Show a PNG that was written beside the metrics."""
@@ -148,22 +182,31 @@ class RunLogger:
             )  # fmt: skip
 
     def _show(self, step: int, metrics: dict[str, float], remaining: float | None) -> None:
-        shown = {name: f"{value:.4g}" for name, value in metrics.items() if name in SHOWN}
-        if remaining is not None:
-            shown["ETA"] = tqdm.format_interval(remaining)
+        shown = _shown(metrics, remaining)
         if "loss" in metrics:
             brief = [f"{name} {shown[name]}" for name in ("loss", "ETA") if name in shown]
             with suppress(OSError):  # what cannot be written now is written at the next step
                 durable.write(self.run_dir / STATUS, f"step {step}/{self.total_steps}  {'  '.join(brief)}\n")
         if self.is_terminal and "loss" in metrics:
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(step - self.bar.n)
+            self._move_bar(step, metrics, remaining)
             return
         values = "  ".join(f"{name} {value}" for name, value in shown.items())
         self._write(f"step {step}/{self.total_steps}  {values}")
 
+    def _move_bar(self, step: int, metrics: dict[str, float], remaining: float | None) -> None:
+        """Show a step on the bar, beside it what is known of this step and else of the last that had it."""
+        self.beside_bar |= _shown(metrics, remaining)
+        self.bar.set_postfix(self.beside_bar, refresh=False)
+        self.bar.update(step - self.bar.n)
+
     def _write(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
+
+
+def describe_run(config: RunConfig) -> dict[str, Any]:
+    """Return the whole configuration and the versions of the libraries that train, as values of JSON."""
+    whole = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return {"configuration": whole, "versions": versions_of(*LIBRARIES)}
 
 
 def _without_errors_of_tensorboard(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -175,6 +218,12 @@ def _without_errors_of_tensorboard(hook: Callable[[Any], Any]) -> Callable[[Any]
             hook(error)
 
     return without
+
+
+def _shown(metrics: dict[str, float], remaining: float | None) -> dict[str, str]:
+    """Return what a reader of the terminal sees of metrics."""
+    shown = {name: f"{value:.4g}" for name, value in metrics.items() if name in SHOWN}
+    return shown if remaining is None else {**shown, "ETA": tqdm.format_interval(remaining)}
 
 
 class _Records:

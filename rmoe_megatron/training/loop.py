@@ -15,18 +15,25 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rmoe_megatron import durable
+from rmoe_megatron.checkpoint.folders import write_pending
 from rmoe_megatron.checkpoint.saving import NotSavedError
 from rmoe_megatron.config.run import EvaluationConfig, RunConfig
 from rmoe_megatron.data.batch import Batch
 from rmoe_megatron.disk_errors import warned
 from rmoe_megatron.engine.protocol import StepResult
-from rmoe_megatron.model.backend import describe_backend, warn_of_new_histories, warn_of_slow_precision
+from rmoe_megatron.model.backend import (
+    describe_backend,
+    describe_kernels,
+    warn_of_new_histories,
+    warn_of_slow_precision,
+)
 from rmoe_megatron.pictures import png
+from rmoe_megatron.platform import peak_memory
 from rmoe_megatron.training.benchmarks import open_benchmark
 from rmoe_megatron.training.evaluations import Evaluation
 from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.interruption import Interruption, StopRequest
-from rmoe_megatron.training.logging import RunLogger
+from rmoe_megatron.training.logging import RunLogger, describe_run
 from rmoe_megatron.training.samples import SampleGrid
 from rmoe_megatron.training.source import TrainingSource
 from rmoe_megatron.training.state import TrainingState, save_checkpoint
@@ -46,7 +53,7 @@ class TrainingLoop:
         restarts: how often the run was started again; rank 0 knows it.
         may_publish: raises if another process has taken over the run; rank 0 asks it before a checkpoint is published.
         averages_due: the update whose parameters the averages have not seen yet.
-        saved: step of the last checkpoint, and what followed that step and was not done then.
+        saved: step of the last checkpoint, and what is to follow it and is not done yet.
         waited: seconds for data, up to the last step.
     """
 
@@ -66,9 +73,16 @@ class TrainingLoop:
         training, progress, engine = self.config.training, self.state.progress, self.state.engine
         run_dir = Path(self.config.run_dir)
         self.log = RunLogger(
-            run_dir, self.config.logging, training.steps, progress.step, is_rank0=dist.get_rank() == 0
+            run_dir,
+            self.config.logging,
+            training.steps,
+            progress.step,
+            is_rank0=dist.get_rank() == 0,
+            description=describe_run(self.config),
         )
         self.log.announce(describe_backend(self.config))
+        if dist.get_rank() == 0:
+            logger.info(describe_kernels(self.config))
         for warning in (
             warn_of_slow_precision(self.config),
             warn_of_new_histories(self.config, progress.step),
@@ -83,6 +97,8 @@ class TrainingLoop:
         health = Health(run_dir, engine, self.source.locate, training.max_skipped_steps)
         self.throughput = Throughput(self.config, self.device)
         self.forget_what_is_not_configured()
+        if progress.step >= training.steps and not progress.pending:
+            self.log.announce(finished(self.config))
         self.saved = progress.step, list(progress.pending)
         why, draws, batches = None, None, iter(list[list[Batch]]())
         try:
@@ -113,18 +129,22 @@ class TrainingLoop:
         progress.skipped_steps += result.suspects is not None
         self.throughput.count(micro_batches, self.source.waited - self.waited)
         self.waited = self.source.waited
-        if self.is_due(training.log_every):
+        if not self.is_due(training.log_every):
+            self.log.show_step(progress.step, result.loss, self.remaining())
+        else:
             metrics = (
                 self.metrics(result)
                 | engine.routing_metrics()
                 | self.throughput.rates()
                 | self.source.bad_samples.check()
             )
-            self.log.log_metrics(
-                progress.step, metrics, self.throughput.remaining(training.steps - progress.step)
-            )
+            self.log.log_metrics(progress.step, metrics, self.remaining())
         progress.pending = [kind for kind, every in self.pauses().items() if self.is_due(every)]
         return result
+
+    def remaining(self) -> float | None:
+        """Return the seconds to the end of the run, if they are known."""
+        return self.throughput.remaining(self.config.training.steps - self.state.progress.step)
 
     def pauses(self) -> dict[str, int]:
         """Return what happens between steps, every how many of them, in this order."""
@@ -164,6 +184,17 @@ class TrainingLoop:
                 actions[kind]()
             if kind in pending:
                 pending.remove(kind)
+            self.put_down_as_done(kind)
+
+    def put_down_as_done(self, kind: str) -> None:
+        """Put down that what was to follow the last checkpoint was done, so that a resumed run does not do it again."""
+        step, left = self.saved
+        if step != self.state.progress.step or kind not in left:
+            return
+        left.remove(kind)
+        if dist.get_rank() == 0:
+            with warned(f"A run that is resumed from step {step} does {kind} again"):
+                write_pending(Path(self.config.run_dir), step, left)
 
     def is_due(self, every: int) -> bool:
         """Whether it is time for what happens every so many steps and after the last."""
@@ -172,6 +203,7 @@ class TrainingLoop:
 
     def metrics(self, result: StepResult) -> dict[str, float]:
         """Return what is logged of a step."""
+        memory = peak_memory(self.device)
         return {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -179,7 +211,7 @@ class TrainingLoop:
             "samples": self.state.progress.samples,
             "skipped_steps": self.state.progress.skipped_steps,
             "restarts": self.restarts,
-        }
+        } | ({"gpu_memory_gigabytes": memory / 1e9} if memory is not None else {})
 
     def update_averages(self) -> None:
         """Let the averages see the weights of the last update, once its parameters are here."""
@@ -286,3 +318,12 @@ class TrainingLoop:
                     path.parent.mkdir(exist_ok=True)
                     durable.write(path, png(image))
                     self.log.log_image(f"samples{name}", path, step)
+
+
+def finished(config: RunConfig) -> str:
+    """Return a sentence that a run has nothing left to do, and how to train on."""
+    steps = config.training.steps
+    return (
+        f"{config.run_dir} is finished: all of its {steps} steps are done; `rmoe train --resume {config.run_dir} "
+        f"training.steps={2 * steps}` trains on."
+    )

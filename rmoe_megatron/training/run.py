@@ -17,6 +17,7 @@ from rmoe_megatron.checkpoint.folders import (
     checkpoint_path,
     find_checkpoint,
     list_checkpoints,
+    pending_of,
     read_state,
     verify,
 )
@@ -37,7 +38,7 @@ from rmoe_megatron.training import preflight
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.fine_tuning import start_from_base
 from rmoe_megatron.training.history import EventName, count_restarts, read_history, record
-from rmoe_megatron.training.loop import TrainingLoop
+from rmoe_megatron.training.loop import TrainingLoop, finished
 from rmoe_megatron.training.run_lock import exclusive
 from rmoe_megatron.training.source import TrainingSource
 from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint
@@ -120,8 +121,11 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
             "resume without overriding it."
         )
     preflight.check(config, world_size())
-    if checkpoint.step >= config.training.steps and not progress.get("pending"):
-        logger.warning("%s is finished: step %d of %d.", run_dir, checkpoint.step, config.training.steps)
+    # Of several ranks, the one that has done what was pending says so when all have met.
+    pending = pending_of(checkpoint) if world_size() == 1 else progress.get("pending")
+    if checkpoint.step >= config.training.steps and not pending:
+        if rank() == 0:
+            print(finished(config))
         return
     _run(config, checkpoint, goes_on=True)
 

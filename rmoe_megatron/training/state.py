@@ -15,6 +15,8 @@ from torch import Tensor
 from rmoe_megatron.checkpoint.folders import (
     CheckpointFolder,
     checkpoint_path,
+    forget_pending,
+    pending_of,
     read_state,
     remove_old,
 )
@@ -98,6 +100,7 @@ def save_checkpoint(
     with new_checkpoint(final, before_publishing, size=checkpoint_bytes(config)) as partial:
         save_sharded(state.sharded_state_dict(is_loading=False), partial)
         if is_rank0:
+            forget_pending(run_dir)
             save_config(config, partial / "config.yaml")
             run_state: dict[str, Any] = asdict(state.progress)
             if state.base_fingerprint is not None:
@@ -152,7 +155,10 @@ def load_checkpoint(state: TrainingState, checkpoint: CheckpointFolder) -> None:
     _load_rng(loaded.get("rng", {}))
     state.progress.step, state.progress.samples = progress["step"], progress["samples"]
     state.progress.skipped_steps = progress.get("skipped_steps", 0)  # checkpoints that don't say had none
-    state.progress.pending = list(progress.get("pending", []))
+    # Rank 0 says it: another host may still see what was there before the last of it was done.
+    pending = [pending_of(checkpoint)]
+    dist.broadcast_object_list(pending)
+    state.progress.pending = pending[0]
 
 
 def _load_rng(states: dict[str, Tensor]) -> None:

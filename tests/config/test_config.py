@@ -200,6 +200,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         (["logging.wandb={projekt: x}"], 1, ["projekt", "did you mean project?"]),
         (["logging.wandb={mode: maybe}"], 1, ["mode", "maybe", "offline"]),
         (["logging.wandb={id: x}"], 1, ["logging.wandb.id", "run itself"]),
+        (["logging.wandb={config: x.yaml}"], 1, ["logging.wandb.config", "run itself"]),
         (["optimizer.learning_rate=.inf"], 1, ["optimizer.learning_rate", "at most 1000", "inf"]),
         (["run_dir=/proc/run"], 1, ["run_dir", "/proc", "cannot be written"]),
         (["parallel.sequence_parallel=true"], 1, ["sequence_parallel"]),

@@ -307,11 +307,11 @@ def test_a_run_is_exported_and_inspected_like_any_other(runs: Path) -> None:
 
 
 def describe(config: RunConfig) -> str:
-    from rmoe_megatron.model.backend import describe_backend
+    from rmoe_megatron.model.backend import describe_kernels
 
-    return describe_backend(config)
+    return describe_kernels(config)
 
 
-def test_the_first_line_of_a_run_names_its_engine() -> None:
+def test_the_line_about_kernels_names_the_engine() -> None:
     assert "DeepSpeed's ZeRO 2" in describe(replace(DEEPSPEED, deepspeed=at_stage(2)))
     assert "DeepSpeed" not in describe(tiny_config())

@@ -1,4 +1,6 @@
-"""The load-balancing loss that a run logs: 1 where tokens spread evenly, M where one module has all, in every layout."""
+"""What a run logs of its gates, in every layout: the load-balancing loss is 1 where tokens spread evenly and M where one module has all,
+and the shares of tokens by module say so, too.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,8 @@ from tests.support.configurations import MODEL, RECURRENCE, one_rank, tiny_confi
 from tests.support.ranks import MMDIT, batches, conditions, configuration, layout, run_on_ranks
 
 
-def logged(config: RunConfig) -> dict[float, float]:
-    """The loss after a step in which the logits of module 2 are a number and the others' 0, by that number."""
+def logged(config: RunConfig) -> dict[float, dict[str, float]]:
+    """The metrics after a step in which the logits of module 2 are a number and the others' 0, by that number."""
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
     from rmoe_megatron.model.recurrence.gate import Gate
@@ -38,7 +40,7 @@ def logged(config: RunConfig) -> dict[float, float]:
                     :2
                 ]:  # the second step's has nothing of the first's
                     engine.step(micro_batches)
-                found[favourite] = engine.routing_metrics()["load_balancing_loss"]
+                found[favourite] = engine.routing_metrics()
     finally:
         Gate.gating = original  # type: ignore[method-assign]
     return found
@@ -53,11 +55,20 @@ LAYOUTS = {
 
 def test_even_is_one_and_collapsed_is_the_number_of_modules(tmp_path: Path) -> None:
     model = configuration(MMDIT, recurrent=True)
-    expected = pytest.approx({EVEN: 1.0, COLLAPSED: 4.0}, rel=1e-5)
-    assert run_on_ranks(1, {"one": model}, tmp_path, logged)["one"] == expected
+    names = {f"module_share_{layer}_{module}" for layer in model.recurrence.layers for module in range(4)}
+    one = run_on_ranks(1, {"one": model}, tmp_path, logged)["one"]
     cases = {name: replace(model, parallel=parallel) for name, parallel in LAYOUTS.items()}
-    for name, found in run_on_ranks(2, cases, tmp_path, logged).items():
-        assert found == expected, name
+    for name, found in {"one": one, **run_on_ranks(2, cases, tmp_path, logged)}.items():
+        losses = {favourite: metrics.pop("load_balancing_loss") for favourite, metrics in found.items()}
+        assert losses == pytest.approx({EVEN: 1.0, COLLAPSED: 4.0}, rel=1e-5), name
+        assert found[COLLAPSED] == {each: float(each.endswith("_2")) for each in names}, name
+        for layer in model.recurrence.layers:
+            shares = [found[EVEN][f"module_share_{layer}_{module}"] for module in range(4)]
+            assert sum(shares) == pytest.approx(1), name
+            assert all(0.1 < share < 0.4 for share in shares), (
+                name,
+                shares,
+            )  # by noise that is the same for all modules
 
 
 @pytest.mark.parametrize("depths", [(2, 5), (5, 2)])

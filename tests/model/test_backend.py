@@ -16,6 +16,7 @@ from rmoe_megatron.model import backend
 from rmoe_megatron.model.backend import (
     check_backend,
     describe_backend,
+    describe_kernels,
     fits_grouped_mm,
     is_installed,
     resolve_precision,
@@ -111,7 +112,7 @@ def test_layers_that_are_not_traced_are_not_compiled(machine: dict[str, bool]) -
 def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bool]) -> None:
     def line(config: RunConfig = CONFIG, **has: bool) -> str:
         machine.update(has)
-        return describe_backend(config)
+        return describe_kernels(config)
 
     assert "\n" not in line()
     assert "linear Transformer Engine's, attention fused" in line()
@@ -133,6 +134,21 @@ def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bo
     compiled = replace(CONFIG, training=replace(CONFIG.training, compile=True))
     assert line().endswith("blocks not compiled (training.compile).")
     assert line(compiled).endswith("blocks compiled.")
+
+
+def test_a_sentence_says_what_a_run_computes_with(machine: dict[str, bool]) -> None:
+    rest = "; --verbose says which kernels are used and why."
+    bf16 = replace(CONFIG, precision=Precision.bf16)
+    assert describe_backend(bf16) == (
+        f"The run computes in bf16 on a GPU with the layers of Transformer Engine{rest}"
+    )
+    assert describe_backend(replace(bf16, backend=Backend.local)) == (
+        f"The run computes in bf16 on a GPU with the layers of Megatron-Core{rest}"
+    )
+    machine["gpu"] = False
+    assert describe_backend(replace(CONFIG, precision=Precision.fp32)) == (
+        f"The run computes in fp32 on the CPU with the layers of Megatron-Core{rest}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +210,7 @@ def test_the_line_says_how_attention_is_computed(
     machine["gpu"] = False
     monkeypatch.setattr(backend, "bf16_is_fast", lambda: False)
     training = replace(CONFIG.training, micro_batch_size=micro_batch, global_batch_size=micro_batch)
-    assert f"attention {expected}, norms" in describe_backend(replace(CONFIG, training=training, **changes))
+    assert f"attention {expected}, norms" in describe_kernels(replace(CONFIG, training=training, **changes))
 
 
 def test_what_is_installed_is_found_without_importing_it(

@@ -226,7 +226,7 @@ def test_the_load_balancing_loss_is_that_of_the_switch_transformer(scale: float)
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from rmoe_megatron.engine.routing import forget_losses
+    from rmoe_megatron.engine.routing import forget_routing
     from rmoe_megatron.model.recurrence.gate import Gate
     from rmoe_megatron.model.transformer_config import transformer_config
 
@@ -241,7 +241,7 @@ def test_the_load_balancing_loss_is_that_of_the_switch_transformer(scale: float)
         )
         randomise(gate, seed=2, std=0.5)
         noise = gate.draw_noise(sample_keys(0, torch.arange(2)), len(state), 1)[0]
-        forget_losses()
+        forget_routing(torch.nn.Module())
         MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), scale))
         weights, routing_map = gate(state, conditioning, noise)
         (weights * 0).sum().backward()  # nothing but the loss has a gradient

@@ -19,9 +19,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rmoe_megatron import stop_signals
-from rmoe_megatron.checkpoint.folders import list_checkpoints, read_state
+from rmoe_megatron.checkpoint.folders import PENDING, list_checkpoints, pending_of, read_state
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.errors import Interrupted
+from rmoe_megatron.show_run import show_run
 from rmoe_megatron.training import run
 from rmoe_megatron.training.history import read_history
 from rmoe_megatron.training.interruption import Interruption, StopRequest
@@ -102,6 +103,7 @@ def test_a_run_can_stop_at_every_place_and_ends_the_same(
         monkeypatch.setattr(Interruption, "check", lambda interruption: None)
         run.resume(run_dir, [])
         assert outcome(run_dir) == expected, f"stopped at {place}"
+        assert [pending_of(each) for each in list_checkpoints(run_dir)] == [[], []]
         assert [event["event"] for event in read_history(run_dir)] == [
             "started", "interrupted", "started" if place == 1 else "resumed", "finished",
         ]  # fmt: skip
@@ -263,6 +265,7 @@ def test_what_a_new_configuration_no_longer_has_is_left_out_at_a_resume(
     run.train(load_config(config, [*settings, "training.validate_every=100"]))
     state = list_checkpoints(run_dir)[0].path / "run_state.json"
     assert json.loads(state.read_text())["pending"] == ["samples"]
+    (run_dir / "checkpoints" / PENDING).unlink()  # as if the run had been killed before it drew them
     run.resume(run_dir, ["training.steps=3", "training.sample_prompts=[]"])
     assert list_checkpoints(run_dir)[0].step == 3
     assert "samples should follow, which the configuration no longer has" in capfd.readouterr().err
@@ -283,3 +286,61 @@ def test_a_failure_is_recorded_with_the_step_that_the_run_was_at(
         run.train(load_config(make_run(tmp_path), SETTINGS))
     (started, failed) = read_history(tmp_path / "run")
     assert (started["event"], failed["event"], failed["step"]) == ("started", "failed", 2)
+
+
+def test_what_was_drawn_is_not_drawn_again_and_a_finished_run_says_how_to_train_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, config = (
+        tmp_path / "run",
+        load_config(make_run(tmp_path), [*SETTINGS, "optimizer.warmup_steps=1"]),
+    )
+    sample = TrainingLoop.sample
+
+    def killed(loop: TrainingLoop) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(TrainingLoop, "sample", killed)
+    with pytest.raises(OSError, match="Input/output"):
+        run.train(config)
+    assert list(show_run(run_dir))[1].endswith("verified, samples still to come")
+    drawn: list[int] = []
+
+    def counted(loop: TrainingLoop) -> None:
+        sample(loop)
+        drawn.append(loop.state.progress.step)
+
+    monkeypatch.setattr(TrainingLoop, "sample", counted)
+    capfd.readouterr()
+    for _ in range(2):
+        run.resume(run_dir, [])
+    assert drawn == [3]
+    assert list(show_run(run_dir))[1].endswith("verified")
+    assert capfd.readouterr().out == (
+        f"{run_dir} is finished: all of its 3 steps are done; `rmoe train --resume {run_dir} training.steps=6` trains on.\n"
+    )
+    run.resume(run_dir, ["training.steps=6"])
+    assert drawn == [3, 6]
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [6, 4, 3, 2]
+
+
+def test_an_evaluation_may_be_what_is_still_to_come(tmp_path: Path) -> None:
+    (tmp_path / "run_state.json").write_text(
+        json.dumps({"step": 3, "samples": 24, "pending": ["samples", "evaluation shapes"]})
+    )
+    assert read_state(tmp_path)["pending"] == ["samples", "evaluation shapes"]
+
+
+def test_the_first_step_is_a_line_and_the_file_has_every_so_many(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = [
+        "training.steps=5",
+        "training.log_every=2",
+        "optimizer.warmup_steps=1",
+        "data.validation=null",
+    ]
+    run.train(load_config(make_run(tmp_path), [*settings, "training.sample_prompts=[]"]))
+    lines = [line.split()[:3] for line in capfd.readouterr().err.splitlines() if line.startswith("step ")]
+    assert lines == [["step", f"{step}/5", "loss"] for step in (1, 2, 4, 5)]
+    assert list(losses(tmp_path / "run")) == [2, 4, 5]

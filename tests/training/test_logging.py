@@ -1,17 +1,21 @@
 """The records of a run: complete, readable by others, and continued without repetition."""
 
+import io
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rmoe_megatron.config.run import LoggingConfig
-from rmoe_megatron.training.logging import CURVES, METRICS, WANDB_ID, RunLogger
+from rmoe_megatron.training.logging import CURVES, METRICS, WANDB_ID, RunLogger, describe_run
+from tests.support.configurations import tiny_config
 
 
 def records(folder: Path) -> list[dict[str, float]]:
@@ -87,6 +91,41 @@ def test_without_a_terminal_every_record_is_a_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines == ["step 1/10  loss 1  ETA 09:00", "step 2/10  loss 2  ETA 08:00"]
+
+
+def test_the_bar_moves_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    log = RunLogger(tmp_path, LoggingConfig(tensorboard=False), 10, 4, is_rank0=True)
+    log.show_step(5, 0.5)
+    assert log.bar.n == 5
+    log.log_metrics(6, {"loss": 0.25, "tokens_per_second": 7.0}, remaining=90.0)
+    assert log.bar.n == 6
+    log.show_step(7, 0.125, remaining=80.0)
+    assert log.bar.n == 7
+    assert log.bar.postfix == "loss=0.125, tokens_per_second=7, ETA=01:20"
+    log.close()
+    assert [record["step"] for record in records(tmp_path)] == [6]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_tensorboard_and_wandb_know_the_whole_configuration_and_the_versions(tmp_path: Path) -> None:
+    config = tiny_config(seed=7)
+    logging_config = LoggingConfig(wandb={"project": "rmoe", "mode": "offline"})
+    log = RunLogger(tmp_path, logging_config, 10, 0, is_rank0=True, description=describe_run(config))
+    known = dict(log.wandb.config)
+    log.close()
+    assert (known["configuration"]["seed"], known["configuration"]["precision"]) == (7, "fp32")
+    assert known["configuration"]["recurrence"]["num_modules"] == 4
+    assert known["versions"]["torch"] == torch.__version__.partition("+")[0]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("configuration", "versions"):
+        (text,) = events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val
+        assert json.loads(text.decode().strip("`\n")) == known[name]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

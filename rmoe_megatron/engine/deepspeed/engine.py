@@ -20,7 +20,7 @@ from rmoe_megatron.engine.deepspeed.optimizer import build_adam, create_adam_sta
 from rmoe_megatron.engine.deepspeed.state import ZeroState
 from rmoe_megatron.engine.prefetching import prefetched
 from rmoe_megatron.engine.protocol import MainWeight, StepResult
-from rmoe_megatron.engine.routing import forget_losses, load_balancing_loss
+from rmoe_megatron.engine.routing import forget_routing, load_balancing_loss, module_shares
 from rmoe_megatron.engine.schedule import build_schedule
 from rmoe_megatron.engine.suspects import find_suspects
 
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
     ) -> StepResult:
         """Update the weights by the micro-batches of one step; see the protocol."""
         self.num_micro_batches = len(micro_batches)
-        forget_losses()
+        forget_routing(self.modules)
         # As Megatron-Core's schedule does: the gate's losses enter the backward pass with the scale of the loss.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.device) / len(micro_batches))
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -117,8 +117,9 @@ class DeepSpeedEngine:
         """Return at once: a step ends with the parameters of its update where they belong."""
 
     def routing_metrics(self) -> dict[str, float]:
-        """Return the load-balancing loss of the last step's gates; the host waits for it."""
-        return load_balancing_loss(self.config, self.num_micro_batches, self.device)
+        """Return load-balancing loss and shares of the modules in the last step; the host waits for them."""
+        balance = load_balancing_loss(self.config, self.num_micro_batches, self.device)
+        return balance | module_shares(self.config, self.modules, self.device)
 
     def _loss(self, batch: Batch) -> Tensor:
         question = self.loss.ask(batch)

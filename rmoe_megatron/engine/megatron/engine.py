@@ -32,7 +32,7 @@ from rmoe_megatron.engine.megatron.optimizer import (
 from rmoe_megatron.engine.megatron.scales import load_scales, sharded_scales
 from rmoe_megatron.engine.prefetching import prefetched
 from rmoe_megatron.engine.protocol import MainWeight, StepResult
-from rmoe_megatron.engine.routing import forget_losses, load_balancing_loss
+from rmoe_megatron.engine.routing import forget_routing, load_balancing_loss, module_shares
 from rmoe_megatron.engine.suspects import find_suspects
 from rmoe_megatron.model.sequence import num_shards, padded_length
 
@@ -63,7 +63,7 @@ class MegatronEngine:
     ) -> StepResult:
         """Update the weights by the micro-batches of one step; see the protocol."""
         self.num_micro_batches = len(micro_batches)
-        forget_losses()
+        forget_routing(self.modules)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -134,8 +134,9 @@ class MegatronEngine:
         self.model.gather_parameters()
 
     def routing_metrics(self) -> dict[str, float]:
-        """Return the load-balancing loss of the last step's gates; the host waits for it."""
-        return load_balancing_loss(self.config, self.num_micro_batches, self.device)
+        """Return load-balancing loss and shares of the modules in the last step; the host waits for them."""
+        balance = load_balancing_loss(self.config, self.num_micro_batches, self.device)
+        return balance | module_shares(self.config, self.modules, self.device)
 
     def keys(self) -> dict[str, str]:
         """Return the names in the whole model of what this rank has."""

@@ -30,7 +30,12 @@ class Gate(TopKRouter):
     ranks that share one), so its value depends on how a global batch is cut into micro-batches, not on the ranks.
 
     Every rank holds all weights and gates its own part of the sequence.
+
+    Attributes:
+        tokens_of_module: int64 [M], of how many of this rank's tokens a module was picked in training, since it was set to zero.
     """
+
+    tokens_of_module: Tensor
 
     def __init__(
         self,
@@ -52,6 +57,9 @@ class Gate(TopKRouter):
                 torch.empty(config.num_moe_experts, config.hidden_size, dtype=config.params_dtype)
             )
             config.init_method(self.conditioning_weight)
+        self.register_buffer(
+            "tokens_of_module", torch.zeros(config.num_moe_experts, dtype=torch.int64), persistent=False
+        )
         mark_partial(self, config)
 
     @torch.compiler.disable  # integers that wrap are not what the compiler writes fast code for
@@ -101,4 +109,5 @@ class Gate(TopKRouter):
             weights = weights + (probability - probability.detach())
         if self.training and torch.is_grad_enabled():
             weights = self._apply_aux_loss(weights, torch.softmax(logits, dim=-1), routing_map)
+            self.tokens_of_module += routing_map.sum(dim=0)
         return weights, routing_map
