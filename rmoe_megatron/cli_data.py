@@ -15,20 +15,29 @@ Processes = Annotated[
     typer.Option(
         min=1,
         max=1024,
-        help="That look at samples at the same time; default is all cores.",
+        help="Let so many processes look at samples at the same time. The default is all cores.",
         show_default=False,
     ),
 ]
 
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and prepare data.")
+NAMED = 20  # files that a command names, of those that it leaves out
+
+data_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Build and prepare data.",
+    epilog="Example: rmoe data pack my_pictures data/mine",
+)
 
 
-@data_app.command("build-shapes")
+@data_app.command(
+    "build-shapes", epilog="Example: rmoe data build-shapes data/shapes --train 20000 --val 1000"
+)
 def build_shapes_command(
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    train: Annotated[int, typer.Option(min=1, max=10_000_000, help="Training images.")] = 20000,
-    val: Annotated[int, typer.Option(min=1, max=1_000_000, help="Validation prompts.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the drawn scenes.")] = 0,
+    out: Annotated[Path, typer.Argument(help="Name the folder to create.")],
+    train: Annotated[int, typer.Option(min=1, max=10_000_000, help="Write so many training images.")] = 20000,
+    val: Annotated[int, typer.Option(min=1, max=1_000_000, help="Write so many validation prompts.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Draw the scenes from this seed.")] = 0,
 ) -> None:
     """Write the toy shapes set as WebDataset shards."""
     launch.require_one_rank("rmoe data build-shapes")
@@ -37,25 +46,30 @@ def build_shapes_command(
     build_shapes(out, train, val, seed, progress=Bar("shapes", "image"))
 
 
-@data_app.command("build-mazes")
+@data_app.command("build-mazes", epilog="Example: rmoe data build-mazes data/mazes --task region")
 def build_mazes_command(
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    out: Annotated[Path, typer.Argument(help="Name the folder to create.")],
     task: Annotated[
-        str, typer.Option(help="path (from mark to mark in a maze) or region (that a mark reaches).")
+        str,
+        typer.Option(
+            help="Ask for the path from mark to mark in a maze (path), or for the region that a mark reaches (region)."
+        ),
     ] = "region",
-    canvas: Annotated[int, typer.Option(min=2, max=64, help="Cells of a side of the pictures.")] = 8,
-    train_sides: Annotated[str, typer.Option(help="Sides of the squares of training.")] = "5,6",
+    canvas: Annotated[int, typer.Option(min=2, max=64, help="Make pictures of so many cells a side.")] = 8,
+    train_sides: Annotated[str, typer.Option(help="Train on squares of these sides.")] = "5,6",
     train_steps: Annotated[
-        int, typer.Option(min=1, max=4096, help="Most steps of a search in training.")
+        int, typer.Option(min=1, max=4096, help="Train on searches of at most so many steps.")
     ] = 8,
-    test_sides: Annotated[str, typer.Option(help="Sides of the squares of the test.")] = "6,7,8",
+    test_sides: Annotated[str, typer.Option(help="Test on squares of these sides.")] = "6,7,8",
     test_steps: Annotated[
-        str, typer.Option(help="Ends of the ranges of steps in the test.")
+        str, typer.Option(help="Test on ranges of steps that end at these numbers.")
     ] = "4,8,12,16,20",
-    train: Annotated[int, typer.Option(min=1, max=10_000_000, help="Training grids.")] = 40000,
-    val: Annotated[int, typer.Option(min=0, max=1_000_000, help="Validation grids.")] = 512,
-    test: Annotated[int, typer.Option(min=0, max=1_000_000, help="Test grids, of all ranges.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the drawn grids.")] = 0,
+    train: Annotated[int, typer.Option(min=1, max=10_000_000, help="Write so many training grids.")] = 40000,
+    val: Annotated[int, typer.Option(min=0, max=1_000_000, help="Write so many validation grids.")] = 512,
+    test: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Write so many test grids, of all ranges together.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Draw the grids from this seed.")] = 0,
 ) -> None:
     """Write mazes as WebDataset shards, with the text encoder that reads them."""
     from rmoe_megatron.data.mazes.build import MazeSettings, build_mazes
@@ -75,42 +89,47 @@ def build_mazes_command(
     build_mazes(out, settings, {"train": train, "val": val, "test": test}, seed, Bar("mazes", "grid"))
 
 
-@data_app.command("pack")
+@data_app.command("pack", epilog="Example: rmoe data pack my_pictures data/mine")
 @keeping("the shards that are finished")
 def pack_command(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder of pictures, table (CSV, TSV, JSONL, Parquet, Arrow), saved Hugging Face data set, or folder of shards."
+            help="Name a folder of pictures, a table (CSV, TSV, JSONL, Parquet, Arrow), a saved Hugging Face data set, or a folder of shards."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    out: Annotated[Path, typer.Argument(help="Name the folder to create.")],
     image_column: Annotated[
         str | None,
-        typer.Option(help="Of a table: path or bytes of the picture; image, or as it is usually called."),
+        typer.Option(
+            help="Take a table's pictures, as paths or bytes, from this column. The default is image, or one that is usually called so."
+        ),
     ] = None,
     caption_column: Annotated[
-        str | None, typer.Option(help="Of a table: its caption; caption, or as it is usually called.")
+        str | None,
+        typer.Option(
+            help="Take a table's captions from this column. The default is caption, or one that is usually called so."
+        ),
     ] = None,
     samples_per_shard: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="In every shard but the last.")
+        int, typer.Option(min=1, max=1_000_000, help="Write so many samples into every shard but the last.")
     ] = 10_000,
     split: Annotated[
         str | None,
-        typer.Option(help="Of a source with several splits: which one (train); all takes them together."),
+        typer.Option(
+            help="Take this split (train) of a source that has several. With all it takes them together."
+        ),
     ] = None,
 ) -> None:
     """Write your own pictures and captions as WebDataset shards."""
     launch.require_one_rank("rmoe data pack")
-    from rmoe_megatron.data.pack import LEFT_OUT, pack
+    from rmoe_megatron.data.pack import BESIDE, LEFT_OUT, pack
     from rmoe_megatron.data.pack_rows import Columns
 
     columns = Columns(image_column, caption_column)
     packed = pack(source, out, columns, samples_per_shard, Bar("pack", "picture"), split)
     print(f"{packed.samples} samples in {packed.shards} shards: {out}")
-    if packed.left_out:
-        name, reason = packed.left_out[0]
-        print(f"{len(packed.left_out)} left out ({out / LEFT_OUT}), the first: {name}: {reason}")
+    _name("left out", [f"{name}: {reason}" for name, reason in packed.left_out], out / LEFT_OUT)
     for column, kind in packed.dropped_columns.items():
         print(f"values of the column {column} are dropped: JSON holds no {kind}")
     for column, count in packed.with_several_captions.items():
@@ -119,18 +138,30 @@ def pack_command(
         )
     for note in packed.notes:
         print(note)
-    if packed.beside:
-        more = f" and {len(packed.beside) - 5} more" if len(packed.beside) > 5 else ""
-        print(f"not taken, beside the pictures: {', '.join(packed.beside[:5])}{more}")
+    _name("not taken, beside the pictures", packed.beside, out / BESIDE)
 
 
-@data_app.command("check")
+def _name(what: str, files: list[str], listed: Path) -> None:
+    """Print the names of files that were not packed, as many as a reader looks at, and where all are."""
+    if files:
+        print(f"{len(files)} {what}, all named in {listed}:")
+        print("\n".join(f"  {each}" for each in files[:NAMED]))
+    if len(files) > NAMED:
+        print(f"  and {len(files) - NAMED} more")
+
+
+@data_app.command("check", epilog="Example: rmoe data check data/mine report")
 def check_command(
-    folder: Annotated[Path, typer.Argument(help="Folder of raw .tar shards.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create: table, histograms, a contact sheet.")],
+    folder: Annotated[Path, typer.Argument(help="Name a folder of raw .tar shards.")],
+    out: Annotated[
+        Path, typer.Argument(help="Name the folder to create, for a table, histograms and a contact sheet.")
+    ],
     captions: Annotated[
         list[str] | None,
-        typer.Option("--caption", help="txt (the default), caption or json:KEY; repeatable."),
+        typer.Option(
+            "--caption",
+            help="Take captions from txt (the default), caption or json:KEY. The option can be given several times.",
+        ),
     ] = None,
     processes: Processes = None,
 ) -> None:
@@ -148,15 +179,21 @@ def check_command(
     print(f"{'pictures':<15}{out}")
 
 
-@data_app.command("index")
+@data_app.command("index", epilog="Example: rmoe data index data/mine --processes 4")
 def index_command(
-    folder: Annotated[str, typer.Argument(help="Folder of .tar shards, or URL of one.")],
-    processes: Annotated[int, typer.Option(min=1, max=256, help="That scan shards at the same time.")] = 1,
+    folder: Annotated[str, typer.Argument(help="Name a folder of .tar shards, or the URL of one.")],
+    processes: Annotated[
+        int, typer.Option(min=1, max=256, help="Let so many processes scan shards at the same time.")
+    ] = 1,
     sample_filter: Annotated[
-        str | None, typer.Option("--filter", help="The data.filter of a run: it has an index of its own.")
+        str | None,
+        typer.Option(
+            "--filter",
+            help="Index the samples that this data.filter of a run lets through. They have an index of their own.",
+        ),
     ] = None,
 ) -> None:
-    """Find the samples of all shards, once; shards that haven't changed since the last time are not read again."""
+    """Find the samples of all shards, once. Shards that haven't changed since the last time are not read again."""
     launch.require_one_rank("rmoe data index")
     from rmoe_megatron.config.sample_filter import SampleFilter
     from rmoe_megatron.data.indexing import build_index, index_name
@@ -173,23 +210,29 @@ def index_command(
     print(f"index {next((path for path in paths if path.is_file()), 'not written')}")
 
 
-@data_app.command("precompute")
+@data_app.command(
+    "precompute",
+    epilog="Example: rmoe data precompute configs/shapes_tiny.yaml data/shapes data/shapes_encoded",
+)
 @keeping("the shards that are finished")
 def precompute_command(
-    config: Annotated[Path, typer.Argument(help="Configuration whose encoders are used.")],
-    source: Annotated[Path, typer.Argument(help="Folder with raw shards, possibly in subfolders.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    config: Annotated[Path, typer.Argument(help="Name the configuration whose encoders are used.")],
+    source: Annotated[Path, typer.Argument(help="Name a folder with raw shards, possibly in subfolders.")],
+    out: Annotated[Path, typer.Argument(help="Name the folder to create.")],
     overrides: Overrides = None,
     part: Annotated[
-        str, typer.Option(help="K/N: the K-th (from 0) of N processes or jobs that fill OUT together.")
+        str, typer.Option(help="Be the K-th (from 0) of N processes or jobs that fill OUT together, as K/N.")
     ] = "0/1",
-    check: Annotated[bool, typer.Option("--check", help="Check what is asked for; encode nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check what is asked for, and encode nothing.")
+    ] = False,
 ) -> None:
-    """Encode raw shards once into latents and text embeddings; with torchrun or srun each rank encodes its part."""
+    """Encode raw shards once into latents and text embeddings. With torchrun or srun each rank encodes its part."""
     from rmoe_megatron.config.loading import load_config
-    from rmoe_megatron.precompute.job import check_precompute, precompute
 
     loaded = load_config(config, overrides or [])
+    from rmoe_megatron.precompute.job import check_precompute, precompute
+
     if check:
         check_precompute(loaded, source, out)
         return
@@ -202,28 +245,31 @@ def precompute_command(
         )
 
 
-@data_app.command("show")
+@data_app.command("show", epilog="Example: rmoe data show data/mine --config configs/shapes_tiny.yaml")
 def show_command(
     place: Annotated[
-        Path, typer.Argument(metavar="PLACE", help="Folder of raw .tar shards, or of a training run.")
+        Path, typer.Argument(metavar="PLACE", help="Name a folder of raw .tar shards, or of a training run.")
     ],
     draw: Annotated[
         int | None,
         typer.Option(
-            min=0, max=1 << 40, help="Of a run: the number of the draw, as logs name it.", show_default=False
+            min=0,
+            max=1 << 40,
+            help="Show the draw of this number of a run, as logs name it.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Page to write (HTML), or of a draw a PNG; default is PLACE.html, or below PLACE/draws.",
+            help="Write the page (HTML), or the picture of a draw (PNG), to this file. The default is PLACE.html, or a file below PLACE/draws.",
             show_default=False,
         ),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            help="Configuration to hold the shards against: captions, filter, sizes, tokens.",
+            help="Hold the shards against the captions, filter, sizes and tokens of this configuration.",
             show_default=False,
         ),
     ] = None,

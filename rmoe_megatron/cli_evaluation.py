@@ -17,54 +17,92 @@ from rmoe_megatron.cli_options import (
     check_guidance,
     keeping,
     parse_numbers,
+    require_model,
+    require_pipeline,
 )
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.early_checks import (
+    IMAGENET_REFERENCE,
+    INCEPTION,
+    require_published,
+    require_set,
+)
 
 if TYPE_CHECKING:
     from rmoe_megatron.evaluation.protocol import Protocol
 
 KEEPING = keeping("the pictures and verdicts that are finished")
 
-eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score models.")
+eval_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Score models on benchmarks.",
+    epilog="Example: rmoe eval geneval models/t2i_2b --out scores/geneval",
+)
 
 Model = Annotated[
-    str, typer.Argument(help="diffusers folder, or a folder of images in the benchmark's layout.")
+    str, typer.Argument(help="Name a diffusers folder, or a folder of images in the benchmark's layout.")
 ]
 Out = Annotated[
-    Path, typer.Option(help="Folder for images, verdicts and results; what this command left there is kept.")
+    Path,
+    typer.Option(
+        help="Write images, verdicts and results to this folder. What the same command left there is kept."
+    ),
 ]
 Again = Annotated[
     bool,
-    typer.Option("--again", help="Make anew what another command left in OUT; without it that is refused."),
+    typer.Option(
+        "--again", help="Make anew what another command left in OUT. Without this option that is refused."
+    ),
 ]
 Limit = Annotated[
     int | None,
-    typer.Option(min=1, help="So many prompts only, the tasks in turn; the score is not called overall."),
+    typer.Option(
+        min=1, help="Take so many prompts only, the tasks in turn. The score is then not called overall."
+    ),
 ]
-Interval = Annotated[tuple[float, float], typer.Option(help="Guide where timestep / 1000 lies in it.")]
+Interval = Annotated[
+    tuple[float, float], typer.Option(help="Guide only where timestep / 1000 lies between these two numbers.")
+]
 Scheduler = Annotated[
     str | None,
-    typer.Option(help="euler, ddim, dpm or a scheduler class of diffusers; default is the folder's."),
+    typer.Option(
+        help="Sample with euler, ddim, dpm or a scheduler class of diffusers. The default is the folder's."
+    ),
 ]
-NegativePrompt = Annotated[str | None, typer.Option(help="What guidance leads away from.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="Let guidance lead away from this text.")]
 AllowIncomplete = Annotated[
     bool,
     typer.Option(
         "--allow-incomplete",
-        help="Score images that are not all as they should be; the result counts those that are not.",
+        help="Score images that are not all as they should be. The result counts those that are not.",
     ),
 ]
-Compile = Annotated[bool, typer.Option("--compile", help="Compile the transformer.")]
-ProtocolName = Annotated[str, typer.Option(help="official (bit-faithful, with its quirks) or fixed.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the transformer with torch.compile.")]
+ProtocolName = Annotated[
+    str,
+    typer.Option(
+        help="Score by the published rules to the letter (official), or with their quirks repaired (fixed)."
+    ),
+]
 
 
-@eval_app.command("shapes")
+@eval_app.command(
+    "shapes", epilog="Example: rmoe eval shapes models/shapes_tiny --data data/shapes --out scores"
+)
 def eval_shapes(
-    model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
-    data: Annotated[Path, typer.Option(help="Folder made by `rmoe data build-shapes`.")],
-    out: Annotated[Path, typer.Option(help="Folder for results.json and examples.png.")],
-    images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 4,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts per split; default is all.")] = None,
+    model: Annotated[Path, typer.Argument(help="Name an exported diffusers folder.")],
+    data: Annotated[Path, typer.Option(help="Name the folder that `rmoe data build-shapes` has made.")],
+    out: Annotated[Path, typer.Option(help="Write results.json and examples.png to this folder.")],
+    images_per_prompt: Annotated[
+        int,
+        typer.Option(
+            min=1, max=10_000, help="Make so many images of every prompt, each with a seed of its own."
+        ),
+    ] = 4,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take so many prompts of every split. The default is all.")
+    ] = None,
     steps: Steps = 25,
     guidance: Guidance = 2.0,
     seed: Seed = 0,
@@ -73,18 +111,16 @@ def eval_shapes(
     again: Again = False,
 ) -> None:
     """Score a model on the toy shapes set by GenEval's rules."""
-    import numpy as np
-
-    from rmoe_megatron.data.store import LocalStore
-    from rmoe_megatron.evaluation.shapes import evaluate_shapes
-
     launch.require_one_rank("rmoe eval shapes")
     check_guidance(guidance)
     durable.check_writable(out, "--out")
-    LocalStore(data / "val").shards()  # a missing set is named before the model is loaded
+    require_set(data / "val", f"rmoe data build-shapes {data}")
+    require_pipeline(str(model))
+    import numpy as np
+
     from rmoe_megatron.evaluation.generation import Sampling, sampling_record
     from rmoe_megatron.evaluation.provenance import require_results
-    from rmoe_megatron.evaluation.shapes import set_record
+    from rmoe_megatron.evaluation.shapes import evaluate_shapes, set_record
     from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images
 
     sampling = Sampling(str(model), steps, guidance, seed, batch_size, dtype=resolve_dtype(dtype))
@@ -107,38 +143,39 @@ def eval_shapes(
         evaluate_shapes(generate, data, out, described, images_per_prompt, limit, seed, progress)
 
 
-@eval_app.command("mazes")
+@eval_app.command("mazes", epilog="Example: rmoe eval mazes models/mazes --data data/mazes --out scores")
 def eval_mazes(
-    model: Annotated[Path, typer.Argument(help="Exported diffusers folder.")],
-    data: Annotated[Path, typer.Option(help="Folder made by `rmoe data build-mazes`.")],
-    out: Annotated[Path, typer.Option(help="Folder for results.json and gallery.png.")],
-    steps: Annotated[
-        str, typer.Option(help="Numbers of sampling steps; the last of several changes next to nothing.")
-    ] = "1,3,5",
+    model: Annotated[Path, typer.Argument(help="Name an exported diffusers folder.")],
+    data: Annotated[Path, typer.Option(help="Name the folder that `rmoe data build-mazes` has made.")],
+    out: Annotated[Path, typer.Option(help="Write results.json and gallery.png to this folder.")],
+    steps: Annotated[str, typer.Option(help="Try these numbers of sampling steps.")] = "1,3,5",
     depths: Annotated[
         str | None,
         typer.Option(
-            help="Loops or latent steps to try; default is what it was trained with.", show_default=False
+            help="Try these numbers of loops or latent steps. The default is what the model was trained with.",
+            show_default=False,
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Grids; default is all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take so many grids. The default is all.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     dtype: Dtype = "auto",
     again: Again = False,
 ) -> None:
     """Score a model on mazes: a picture is right if every cell of it is."""
-    import numpy as np
-
-    from rmoe_megatron.evaluation.mazes.evaluate import evaluate_mazes, read_set
-
     launch.require_one_rank("rmoe eval mazes")
     counts = parse_numbers("--steps", steps)
     tried = [None] if depths is None else list(parse_numbers("--depths", depths))
     if 0 in (*counts, *tried):
         raise UserError("--steps and --depths are 1 or more.")
     durable.check_writable(out, "--out")
-    read_set(data, limit)  # a missing set is named before the model is loaded
+    require_set(data / "test", f"rmoe data build-mazes {data}")
+    require_pipeline(str(model))
+    import numpy as np
+
+    from rmoe_megatron.evaluation.mazes.evaluate import evaluate_mazes, read_set
+
+    read_set(data, limit)  # a damaged set is named before the model is loaded
     from rmoe_megatron.evaluation.generation import Sampling, sampling_record
     from rmoe_megatron.evaluation.mazes.evaluate import set_record
     from rmoe_megatron.evaluation.provenance import require_results
@@ -165,18 +202,21 @@ def eval_mazes(
         evaluate_mazes(generate, data, out, described, counts, tried, limit, seed, progress)
 
 
-@eval_app.command("imagenet")
+@eval_app.command(
+    "imagenet",
+    epilog="Example: rmoe eval imagenet models/dit --reference imagenet.npz --inception inception.pth --out scores",
+)
 @KEEPING
 def eval_imagenet(
     model: Annotated[
         str,
         typer.Argument(
-            help="diffusers folder of a class-conditional model, a folder of PNG files, or an .npz."
+            help="Name a diffusers folder of a class-conditional model, a folder of PNG files, or an .npz."
         ),
     ],
-    reference: Annotated[Path, typer.Option(help="ADM's VIRTUAL_imagenet256_labeled.npz.")],
+    reference: Annotated[Path, typer.Option(help="Name ADM's VIRTUAL_imagenet256_labeled.npz.")],
     inception: Annotated[
-        Path, typer.Option(help="torch-fidelity's weights-inception-2015-12-05-6726825d.pth.")
+        Path, typer.Option(help="Name torch-fidelity's weights-inception-2015-12-05-6726825d.pth.")
     ],
     out: Out,
     num_images: Annotated[
@@ -184,21 +224,21 @@ def eval_imagenet(
         typer.Option(
             min=8,
             max=10_000_000,
-            help="Default is 50,000, and of images that are given all.",
+            help="Score so many images. The default is 50,000, and all where images are given.",
             show_default=False,
         ),
     ] = None,
     sampling: Annotated[
         str,
         typer.Option(
-            help="dit (DiT's and SiT's protocol: guidance on three channels, learned variance) or pipeline (the folder's)."
+            help="Sample by the protocol of DiT and SiT (dit), with guidance on three channels and learned variance, or as the folder's pipeline does (pipeline)."
         ),
     ] = "dit",
     balanced: Annotated[
         bool | None,
         typer.Option(
             "--balanced/--random",
-            help="Classes in turn, or drawn from the seed; default is as --sampling, which draws for dit.",
+            help="Take the classes in turn, or draw them from the seed. The default follows --sampling, which draws them for dit.",
             show_default=False,
         ),
     ] = None,
@@ -214,14 +254,18 @@ def eval_imagenet(
     again: Again = False,
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
-    """ImageNet 256: FID, sFID, Inception score, precision, recall; with torchrun or srun all ranks share the work."""
+    """Score FID, sFID, Inception score, precision and recall on ImageNet at 256 pixels. With torchrun or srun all ranks share the work."""
+    check_guidance(guidance, guidance_interval)
+    durable.check_writable(out, "--out")
+    if Path(model).suffix != ".npz":
+        require_model(model)
+    require_published(reference, "--reference", IMAGENET_REFERENCE)
+    require_published(inception, "--inception", INCEPTION)
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.imagenet.dit_sampling import Mode
     from rmoe_megatron.evaluation.imagenet.evaluate import Settings, evaluate_imagenet
     from rmoe_megatron.sampling import resolve_dtype
 
-    check_guidance(guidance, guidance_interval)
-    durable.check_writable(out, "--out")
     if sampling not in ("dit", "pipeline"):
         raise UserError(f"--sampling {sampling} must be dit or pipeline.")
     how = Sampling(
@@ -250,17 +294,19 @@ def eval_imagenet(
     evaluate_imagenet(how, settings, bars())
 
 
-@eval_app.command("compare")
+@eval_app.command("compare", epilog="Example: rmoe eval compare scores/base scores/ours --out comparison")
 def eval_compare(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of evaluations, or their results.json; the first is what the others are compared with."
+            help="Name folders of evaluations, or their results.json. The others are compared with the first."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.")],
+    out: Annotated[
+        Path, typer.Option(help="Write comparison.md, comparison.json and comparison.png to this folder.")
+    ],
 ) -> None:
-    """Results side by side with published ones, and whether they differ by more than chance, prompt by prompt."""
+    """Lay results side by side with published ones, and say whether they differ by more than chance, prompt by prompt."""
     launch.require_one_rank("rmoe eval compare")
     durable.check_writable(out, "--out")
     from rmoe_megatron.evaluation.comparison.compare import compare

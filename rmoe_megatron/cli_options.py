@@ -1,38 +1,50 @@
 """What several commands of the command line take, the progress bar that they show, and what they say when Ctrl-C ends them."""
 
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 from tqdm import tqdm
 
+from rmoe_megatron import launch
 from rmoe_megatron.errors import Interrupted, UserError
 from rmoe_megatron.stop_signals import CTRL_C
 from rmoe_megatron.typed_files import lines_of, read_text
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override settings of the file."),
 ]
 ParallelOverrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[parallel.KEY=VALUE]...", help="Layout of the ranks that import."),
+    typer.Argument(metavar="[parallel.KEY=VALUE]...", help="Lay out the ranks that import."),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the first image's noise.")]
-Steps = Annotated[int, typer.Option(min=1, max=1000, help="Of the sampler.")]
-Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=(1 << 32) - 1, help="Draw the noise of the first image from this seed.")
+]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Let the sampler take so many steps.")]
+Guidance = Annotated[float, typer.Option(help="Scale classifier-free guidance by this. 1 is no guidance.")]
 Dtype = Annotated[
-    str, typer.Option(help="auto (bf16 on a GPU, on a CPU the faster of bf16 and fp32), fp32, fp16 or bf16.")
+    str,
+    typer.Option(
+        help="Compute in fp32, fp16 or bf16. With auto it is bf16 on a GPU, and on a CPU the faster of bf16 and fp32."
+    ),
 ]
 Depth = Annotated[
     int | None,
-    typer.Option(min=1, max=1024, help="Loops, or latent steps; default is what it was trained with."),
+    typer.Option(
+        min=1,
+        max=1024,
+        help="Pass so many loops, or latent steps. The default is what the model was trained with.",
+    ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Make so many images at a time.")]
 
 
 class Bar:
@@ -101,6 +113,39 @@ def check_guidance(guidance: float, interval: tuple[float, float] = (0.0, 1.0)) 
         )
 
 
+def require_model(name: str) -> None:
+    """Check that a model is a folder, or may be a repository of the hub, before anything slow is imported.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not Path(name).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is None:
+        raise UserError(f"{name} is no folder; name one, or a repository of the hub (owner/name).")
+
+
+def require_pipeline(name: str) -> None:
+    """Check that a model is a diffusers folder, or may be such a repository of the hub, before anything slow is imported.
+
+    Raises:
+        UserError: it is neither.
+    """
+    require_model(name)
+    if Path(name).exists() and not Path(name, "model_index.json").is_file():
+        raise UserError(
+            f"{name} is not a diffusers folder (no model_index.json); make one with `rmoe convert to-hf`."
+        )
+
+
+def require_run(run_dir: Path) -> None:
+    """Check that there is the folder of a run, before anything slow is imported.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"There is no run at {run_dir}; give the run_dir of an earlier `rmoe train`.")
+
+
 def parse_part(part: str) -> tuple[int, int]:
     """Return which part of how many ``K/N`` is.
 
@@ -144,3 +189,12 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     if not prompts:
         raise UserError("There is no prompt; give --prompt TEXT or --prompts-file FILE.")
     return prompts
+
+
+def told_to_all_ranks() -> AbstractContextManager[None]:
+    """Return the context of what ranks do together: what ends one before they have met is told to those who wait for it."""
+    if launch.world_size() == 1:
+        return nullcontext()
+    from rmoe_megatron.rank_watch import telling_all_ranks
+
+    return telling_all_ranks()

@@ -22,13 +22,22 @@ from rmoe_megatron.cli_evaluation import (
     eval_app,
     protocol_of,
 )
-from rmoe_megatron.cli_options import BatchSize, Dtype, Guidance, Seed, Steps, check_guidance
+from rmoe_megatron.cli_options import BatchSize, Dtype, Guidance, Seed, Steps, check_guidance, require_model
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.early_checks import (
+    COREBENCH,
+    DPG_TABLE,
+    GENEVAL2_PROMPTS,
+    require_judge,
+    require_mplug,
+    require_published,
+    require_repository,
+)
 
 __all__ = ["eval_app"]
 
 
-@eval_app.command("geneval")
+@eval_app.command("geneval", epilog="Example: rmoe eval geneval models/t2i_2b --out scores/geneval")
 @KEEPING
 def eval_geneval(
     model: Model,
@@ -36,16 +45,25 @@ def eval_geneval(
     metadata: Annotated[
         Path | None,
         typer.Option(
-            help="GenEval's evaluation_metadata.jsonl; default is made by its recipe.", show_default=False
+            help="Read the prompts from GenEval's evaluation_metadata.jsonl. By default they are made by its recipe.",
+            show_default=False,
         ),
     ] = None,
-    images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 4,
+    images_per_prompt: Annotated[
+        int,
+        typer.Option(
+            min=1, max=10_000, help="Make so many images of every prompt, each with a seed of its own."
+        ),
+    ] = 4,
     protocol: ProtocolName = "official",
     detector: Annotated[
-        str, typer.Option(help="Mask2Former for COCO's instances: folder or hub repository.")
+        str,
+        typer.Option(
+            help="Detect objects with this Mask2Former for COCO's instances, a folder or a hub repository."
+        ),
     ] = "facebook/mask2former-swin-small-coco-instance",
     clip: Annotated[
-        str, typer.Option(help="CLIP for colours: folder or hub repository.")
+        str, typer.Option(help="Judge colours with this CLIP, a folder or a hub repository.")
     ] = "openai/clip-vit-large-patch14",
     limit: Limit = None,
     steps: Steps = 50,
@@ -60,15 +78,18 @@ def eval_geneval(
     again: Again = False,
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
-    """GenEval: objects, counts, colours, positions; with torchrun or srun all ranks share the work."""
+    """Score objects, counts, colours and positions by GenEval. With torchrun or srun all ranks share the work."""
+    check_guidance(guidance, guidance_interval)
+    durable.check_writable(out, "--out")
+    require_model(model)
+    require_judge(detector, "--detector")
+    require_judge(clip, "--clip")
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
     from rmoe_megatron.evaluation.geneval.prompts import make_prompts, read_metadata
     from rmoe_megatron.evaluation.limits import take_in_turn
     from rmoe_megatron.sampling import resolve_dtype
 
-    check_guidance(guidance, guidance_interval)
-    durable.check_writable(out, "--out")
     prompts = make_prompts() if metadata is None else read_metadata(metadata)
     sampling = Sampling(
         model,
@@ -89,15 +110,18 @@ def eval_geneval(
     evaluate_geneval(prompts, sampling, settings, bars())
 
 
-@eval_app.command("geneval2")
+@eval_app.command(
+    "geneval2",
+    epilog="Example: rmoe eval geneval2 models/t2i_2b --data geneval2_data.jsonl --out scores/geneval2",
+)
 @KEEPING
 def eval_geneval2(
     model: Model,
-    data: Annotated[Path, typer.Option(help="GenEval 2's geneval2_data.jsonl.")],
+    data: Annotated[Path, typer.Option(help="Name GenEval 2's geneval2_data.jsonl.")],
     out: Out,
     protocol: ProtocolName = "official",
     answerer: Annotated[
-        str, typer.Option(help="Qwen3-VL that answers the questions: folder or hub repository.")
+        str, typer.Option(help="Let this Qwen3-VL, a folder or a hub repository, answer the questions.")
     ] = "Qwen/Qwen3-VL-8B-Instruct",
     limit: Limit = None,
     steps: Steps = 50,
@@ -112,15 +136,18 @@ def eval_geneval2(
     again: Again = False,
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
-    """GenEval 2: Soft-TIFA by skill and atomicity; with torchrun or srun all ranks share the work."""
+    """Score Soft-TIFA by skill and atomicity on GenEval 2. With torchrun or srun all ranks share the work."""
+    check_guidance(guidance, guidance_interval)
+    durable.check_writable(out, "--out")
+    require_model(model)
+    require_published(data, "--data", GENEVAL2_PROMPTS)
+    require_judge(answerer, "--answerer")
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
     from rmoe_megatron.evaluation.geneval2.prompts import read_prompts
     from rmoe_megatron.evaluation.limits import take_in_turn
     from rmoe_megatron.sampling import resolve_dtype
 
-    check_guidance(guidance, guidance_interval)
-    durable.check_writable(out, "--out")
     sampling = Sampling(
         model,
         steps,
@@ -139,22 +166,25 @@ def eval_geneval2(
     evaluate_geneval2(prompts, sampling, settings, bars())
 
 
-@eval_app.command("dpg")
+@eval_app.command("dpg", epilog="Example: rmoe eval dpg models/t2i_2b --data dpg_bench.csv --out scores/dpg")
 @KEEPING
 def eval_dpg(
     model: Model,
-    data: Annotated[Path, typer.Option(help="DPG-Bench's dpg_bench.csv.")],
+    data: Annotated[Path, typer.Option(help="Name DPG-Bench's dpg_bench.csv.")],
     out: Out,
     images_per_prompt: Annotated[
         int | None,
         typer.Option(
-            help="4, in a grid of two by two, or 1; default is 4, and of a folder what its pictures say.",
+            help="Make 4 images of every prompt, in a grid of two by two, or 1. The default is 4, and for a folder of images what they say of themselves.",
             show_default=False,
         ),
     ] = None,
     protocol: ProtocolName = "official",
     answerer: Annotated[
-        str, typer.Option(help="mplug (through modelscope), or a Qwen3-VL: folder or hub repository.")
+        str,
+        typer.Option(
+            help="Let mplug (through modelscope), or a Qwen3-VL (a folder or a hub repository), answer the questions."
+        ),
     ] = "mplug",
     limit: Limit = None,
     steps: Steps = 50,
@@ -169,15 +199,18 @@ def eval_dpg(
     again: Again = False,
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
-    """DPG-Bench: long prompts by proposition and category; with torchrun or srun all ranks share the work."""
+    """Score long prompts by proposition and category on DPG-Bench. With torchrun or srun all ranks share the work."""
+    check_guidance(guidance, guidance_interval)
+    durable.check_writable(out, "--out")
+    require_model(model)
+    require_published(data, "--data", DPG_TABLE)
+    require_mplug() if answerer == "mplug" else require_judge(answerer, "--answerer")
     from rmoe_megatron.evaluation.dpg.evaluate import Settings, evaluate_dpg
     from rmoe_megatron.evaluation.dpg.questions import is_published, read_items
     from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.limits import take_in_turn
     from rmoe_megatron.sampling import resolve_dtype
 
-    check_guidance(guidance, guidance_interval)
-    durable.check_writable(out, "--out")
     if images_per_prompt not in (None, 1, 4):
         raise UserError(f"--images-per-prompt {images_per_prompt} must be 4 or 1.")
     rules = protocol_of(protocol)
@@ -200,21 +233,29 @@ def eval_dpg(
     evaluate_dpg(items, sampling, settings, bars())
 
 
-@eval_app.command("corebench")
+@eval_app.command(
+    "corebench",
+    epilog="Example: rmoe eval corebench models/t2i_2b --data T2I-CoReBench/data --out scores/corebench",
+)
 @KEEPING
 def eval_corebench(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Folder data of github.com/KlingTeam/T2I-CoReBench.")],
+    data: Annotated[Path, typer.Option(help="Name the folder data of github.com/KlingTeam/T2I-CoReBench.")],
     out: Out,
-    images_per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="Each with its own seed.")] = 4,
+    images_per_prompt: Annotated[
+        int,
+        typer.Option(
+            min=1, max=10_000, help="Make so many images of every prompt, each with a seed of its own."
+        ),
+    ] = 4,
     protocol: ProtocolName = "official",
     answerer: Annotated[
-        str, typer.Option(help="Qwen3-VL that answers the questions: folder or hub repository.")
+        str, typer.Option(help="Let this Qwen3-VL, a folder or a hub repository, answer the questions.")
     ] = "Qwen/Qwen3-VL-30B-A3B-Thinking",
     judge_prompt: Annotated[
         Path | None,
         typer.Option(
-            help="Text file with the judge's instructions; default is a wording of our own, which no published score is of.",
+            help="Instruct the judge by this text file. The default is a wording of our own, which no published score is of.",
             show_default=False,
         ),
     ] = None,
@@ -231,7 +272,12 @@ def eval_corebench(
     again: Again = False,
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
-    """T2I-CoReBench: composition and reasoning by question; with torchrun or srun all ranks share the work."""
+    """Score composition and reasoning by question on T2I-CoReBench. With torchrun or srun all ranks share the work."""
+    check_guidance(guidance, guidance_interval)
+    durable.check_writable(out, "--out")
+    require_model(model)
+    require_repository(data, "--data", COREBENCH)
+    require_judge(answerer, "--answerer")
     from rmoe_megatron.evaluation.corebench.evaluate import Settings, evaluate_corebench
     from rmoe_megatron.evaluation.corebench.judging import read_wording
     from rmoe_megatron.evaluation.corebench.prompts import read_prompts
@@ -239,8 +285,6 @@ def eval_corebench(
     from rmoe_megatron.evaluation.limits import take_in_turn
     from rmoe_megatron.sampling import resolve_dtype
 
-    check_guidance(guidance, guidance_interval)
-    durable.check_writable(out, "--out")
     rules = protocol_of(protocol)
     sampling = Sampling(
         model,
@@ -260,40 +304,46 @@ def eval_corebench(
     evaluate_corebench(prompts, sampling, settings, bars())
 
 
-@eval_app.command("preference")
+@eval_app.command(
+    "preference", epilog="Example: rmoe eval preference pictures --scorer pickscore --out scores/preference"
+)
 @KEEPING
 def eval_preference(
-    folder: Annotated[Path, typer.Argument(help="Folder of pictures, in any layout.")],
+    folder: Annotated[Path, typer.Argument(help="Name a folder of pictures, in any layout.")],
     out: Out,
-    scorer: Annotated[str, typer.Option(help="pickscore or hpsv3.")] = "pickscore",
+    scorer: Annotated[str, typer.Option(help="Score with pickscore or with hpsv3.")] = "pickscore",
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="Lines of JSON with file_name and text; default is what every picture says it was made of.",
+            help="Read captions from lines of JSON with file_name and text. The default is what every picture says it was made of.",
             show_default=False,
         ),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub repository; default is the scorer's published one.", show_default=False
+            help="Take the scorer's weights from this folder or hub repository. The default is its published one.",
+            show_default=False,
         ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub repository of its tokenizer and image processor; default is the published one.",
+            help="Take its tokenizer and image processor from this folder or hub repository. The default is the published one.",
             show_default=False,
         ),
     ] = None,
     instruction: Annotated[
-        Path | None, typer.Option(help="HPSv3's instruction, a text file.", show_default=False)
+        Path | None, typer.Option(help="Instruct HPSv3 by this text file.", show_default=False)
     ] = None,
     again: Again = False,
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
-    """PickScore or HPSv3 of any folder: what people would prefer; with torchrun or srun all ranks share the work."""
+    """Score any folder by what people would prefer, with PickScore or HPSv3. With torchrun or srun all ranks share the work."""
     durable.check_writable(out, "--out")
+    for name, option in ((weights, "--weights"), (base, "--base")):
+        if name is not None:
+            require_judge(name, option)
     from rmoe_megatron.evaluation.preference.evaluate import ScorerName, Settings, evaluate_preference
     from rmoe_megatron.evaluation.preference.hpsv3 import read_instruction
 

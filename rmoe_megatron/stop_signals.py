@@ -37,12 +37,13 @@ def _note(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGTERM and received and now - received[0][1] > PATIENCE:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+    is_second = number == signal.SIGINT and name in [each for each, _ in received]
+    received.append((name, now))  # before anything is said: the next signal may come meanwhile
+    if is_second:
+        _say("Ctrl-C came twice: the run ends at once, with the checkpoints that it has.")
+        os._exit(CTRL_C)
     if number == signal.SIGINT:
-        if name in [each for each, _ in received]:
-            _say("Ctrl-C came twice: the run ends at once, with the checkpoints that it has.")
-            os._exit(CTRL_C)
         _say("Ctrl-C: the run saves where it is and ends; a second Ctrl-C ends it at once.")
-    received.append((name, now))
 
 
 def _say(line: str) -> None:

@@ -153,12 +153,14 @@ def test_samples_of_another_size_are_others(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "kept"),
     [
-        (["sample", "model", "--prompt", "a cat", "--out", "{out}"], "images"),
+        (["sample", "owner/model", "--prompt", "a cat", "--out", "{out}"], "images"),
         (["data", "pack", "{folder}/mine", "{out}"], "shards"),
         (["data", "precompute", "{config}", "{folder}/data/train", "{out}"], "shards"),
         (["eval", "geneval", "model", "--out", "{out}"], "pictures and verdicts"),
         (["eval", "geneval2", "model", "--data", "prompts", "--out", "{out}"], "pictures and verdicts"),
         (["eval", "dpg", "model", "--data", "table", "--out", "{out}"], "pictures and verdicts"),
+        (["eval", "corebench", "model", "--data", "folder", "--out", "{out}"], "pictures and verdicts"),
+        (["eval", "preference", "pictures", "--out", "{out}"], "pictures and verdicts"),
         (["eval", "imagenet", "model", "--reference", "a", "--inception", "b", "--out", "{out}"], "pictures and verdicts"),
     ],
 )  # fmt: skip
@@ -182,7 +184,7 @@ def test_one_sentence_names_what_is_kept_and_the_command(
 
 
 def test_ctrl_c_in_a_process_that_packs(tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "mine", 1500)
+    source = write_pictures(tmp_path / "mine", 300)
     command = ["data", "pack", str(source), str(tmp_path / "out"), "--samples-per-shard", "10"]
     process, deadline = start(command), time.monotonic() + 60
     try:
@@ -204,5 +206,5 @@ def test_ctrl_c_in_a_process_that_packs(tmp_path: Path) -> None:
     written = first.stat().st_mtime_ns
     code, errors = rmoe(*command)
     assert code == 0, errors
-    assert len(list((tmp_path / "out").glob("*.tar"))) == 150
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 30
     assert (tmp_path / "out" / "000000.tar").stat().st_mtime_ns == written

@@ -23,6 +23,7 @@ from rmoe_megatron.data.shard_writer import open_shard
 from rmoe_megatron.errors import UserError
 
 LEFT_OUT = "left_out.jsonl"
+BESIDE = "not_taken.jsonl"
 
 
 def pack(
@@ -37,7 +38,8 @@ def pack(
 
     The files of pictures are copied as they are. Where they may come from: :func:`~rmoe_megatron.data.pack_folders.find_pictures`. Where the
     caption is a list, the first is the sample's text and all of them are in its JSON, for ``data.captions: [json:COLUMN]`` to draw one.
-    What is no picture that training takes, or has no caption, is left out and named, also in ``left_out.jsonl`` beside the shards.
+    What is no picture that training takes, or has no caption, is left out and named, also in ``left_out.jsonl`` beside the shards;
+    the other files of a folder are named in ``not_taken.jsonl``.
     Shards that the same command has finished before it was ended are kept, unless a picture of theirs has changed since.
 
     Args:
@@ -74,6 +76,9 @@ def pack(
             raise UserError(f"None of the {count} pictures in {source} can be used ({name}: {reason}).")
         lines = [json.dumps({"name": name, "reason": reason}) for name, reason in packed.left_out]
         durable.write(building / LEFT_OUT, "".join(f"{line}\n" for line in lines))
+        if packed.beside:
+            names = [json.dumps({"name": name}) for name in packed.beside]
+            durable.write(building / BESIDE, "".join(f"{line}\n" for line in names))
     return packed
 
 

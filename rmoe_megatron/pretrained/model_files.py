@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.regular_files import open_regular
 from rmoe_megatron.typed_files import OPEN, read_json
 
-DIFFUSERS_WEIGHTS = SAFETENSORS_WEIGHTS_NAME  # the name of a model's weights if they are one file
+# The name of a model's weights if they are one file. diffusers has it, too, and takes seconds to import.
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 MODEL_INDEX = "model_index.json"  # of a pipeline
 SD3_ENCODERS = {"clip_l": "", "clip_g": "_2", "t5": "_3"}  # the ends of the names of its folders

@@ -103,7 +103,7 @@ def test_a_run_can_stop_at_every_place_and_ends_the_same(
         monkeypatch.setattr(Interruption, "check", lambda interruption: None)
         run.resume(run_dir, [])
         assert outcome(run_dir) == expected, f"stopped at {place}"
-        assert [pending_of(each) for each in list_checkpoints(run_dir)] == [[], []]
+        assert not any(pending_of(each) for each in list_checkpoints(run_dir))
         assert [event["event"] for event in read_history(run_dir)] == [
             "started", "interrupted", "started" if place == 1 else "resumed", "finished",
         ]  # fmt: skip
