@@ -195,8 +195,11 @@ def _check_training(arguments: list[str], resume: Path | None, ranks: int) -> No
     from rmoe_megatron.config.layout_checks import data_parallel_size
     from rmoe_megatron.config.loading import load_config, to_yaml
     from rmoe_megatron.training import preflight
+    from rmoe_megatron.training.resuming import read_resumed
 
-    if resume is not None:
+    if resume is not None and list_checkpoints(resume):
+        config, _ = read_resumed(resume, arguments)
+    elif resume is not None:
         config = load_config(resume / "config.yaml", [*arguments, f"run_dir={resume}"])
     elif arguments:
         config = load_config(Path(arguments[0]), arguments[1:])

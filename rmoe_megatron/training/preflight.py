@@ -5,7 +5,6 @@ Megatron-Core is not imported: these checks also take place where a job is submi
 
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -24,6 +23,7 @@ from rmoe_megatron.config.stages import Stage, stages_of
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.data.block_cache import BlockCache
 from rmoe_megatron.data.bucketing import Bucketing
+from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.remote_store import shard_store
 from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
 from rmoe_megatron.data.store import ShardStore
@@ -33,8 +33,10 @@ from rmoe_megatron.model.backend import check_backend
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
 from rmoe_megatron.pretrained.hub import present_folder
-from rmoe_megatron.pretrained.model_files import autoencoder_parts, text_encoder_parts
+from rmoe_megatron.pretrained.model_files import autoencoder_parts
+from rmoe_megatron.training.base_checks import check_base
 from rmoe_megatron.training.benchmarks import check_benchmark
+from rmoe_megatron.training.encoder_shapes import check_encoders_fit
 from rmoe_megatron.typed_files import OPEN, read_json
 
 
@@ -48,6 +50,7 @@ class AutoencoderConfig(TypedDict):
 AUTOENCODER = TypeAdapter(AutoencoderConfig)
 # Of an average, a main parameter and Adam's two moments, in float32.
 STATE_BYTES = 4 * 4
+LOOKED_AT = 16  # samples of a set that a check loads, at most
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -79,9 +82,10 @@ def check_looking(config: RunConfig) -> None:
 
 
 def check_submission(config: RunConfig, world_size: int) -> None:
-    """Check a run that will take place elsewhere, with the same files: all but the device, and what the run finds out later.
+    """Check that a run can start that will take place elsewhere, with the same files: all but what needs its device.
 
-    The first samples must fit the model, and the frozen encoders be here: compute nodes download nothing.
+    A batch of every data set, training's and validation's, is loaded and compared with the model; so is what the frozen encoders give,
+    which must be here: compute nodes download nothing.
 
     Raises:
         UserError: names the key, the value and what is allowed, or what is missing.
@@ -92,12 +96,10 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     check_files(config)
     check_buckets(config)
     check_evaluations(config)
-    if not config.model.is_class_conditional and config.encoders.text_encoder != "minilm":
-        parts = partial(text_encoder_parts, dropped=config.encoders.dropped)
-        present_folder(config.encoders.text_encoder, "encoders.text_encoder", parts)
+    check_encoders_fit(config)
     for stage in stages_of(config):
         for folder in folders_of(config, stage):
-            check_first_sample(config, folder, stage.sample_size)
+            check_first_batch(config, folder, stage)
 
 
 def check_device(config: RunConfig) -> None:
@@ -117,11 +119,8 @@ def check_files(config: RunConfig) -> None:
     Raises:
         UserError: names the key and what is missing or cannot be written.
     """
-    if config.fine_tuning is not None and not Path(config.fine_tuning.base).is_dir():
-        raise UserError(
-            f"There is no run at fine_tuning.base {config.fine_tuning.base}; train one or import one with "
-            "`rmoe convert from-hf`."
-        )
+    if config.fine_tuning is not None:
+        check_base(config)
     check_shards(config)
     durable.check_writable(Path(config.run_dir), "run_dir")
     if config.data.cache is not None:
@@ -202,25 +201,37 @@ def store_of(config: RunConfig, location: str) -> ShardStore:
     return shard_store(location, cache)
 
 
-def check_first_sample(config: RunConfig, folder: ShardStore, sample_size: int) -> None:
-    """Check that the first sample of a shard folder fits the model; no other shard is opened.
+def check_first_batch(config: RunConfig, folder: ShardStore, stage: Stage) -> None:
+    """Load the first samples of a shard folder as training does, and check that they fit the model; no other shard is opened.
 
     Raises:
-        UserError: it lacks a member, or is precomputed and has another shape.
+        UserError: none can be used, they lack a member, or have another shape than the model takes.
     """
-    # One shard may well have no sample that the filter takes.
-    taken = replace(sample_format(config, sample_size), filter=None, divides=False)
+    # One shard may well have no sample that the filter takes, and none of some bucket: then samples are of several sizes.
+    taken = replace(sample_format(config, stage.sample_size), filter=None, divides=False)
     samples = TrainingDataset(folder, taken, shards=[folder.shards()[0].name])
+    count = 1 if config.data.buckets is not None else min(stage.micro_batch_size, LOOKED_AT)
+    batch = next(batches(samples, InTurn(len(samples)), BatchLayout(count, count, 0, 1), last_draw=count))
+    shapes = {
+        name: tuple(value.shape[1:]) for name, value in batch.items() if isinstance(value, torch.Tensor)
+    }
+    sizes = latent_sizes(config, stage.sample_size)
     if samples.precomputed:
-        sample = samples.draw(0, 0)
-        shapes = {
-            name: tuple(value.shape) for name, value in sample.items() if isinstance(value, torch.Tensor)
-        }
-        sizes = latent_sizes(config, sample_size)
         expected = next((size for size in sizes if size == shapes["latents"][1:]), sizes[0])
         check_shapes(shapes, config.model, expected, str(folder), precomputed=True)
-    elif config.data.buckets is None:
-        samples.draw(0, 0)
+    elif samples.has_text:
+        shapes["latents"] = (config.model.in_channels, *sizes[0])  # encoders and buckets see to it
+        check_shapes(shapes, config.model, sizes[0], str(folder), precomputed=True)
+
+
+class InTurn:
+    """The samples of a set one after the other, again and again."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __getitem__(self, draw: int) -> int:
+        return draw % self.count
 
 
 def buckets_of(config: RunConfig, sample_size: int) -> tuple[Bucket, ...]:

@@ -15,14 +15,13 @@ from rmoe_megatron.checkpoint.folders import (
     CheckpointFolder,
     begin_writing,
     checkpoint_path,
-    find_checkpoint,
     list_checkpoints,
     pending_of,
     read_state,
     verify,
 )
 from rmoe_megatron.config.loading import load_config, to_yaml
-from rmoe_megatron.config.run import Precision, RunConfig
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.disk_errors import message_of, warned
 from rmoe_megatron.engine.registry import build_engine
@@ -39,6 +38,7 @@ from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.fine_tuning import start_from_base
 from rmoe_megatron.training.history import EventName, count_restarts, read_history, record
 from rmoe_megatron.training.loop import TrainingLoop, finished
+from rmoe_megatron.training.resuming import read_resumed
 from rmoe_megatron.training.run_lock import exclusive
 from rmoe_megatron.training.source import TrainingSource
 from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint
@@ -85,44 +85,10 @@ def resume(run_dir: Path, overrides: list[str]) -> None:
         preflight.check(config, world_size())
         _run(config, checkpoint=None, goes_on=True)
         return
-    checkpoint = find_checkpoint(run_dir)
-    progress = read_state(checkpoint.path)
-    if progress.get("imported"):
-        raise UserError(
-            f"{run_dir} holds imported weights and no training state; start a run with fine_tuning.base={run_dir}."
-        )
-    saved = load_config(checkpoint.path / "config.yaml", [])
-    config = load_config(checkpoint.path / "config.yaml", [*overrides, f"run_dir={run_dir}"])
-    if config.precision is Precision.auto:
-        config.precision = saved.precision  # it was decided when the run started
-    if config.fine_tuning and saved.fine_tuning:
-        saved.fine_tuning.base = config.fine_tuning.base  # it may have moved; its fingerprint is checked
-    for section in ("model", "recurrence", "lora", "loop", "fine_tuning"):
-        if getattr(config, section) != getattr(saved, section):
-            raise UserError(
-                f"The checkpoint {checkpoint.path} has another architecture ({section} differs from what is asked "
-                f"for); resume without overriding {section}, or train a new run."
-            )
-    for key, asked, kept in (
-        ("engine", config.engine, saved.engine),
-        ("precision", config.precision, saved.precision),
-        ("diffusion.objective", config.diffusion.objective, saved.diffusion.objective),
-        ("diffusion.prediction", config.diffusion.prediction, saved.diffusion.prediction),
-    ):
-        if asked != kept:
-            raise UserError(
-                f"{checkpoint.path} was trained with {key}={kept.value}, which its state depends on; resume without "
-                "overriding it, or train a new run (fine_tuning.base takes its weights)."
-            )
-    if config.optimizer.distributed_optimizer != saved.optimizer.distributed_optimizer:
-        raise UserError(
-            f"{checkpoint.path} was saved with optimizer.distributed_optimizer="
-            f"{str(saved.optimizer.distributed_optimizer).lower()}, whose state the other optimizer cannot read; "
-            "resume without overriding it."
-        )
+    config, checkpoint = read_resumed(run_dir, overrides)
     preflight.check(config, world_size())
     # Of several ranks, the one that has done what was pending says so when all have met.
-    pending = pending_of(checkpoint) if world_size() == 1 else progress.get("pending")
+    pending = pending_of(checkpoint) if world_size() == 1 else read_state(checkpoint.path).get("pending")
     if checkpoint.step >= config.training.steps and not pending:
         if rank() == 0:
             print(finished(config))

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from rmoe_megatron.checkpoint.folders import list_checkpoints
-from rmoe_megatron.config.loading import load_config
+from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints
+from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.training import preflight
+from rmoe_megatron.training.encoder_shapes import check_encoders_fit
+from tests.data.test_pack import picture
 from tests.data.test_shards import png
 from tests.support.commands import rmoe
 from tests.support.runs import make_run, write_shard
+from tests.support.sd3_pipeline import save_pipeline
+from tests.training.test_dit_training import CONFIG as DIT_CONFIG
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 # As the command line does it, on a machine that has no Megatron-Core.
@@ -57,16 +61,96 @@ def test_the_check_needs_no_gpu_and_no_megatron_core(tmp_path: Path) -> None:
         (["encoders.autoencoder=nobody/nothing"], "run `hf download nobody/nothing`"),
         (["encoders.text_encoder={folder}/nothing"], "There is no folder"),
         (["encoders.text_encoder={folder}/data"], "There is no model.safetensors (or its index) in"),
+        (["model.text_hidden_size=48"], "minilm needs model.text_hidden_size=384, but it is 48"),
+        (["model.in_channels=4"], "pixel gives latents of 3 channels, but model.in_channels is 4"),
+        (["fine_tuning.base={folder}/nowhere"], "fine_tuning.base {folder}/nowhere, which is no folder"),
+        (["fine_tuning.base={folder}/data"], "fine_tuning.base {folder}/data, which has no checkpoint"),
+        (["fine_tuning.base={folder}/base"], "its model.hidden_size is 32, this run asks for 64"),
         (["training.steps=1000000000", "checkpoint.keep_last=1000000", "checkpoint.every=1"], "of free disk"),
     ],
 )
 def test_what_a_job_would_find_out_too_late(tmp_path: Path, settings: list[str], words: str) -> None:
     config = make_run(tmp_path)
     write_shard(tmp_path / "images" / "a.tar", [{"png": png(1), "txt": b"a circle"}])
+    if "fine_tuning" in settings[0]:
+        make_base(tmp_path / "base", config)
+        settings = [*settings, "model.hidden_size=64"]
     loaded = load_config(config, [setting.format(folder=tmp_path) for setting in settings])
     with pytest.raises(UserError) as error:
         preflight.check_submission(loaded, 1)
-    assert words in str(error.value)
+    assert words.format(folder=tmp_path) in str(error.value)
+
+
+def make_base(folder: Path, config: Path, *settings: str) -> None:
+    """What a check reads of a run: the configuration of its checkpoint."""
+    checkpoint = checkpoint_path(folder, 7)
+    checkpoint.mkdir(parents=True)
+    save_config(load_config(config, [*settings]), checkpoint / "config.yaml")
+
+
+def test_a_base_has_learned_what_the_run_asks_for(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    make_base(tmp_path / "base", config, "diffusion.prediction=sample")
+    base = f"fine_tuning.base={tmp_path}/base"
+    for check_it in (
+        preflight.check,
+        preflight.check_submission,
+    ):  # where a job is submitted, and where it starts
+        with pytest.raises(
+            UserError, match="has learned diffusion.prediction=sample, this run asks for velocity"
+        ):
+            check_it(load_config(config, [base]), 1)
+        # Another resolution is none of the weights' business.
+        check_it(load_config(config, [base, "diffusion.prediction=sample"]), 1)
+
+
+def test_the_three_encoders_of_sd3_are_compared_with_the_model(tmp_path: Path) -> None:
+    """Widths of the pipeline that diffusers has saved: T5's 48, 12 + 16 of the CLIPs' projections."""
+    save_pipeline(tmp_path / "sd3")
+    config = make_run(tmp_path)
+    settings = [
+        f"encoders.text_encoder={tmp_path}/sd3",
+        "model.text_length=83",
+        "model.text_hidden_size=48",
+        "model.pooled_size=28",
+    ]
+    check_encoders_fit(load_config(config, settings))
+    for wrong, words in (
+        ("model.text_hidden_size=64", "needs model.text_hidden_size=48, but it is 64"),
+        ("model.pooled_size=12", "needs model.pooled_size=28, but it is 12"),
+        ("model.text_length=77", "model.text_length is 77"),
+        (f"encoders.autoencoder={tmp_path}/sd3", "gives latents of 4 channels, but model.in_channels is 3"),
+    ):
+        with pytest.raises(UserError) as error:
+            check_encoders_fit(load_config(config, [*settings, wrong]))
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_batch_is_loaded_of_training_and_of_validation(tmp_path: Path, split: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(DIT_CONFIG.format(folder=tmp_path))
+    for name in ("train", "val"):
+        labels = [0, 1, 99 if name == split else 2, 3]  # the first sample says nothing of the third
+        samples = [{"png": picture(1, "png", size=(8, 8)), "cls": str(label).encode()} for label in labels]
+        write_shard(tmp_path / "data" / name / "a.tar", samples)
+    with pytest.raises(UserError, match=f"Sample 000002 of {tmp_path}/data/{split} has class 99"):
+        preflight.check_submission(load_config(config, []), 1)
+
+
+def test_the_check_of_a_resumed_run_is_that_of_its_start(tmp_path: Path) -> None:
+    config, settings = (
+        make_run(tmp_path),
+        ["training.steps=2", "training.sample_prompts=[]", "optimizer.warmup_steps=1"],
+    )
+    assert rmoe("train", str(config), *settings)[0] == 0
+    for override, words in (
+        ("recurrence.rank=5", "another architecture (recurrence differs"),
+        ("precision=bf16", "was trained with precision=fp32"),
+    ):
+        done = check("--resume", str(tmp_path / "run"), override)
+        assert done.returncode == 2
+        assert words in done.stderr
 
 
 def test_a_checkpoint_takes_what_is_said(tmp_path: Path) -> None:
