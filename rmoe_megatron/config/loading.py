@@ -16,6 +16,9 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.typed_files import read_text, shown
 
 MAX_BYTES = 1 << 20  # of a configuration
+# What a run has from the one that it starts from, unless it says otherwise: what weights and pictures depend on.
+BROUGHT = ("model", "recurrence", "lora", "loop", "encoders")
+BROUGHT_OF_DIFFUSION = ("objective", "prediction", "shift", "shift_base_size")
 OPTIONAL_SECTIONS = {
     "recurrence": RecurrenceConfig,
     "lora": LoraConfig,
@@ -28,7 +31,8 @@ OPTIONAL_SECTIONS = {
 def load_config(path: Path, overrides: list[str]) -> RunConfig:
     """Read a YAML file, apply ``key=value`` overrides and return the typed configuration.
 
-    Overrides use dots for nested keys and YAML for values: ``recurrence.layers=[0,2]``, ``recurrence=null``.
+    Overrides use dots for nested keys and YAML for values: ``recurrence.layers=[0,2]``, ``recurrence=null``. Where ``fine_tuning.base``
+    names a run, the model is that run's in all that neither the file nor an override says.
 
     Raises:
         UserError: the file is none, an unknown key (names the nearest valid one), a value of a wrong type, or a required
@@ -40,11 +44,18 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
         raise UserError(f"{path} must hold keys and values, like `seed: 0`.")
     parsed_overrides = [_parse_override(override) for override in overrides]
     sources = [(values, str(path)), *((nested, "the command line") for nested in parsed_overrides)]
+    base = _base_of(sources)
+    if base is not None:
+        _merge(tree, _brought_by(base), f"fine_tuning.base {base}")
     _merge_preset(tree, sources)
     for nested, source in sources:
         _merge(tree, nested, source)
     try:
         missing = sorted(OmegaConf.missing_keys(tree))
+        if missing and base is not None and not (base / "config.yaml").is_file():
+            raise UserError(
+                f"There is no run at fine_tuning.base {base} (no config.yaml); train one or import one with `rmoe convert from-hf`."
+            )
         if missing:
             raise UserError(f"{path} leaves required values open: {', '.join(missing)}; add them.")
         return cast(RunConfig, OmegaConf.to_object(tree))
@@ -78,6 +89,40 @@ def _parse_override(override: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return nested
+
+
+def _base_of(sources: list[tuple[dict[str, Any], str]]) -> Path | None:
+    """Return the folder that the last source names as ``fine_tuning.base``."""
+    sections = [values["fine_tuning"] for values, _ in sources if "fine_tuning" in values]
+    if not sections or sections[-1] is None:
+        return None
+    named = [
+        section["base"]
+        for section in sections
+        if isinstance(section, dict) and isinstance(section.get("base"), str)
+    ]
+    return Path(named[-1]) if named else None
+
+
+def _brought_by(base: Path) -> dict[str, Any]:
+    """Return the sections of a run's configuration that describe its model; nothing if there is no such run.
+
+    Raises:
+        UserError: the file is no configuration.
+    """
+    path = base / "config.yaml"
+    if not path.is_file():
+        return {}
+    values = parse_yaml(read_text(path, MAX_BYTES, follow=True), f"The configuration {path}")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, like `seed: 0`.")
+    brought = {name: values[name] for name in BROUGHT if name in values}
+    if isinstance(brought.get("model"), dict):
+        brought["model"] = {key: value for key, value in brought["model"].items() if key != "preset"}
+    diffusion = values.get("diffusion")
+    if isinstance(diffusion, dict):
+        brought["diffusion"] = {key: diffusion[key] for key in BROUGHT_OF_DIFFUSION if key in diffusion}
+    return brought
 
 
 def _merge_preset(tree: DictConfig, sources: list[tuple[dict[str, Any], str]]) -> None:

@@ -9,6 +9,13 @@ from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import UserError
 
+# Of what can be added to a model: the keys that the shapes of its weights depend on, whichever blocks have them.
+SHAPING = {
+    "recurrence": ("num_modules", "rank", "modulation", "gate_inputs"),
+    "loop": ("recall",),
+    "lora": ("rank",),
+}
+
 
 def check_base(config: RunConfig) -> None:
     """Check that ``fine_tuning.base`` is a run with a checkpoint, of this run's architecture, that has learned the same.
@@ -42,6 +49,14 @@ def check_fits(config: RunConfig, base: RunConfig) -> None:
                 f"fine_tuning.base {name} has another architecture than the model section: its model.{key} is {value}, this run asks for "
                 f"{getattr(asked, key)}; leave the key out, or take another base."
             )
+    for section, keys in SHAPING.items():
+        brought, own = getattr(base, section), getattr(config, section)
+        for key in keys if brought is not None and own is not None else ():
+            if getattr(own, key) != getattr(brought, key):
+                raise UserError(
+                    f"fine_tuning.base {name} has {section}.{key}={getattr(brought, key)}, this run asks for {getattr(own, key)}; leave the "
+                    "key out, or take another base."
+                )
     for key in ("objective", "prediction"):
         learned_value, asked_value = getattr(base.diffusion, key), getattr(config.diffusion, key)
         if learned_value != asked_value:

@@ -105,6 +105,24 @@ def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+def test_a_base_brings_its_model(folder: Path, tmp_path: Path) -> None:
+    """The model, the encoders and what the base has learned need not be copied: the same run as with all of it."""
+    config = tmp_path / "short.yaml"
+    text = (folder / "config.yaml").read_text()
+    kept = [
+        line
+        for line in text.splitlines()
+        if line.split(":")[0] in ("device", "data", "optimizer", "checkpoint")
+    ]
+    training = text[text.index("training:") : text.index("checkpoint:")]
+    config.write_text("\n".join([*kept, training, f"fine_tuning: {{base: {folder}/base}}"]))
+    assert "model:" not in config.read_text()
+    short = ["training.steps=10", "training.sample_prompts=[]", f"run_dir={tmp_path}/run", RECURRENCE]
+    code, errors = rmoe("train", str(config), *short)
+    assert code == 0, errors
+    assert losses(tmp_path / "run") == losses(folder / "recurrent")
+
+
 def test_another_architecture_is_refused(folder: Path) -> None:
     code, errors = rmoe(*fine_tune(folder, "wider", RECURRENCE, "model.hidden_size=64"))
     assert code == 2
