@@ -8,12 +8,13 @@ constants), applied once per key. It works on int64 tensors, whose arithmetic wr
 """
 
 import math
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import torch
 from torch import Tensor
 
 
+@unique
 class Purpose(IntEnum):
     """What a random number is for; different purposes never share a stream."""
 
@@ -22,10 +23,11 @@ class Purpose(IntEnum):
     guidance_dropout = 3
     gumbel = 4
     caption = 5
+    samples = 6  # the noise that the pictures of a run start from
     loop = 7  # a pass of looped blocks but the first
     depth = 8  # the shallower depth that a sample's loss sees
-    samples = 6  # the noise that the pictures of a run start from
-    latents = 7  # which latents of an autoencoder's distribution are taken
+    latents = 9  # which latents of an autoencoder's distribution are taken
+    augmentation = 10  # which part of a picture is seen, and whether it is mirrored
 
 
 def _signed(value: int) -> int:

@@ -190,6 +190,14 @@ class PrecomputeConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """How the picture of a raw training sample changes, anew in every draw: a function of seed and draw, in any layout."""
+
+    flips: bool = False  # left and right are exchanged in half of the draws
+    crops: bool = False  # the part that is kept lies anywhere along the longer side, not in its middle
+
+
+@dataclass
 class DataConfig:
     """WebDataset shards of images with captions, raw or precomputed (``rmoe data precompute``)."""
 
@@ -204,6 +212,7 @@ class DataConfig:
     bad_samples: BadSamplesPolicy = BadSamplesPolicy.skip
     max_bad_fraction: float = number(0.05, least=0, most=1)  # of the samples drawn; more end the run
     shuffle: bool = True
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
     cache: str | None = None  # folder of this machine for what is read of URLs; null keeps nothing
     cache_gigabytes: float = number(100, above=0, most=1.0e7)

@@ -57,18 +57,24 @@ class View:
     Attributes:
         place: from 0, the left or the top, to 1; the middle is 0.5.
         flipped: left and right are exchanged.
+        drawn: ``place`` is a random number inside (0, 1), by which every whole pixel is as likely as any other.
     """
 
     place: float = 0.5
     flipped: bool = False
+    drawn: bool = False
 
     def crop(self, width: int, height: int, bucket: Bucket) -> Crop:
         """Return the largest part here of a picture that has the bucket's aspect ratio, to the next whole pixel."""
         if width * bucket.height > height * bucket.width:
             kept = max(round(height * bucket.aspect_ratio), 1)
-            return Crop(int((width - kept) * self.place), 0, kept, height)
+            return Crop(self._first(width - kept), 0, kept, height)
         kept = max(round(width / bucket.aspect_ratio), 1)
-        return Crop(0, int((height - kept) * self.place), width, kept)
+        return Crop(0, self._first(height - kept), width, kept)
+
+    def _first(self, left_over: int) -> int:
+        """Return where the part begins that is kept, of pixels that are not."""
+        return int((left_over + 1) * self.place) if self.drawn else int(left_over * self.place)
 
 
 MIDDLE = View()

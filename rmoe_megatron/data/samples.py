@@ -1,6 +1,6 @@
 """What a model takes of a shard folder: raw samples or precomputed ones, as tensors and captions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from rmoe_megatron.config.captions import CaptionSource
+from rmoe_megatron.config.run import AugmentConfig
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.counter_rng import Purpose, derive, normal, sample_keys, uniform
 from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.captions import captions_of
-from rmoe_megatron.data.decoding import BFLOAT16
+from rmoe_megatron.data.decoding import BFLOAT16, MIDDLE, View
 from rmoe_megatron.data.index import IMAGES, LATENTS, LOG_VARIANCE, TEXT_HIDDEN_STATES, TEXT_POOLED, provided
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.data.store import ShardStore
@@ -44,6 +45,7 @@ class SampleFormat:
         captions: where they are in raw samples.
         seed: of the run, which the choice among several captions depends on.
         filter: which raw samples to take; None takes all.
+        augment: how raw pictures change from draw to draw.
     """
 
     num_classes: int = 0
@@ -53,6 +55,7 @@ class SampleFormat:
     captions: tuple[CaptionSource, ...] = (CaptionSource("txt"),)
     seed: int = 0
     filter: SampleFilter | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def takes(self, members: set[str]) -> bool:
         """Whether a raw sample of these members has an image, and a class or a caption."""
@@ -67,6 +70,15 @@ class SampleFormat:
         """Return in words which members a raw sample has to have."""
         conditions = [CLASS_LABEL] if self.num_classes else [source.member for source in self.captions]
         return f"{' or '.join(dict.fromkeys(conditions))}, {' or '.join(IMAGES)}"
+
+    def view(self, draw: int) -> View:
+        """Return which part of a raw sample's picture a draw sees, and whether it is mirrored."""
+        if not (self.augment.flips or self.augment.crops):
+            return MIDDLE
+        key = derive(sample_keys(self.seed, torch.tensor([draw])), Purpose.augmentation)
+        place, side = uniform(key, 2)[0].tolist()
+        crops, flipped = self.augment.crops, self.augment.flips and side < 0.5
+        return View(place if crops else 0.5, flipped, drawn=crops)
 
     def caption(self, sample: dict[str, Any], draw: int) -> str:
         """Return one of a raw sample's captions, by their weights; another draw may give another.
@@ -148,6 +160,11 @@ class TrainingDataset:
                 f"{folder} holds precomputed samples, which data.filter does not know the pictures of; set it for "
                 "`rmoe data precompute`, and null for training."
             )
+        if self.precomputed and (sample_format.augment.flips or sample_format.augment.crops):
+            raise UserError(
+                f"{folder} holds precomputed samples, whose pictures data.augment cannot change any more; leave it out (data.precompute.crops "
+                "and data.precompute.flips make samples of parts and mirrored pictures)."
+            )
         if self.precomputed:
             text = list(PRECOMPUTED_TEXT.values())
             needed = [
@@ -221,6 +238,7 @@ class TrainingDataset:
             index,
             lambda sample: self._image(sample, draw) | self._conditions(sample, draw),
             note if bad is not None else None,
+            self.format.view(draw),
         )
 
     def _image(self, sample: dict[str, Any], draw: int) -> dict[str, Any]:

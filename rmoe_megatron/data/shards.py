@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.data.archive import parse
 from rmoe_megatron.data.bucketing import BucketCounts, Bucketing
-from rmoe_megatron.data.decoding import DECODERS, MAX_TEXT, decode_image
+from rmoe_megatron.data.decoding import DECODERS, MAX_TEXT, MIDDLE, View, decode_image
 from rmoe_megatron.data.index import (
     IMAGES,
     INDEX,
@@ -208,6 +208,7 @@ class ShardDataset(Dataset[Any]):
         index: int,
         use: Callable[[dict[str, Any]], dict[str, Any]],
         note: Callable[[int, Exception], None] | None = None,
+        view: View = MIDDLE,
     ) -> dict[str, Any]:
         """Return what ``use`` makes of a sample, or of the next one that can be read and of which it makes something.
 
@@ -216,6 +217,7 @@ class ShardDataset(Dataset[Any]):
         Args:
             use: raises ValueError for a sample that it cannot use.
             note: called with the index of every sample that cannot be read or used, and why; None warns of it.
+            view: which part of a picture is seen where it is cut to a bucket.
 
         Raises:
             UserError: there is no such sample.
@@ -225,7 +227,7 @@ class ShardDataset(Dataset[Any]):
         for attempt in range(size):
             number = index - inside + (inside + attempt) % size
             try:
-                return use(self.decoded(number))
+                return use(self.decoded(number, view=view))
             except (OSError, ValueError) as error:
                 why = error
                 (note or self.warn)(number, error)
@@ -245,7 +247,7 @@ class ShardDataset(Dataset[Any]):
             self.name(index), self.shard(index), error, self.skipped,
         )  # fmt: skip
 
-    def decoded(self, index: int, extensions: list[str] | None = None) -> dict[str, Any]:
+    def decoded(self, index: int, extensions: list[str] | None = None, view: View = MIDDLE) -> dict[str, Any]:
         """Return this sample and no other.
 
         Args:
@@ -261,7 +263,7 @@ class ShardDataset(Dataset[Any]):
             extensions = self.extensions or present
         else:
             extensions = [name for name in extensions if name in contents]
-        return {"__key__": key, **{name: self._member(contents, name, index) for name in extensions}}
+        return {"__key__": key, **{name: self._member(contents, name, index, view) for name in extensions}}
 
     def name(self, index: int) -> str:
         """Return a sample's key, or its number if its headers cannot be read."""
@@ -329,12 +331,13 @@ class ShardDataset(Dataset[Any]):
         record = self._record(index)
         return int(record["width"]), int(record["height"])
 
-    def _image(self, content: bytes, index: int) -> np.ndarray:
+    def _image(self, content: bytes, index: int, view: View) -> np.ndarray:
         if self.bucketing is None:
             return decode_image(content)
-        return decode_image(content, self.bucketing.buckets[self.place(index)[0]], self.bucketing.upscale)
+        bucket = self.bucketing.buckets[self.place(index)[0]]
+        return decode_image(content, bucket, self.bucketing.upscale, view)
 
-    def _member(self, contents: dict[str, memoryview], extension: str, index: int) -> Any:
+    def _member(self, contents: dict[str, memoryview], extension: str, index: int, view: View) -> Any:
         """Decode a member of a sample."""
         if extension not in contents:
             raise ValueError(f"{extension}: no such member")
@@ -343,7 +346,7 @@ class ShardDataset(Dataset[Any]):
             raise ValueError(f"{extension}: {size} bytes, more than the {most} that are read")
         content = bytes(contents[extension])
         try:
-            value = self._image(content, index) if kind in IMAGES else DECODERS[kind](content)
+            value = self._image(content, index, view) if kind in IMAGES else DECODERS[kind](content)
         except Exception as error:  # on damaged content the libraries raise nearly anything
             raise ValueError(f"{extension}: {error}") from error
         shape = self.shapes.get("image" if kind in IMAGES else extension)

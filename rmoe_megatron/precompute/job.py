@@ -172,6 +172,11 @@ def check_precompute(config: RunConfig, source: Path, out: Path) -> list[Path]:
         "data.precompute.latents=distribution needs an autoencoder whose latents are drawn from one, and pixels are themselves; leave "
         "it out.",
     )
+    require(
+        not (config.data.augment.flips or config.data.augment.crops),
+        "data.augment changes raw samples in every draw of training, which precomputed ones do not; leave it out (data.precompute.crops and "
+        "data.precompute.flips make samples of parts and mirrored pictures).",
+    )
     inner, outer = out.resolve(), source.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise UserError(f"{out} and {source} overlap; choose an output folder apart from the source.")

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rmoe_megatron.config.buckets import Bucket
-from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.run import AugmentConfig, RunConfig
 from rmoe_megatron.config.stages import Stage, stage_of_draw, stages_of
 from rmoe_megatron.data.mixture import Mixture, shares
 from rmoe_megatron.data.order import Order
@@ -90,7 +90,9 @@ def _open(config: RunConfig, stage: Stage, with_validation: bool) -> StageDraws:
     samples = Mixture(datasets, shares(stage.datasets, datasets))
     validation = None
     if with_validation and stage.validation is not None:
-        held_out = TrainingDataset(store_of(config, stage.validation), replace(taken, filter=None))
+        held_out = TrainingDataset(
+            store_of(config, stage.validation), replace(taken, filter=None, augment=AugmentConfig())
+        )
         validation = Mixture([held_out], [Fraction(1)])
     order = samples.order(config.data.shuffle, config.seed, stage.number, stage.bucket_batch)
     sizes = latent_sizes(config, stage.sample_size)

@@ -315,6 +315,7 @@ def sample_format(config: RunConfig, sample_size: int | None = None) -> SampleFo
         parse_captions(config.data.captions),
         config.seed,
         SampleFilter(config.data.filter) if config.data.filter is not None else None,
+        config.data.augment,
     )
 
 
