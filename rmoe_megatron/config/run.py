@@ -222,10 +222,23 @@ class DataConfig:
 
 
 @dataclass
+class GroupLearningRates:
+    """Peak learning rates of parts of the model; null is ``optimizer.learning_rate``, whose schedule they follow in proportion.
+
+    ``gate``: the gates of the recurrence; ``recurrence``: all else that it adds; ``base``: everything else.
+    """
+
+    base: float | None = number(None, above=0, most=1000)
+    recurrence: float | None = number(None, above=0, most=1000)
+    gate: float | None = number(None, above=0, most=1000)
+
+
+@dataclass
 class OptimizerConfig:
     """AdamW with linear warm-up and a decay of the learning rate, and an exponential moving average of the weights."""
 
     learning_rate: float = number(MISSING, above=0, most=1000)
+    group_learning_rates: GroupLearningRates = field(default_factory=GroupLearningRates)
     min_learning_rate: float = number(0.0, least=0, most=1000)
     warmup_steps: int = number(0, least=0, most=10**9)
     lr_decay_style: LearningRateDecay = LearningRateDecay.cosine

@@ -52,6 +52,17 @@ def _check_schedule(config: RunConfig) -> None:
         f"optimizer.min_learning_rate ({optimizer.min_learning_rate}) must not exceed optimizer.learning_rate "
         f"({optimizer.learning_rate}).",
     )
+    for group in ("recurrence", "gate"):
+        require(
+            getattr(optimizer.group_learning_rates, group) is None or config.recurrence is not None,
+            f"optimizer.group_learning_rates.{group} is for a model with a recurrence, and this one has none; leave it out.",
+        )
+    require(
+        optimizer.group_learning_rates.base is None
+        or config.fine_tuning is None
+        or config.fine_tuning.trainable is not Trainable.added,
+        "optimizer.group_learning_rates.base is for a base that is trained, and fine_tuning.trainable=added freezes it; leave it out.",
+    )
     style, falls_in = optimizer.lr_decay_style, optimizer.wsd_decay_steps
     require(
         style is not LearningRateDecay.constant or optimizer.min_learning_rate == 0,

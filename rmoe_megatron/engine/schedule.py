@@ -17,11 +17,30 @@ def decays(parameter: Tensor, name: str) -> bool:
     return parameter.dim() > 1 and not name.endswith(".bias")
 
 
+def group_of(name: str) -> str:
+    """Return which of ``optimizer.group_learning_rates`` a parameter of this name has."""
+    if ".recurrence." not in name:
+        return "base"
+    return "gate" if ".recurrence.gate." in name else "recurrence"
+
+
+def own_rates(config: RunConfig, group: str) -> dict[str, float]:
+    """Return the ends of the schedule of a group that has a learning rate of its own, nothing for one that has none.
+
+    They are in proportion to those of ``optimizer.learning_rate``, so that the schedules are, too.
+    """
+    settings = config.optimizer
+    rate: float | None = getattr(settings.group_learning_rates, group)
+    if rate is None:
+        return {}
+    return {"max_lr": rate, "min_lr": settings.min_learning_rate * rate / settings.learning_rate}
+
+
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
     """Return linear warm-up and the decay that the configuration names, counted in steps.
 
     Args:
-        optimizer: has ``param_groups`` with ``wd_mult``, as Megatron-Core's optimizers do.
+        optimizer: has ``param_groups`` with ``wd_mult``, as Megatron-Core's optimizers do, and those with :func:`own_rates` have these.
     """
     settings = config.optimizer
     is_wsd = settings.lr_decay_style is LearningRateDecay.wsd

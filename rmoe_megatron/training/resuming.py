@@ -50,6 +50,15 @@ def _check_goes_on(config: RunConfig, saved: RunConfig, checkpoint: CheckpointFo
                 f"{checkpoint.path} was trained with {key}={kept.value}, which its state depends on; resume without "
                 "overriding it, or train a new run (fine_tuning.base takes its weights)."
             )
+    own = [
+        {name for name, rate in vars(each.optimizer.group_learning_rates).items() if rate is not None}
+        for each in (config, saved)
+    ]
+    if own[0] != own[1]:
+        raise UserError(
+            f"{checkpoint.path} was trained with learning rates of their own for {', '.join(sorted(own[1])) or 'no group'}, which its "
+            "optimizer's state is sorted by; give optimizer.group_learning_rates for the same groups (the rates may be others)."
+        )
     if config.optimizer.distributed_optimizer != saved.optimizer.distributed_optimizer:
         raise UserError(
             f"{checkpoint.path} was saved with optimizer.distributed_optimizer="

@@ -73,7 +73,7 @@ class DeepSpeedEngine:
         forget_routing(self.modules)
         # As Megatron-Core's schedule does: the gate's losses enter the backward pass with the scale of the loss.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.device) / len(micro_batches))
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = self.scheduler.get_lr({})  # of groups without one of their own
         losses = []
         for number, batch in enumerate(prefetched(micro_batches, self.device)):
             self.deepspeed.set_gradient_accumulation_boundary(number + 1 == len(micro_batches))

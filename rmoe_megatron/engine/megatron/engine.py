@@ -64,7 +64,7 @@ class MegatronEngine:
         """Update the weights by the micro-batches of one step; see the protocol."""
         self.num_micro_batches = len(micro_batches)
         forget_routing(self.modules)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = self.scheduler.get_lr({})  # of groups without one of their own
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._losses(micro_batches, forward_only=False)

@@ -1,7 +1,10 @@
 """AdamW, its schedule, and what a checkpoint holds of them, from Megatron-Core's parts."""
 
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -15,11 +18,11 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from rmoe_megatron.config.run import Precision, RunConfig
+from rmoe_megatron.config.run import GroupLearningRates, Precision, RunConfig
 from rmoe_megatron.engine.megatron.chunks import ModelChunks
 from rmoe_megatron.engine.megatron.gradient_norm import parts
 from rmoe_megatron.engine.protocol import MainWeight
-from rmoe_megatron.engine.schedule import build_schedule, decays
+from rmoe_megatron.engine.schedule import build_schedule, decays, group_of, own_rates
 from rmoe_megatron.platform import PARAMS_DTYPE
 
 # Megatron-Core's format that can be loaded under any other parallel layout.
@@ -35,6 +38,9 @@ STAYS = ParamKey(
         name="stays", fn=lambda parameter, name: not decays(parameter, name)
     )
 )
+
+# Under this name a group says which of the configuration's it is, if that has a learning rate of its own.
+LEARNS_AS = "learns_as"
 
 # Where the state of an optimizer of no parameter of this rank has its counter of updates.
 WITHOUT_PARAMETERS: Any = "without parameters"
@@ -63,7 +69,7 @@ def build_optimizer(
     # in a circle that Python cannot see.
     with torch.no_grad():
         megatron_optimizer = get_megatron_optimizer(
-            settings, model.wrapped, {STAYS: ParamGroupOverride(wd_mult=0.0)}
+            settings, model.wrapped, {STAYS: ParamGroupOverride(wd_mult=0.0), **_own_rates(config)}
         )
     for part in parts(megatron_optimizer):
         _detach_main_weights(part)
@@ -72,6 +78,23 @@ def build_optimizer(
             for group in adam.param_groups:
                 group |= FUSED
     return megatron_optimizer, build_schedule(config, megatron_optimizer)
+
+
+def _own_rates(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """Return which parameters have learning rates of their own, and these."""
+    overrides = {}
+    for group in (each.name for each in fields(GroupLearningRates)):
+        rates = own_rates(config, group)
+        if rates:
+            predicate = ParamWithNamePredicate(name=group, fn=partial(_is_of, group))
+            # More than Megatron-Core's keys may stand in a group, and is saved with it.
+            override = cast(ParamGroupOverride, {**rates, LEARNS_AS: group})
+            overrides[ParamKey(with_name_predicate=predicate)] = override
+    return overrides
+
+
+def _is_of(group: str, parameter: torch.Tensor, name: str) -> bool:
+    return group_of(name) == group
 
 
 def _detach_main_weights(part: MegatronOptimizer) -> None:
@@ -98,9 +121,15 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], schedule
         {name: group[name] for name in ("max_lr", "min_lr", "betas", "eps", *FUSED) if name in group}
         for group in optimizer.param_groups
     ]
+    rates = {
+        each[LEARNS_AS]: {name: each[name] for name in ("max_lr", "min_lr")}
+        for each in _saved_groups(saved)
+        if LEARNS_AS in each
+    }
     for group in optimizer.param_groups:
         # Megatron-Core finds a group's saved counterpart by these.
-        group.update({name: scheduler[name] for name in ("max_lr", "min_lr")})
+        kept = rates[group[LEARNS_AS]] if LEARNS_AS in group else scheduler
+        group.update({name: kept[name] for name in ("max_lr", "min_lr")})
     optimizer.load_state_dict(saved)
     for group, values in zip(optimizer.param_groups, configured, strict=True):
         group.update(values)
@@ -110,6 +139,13 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], schedule
                 continue
             # Megatron-Core gives all parameters the same counter, which each of them would then advance, on the host.
             state["step"] = state["step"].to(parameter.device, copy=True)
+
+
+def _saved_groups(saved: Any) -> Iterator[dict[str, Any]]:
+    """Yield the groups of an optimizer's saved state, wherever they stand in it."""
+    if isinstance(saved, dict):
+        for key, value in saved.items():
+            yield from value if key == "param_groups" else _saved_groups(value)
 
 
 def main_weights(
