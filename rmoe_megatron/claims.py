@@ -25,11 +25,10 @@ LEASE = 60.0  # seconds after which a claim that nobody keeps young is void
 # The same where the whole work is thrown away should it be done twice; a large file may be written while no thread gets a turn.
 LONG_LEASE = 600.0
 _held: set[Path] = set()  # by this process, which may have the number of one that died
-TAKEOVER = 10.0  # seconds after which one who was about to remove a void claim has died over it
+TAKEOVER = 10.0  # seconds after which one who was about to remove a void claim, or to write a new one, has died over it
 CLOCK = 30.0  # seconds for which the difference between two clocks is believed
-_clocks: dict[
-    Path, tuple[float, float]
-] = {}  # of folders: when their file system was asked for the time, and how far it was ahead
+# Of folders: when their file system was asked for the time, and how far it was ahead.
+_clocks: dict[Path, tuple[float, float]] = {}
 
 
 def this_process() -> str:
@@ -95,7 +94,8 @@ def is_void(path: Path, lease: float = LEASE) -> bool:
     host, _, process = name.partition(" ")
     if name == this_process() and path.absolute() not in _held:
         return True
-    return is_dead(host, process) or now(path.parent) - touched > lease
+    age = now(path.parent) - touched
+    return is_dead(host, process) or age > (lease if name else TAKEOVER)
 
 
 def now(folder: Path) -> float:
@@ -148,7 +148,11 @@ def only_process(path: Path, what: str) -> Iterator[None]:
     Raises:
         UserError: another process holds it; says which.
     """
-    if not take(path, LONG_LEASE):
+    # Who has just made it soon writes who it is; one whose disk did not let it has left a claim that is void a little later.
+    deadline = time.monotonic() + TAKEOVER + 1
+    while not (is_mine := take(path, LONG_LEASE)) and not holder(path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if not is_mine:
         host, _, process = holder(path).partition(" ")
         name = f"process {process} on {host}" if process else "another process"
         raise UserError(f"{what} by {name}; wait for its end, or choose another folder.")

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, also after a crash, on a full disk, and where several processes make the same."""
 
+import logging
 import os
 import re
 import shutil
@@ -10,8 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rmoe_megatron import claims
-from rmoe_megatron.disk_errors import about
+from rmoe_megatron.disk_errors import about, sentence
 from rmoe_megatron.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+_looked_through: set[Path] = set()  # folders
 
 
 def sync(path: Path) -> None:
@@ -47,6 +53,7 @@ def writing(path: Path, size: int | None = None) -> Iterator[Path]:
     """
     partial = own_partial(path)
     with about(path, partial, size):
+        _remove_unfinished_files(path.parent)
         partial.unlink(missing_ok=True)  # a link there would lead elsewhere
         try:
             yield partial
@@ -57,6 +64,17 @@ def writing(path: Path, size: int | None = None) -> Iterator[Path]:
                 partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def _remove_unfinished_files(folder: Path) -> None:
+    """Remove what :func:`writing` left in a folder when the disk let nothing be removed, or its process was killed; once a process."""
+    if folder in _looked_through:
+        return
+    _looked_through.add(folder)
+    with suppress(OSError):
+        for path in folder.glob(".*~*~*.partial"):
+            if not path.is_dir() and not is_being_written(path):
+                path.unlink(missing_ok=True)
 
 
 def require_empty(folder: Path, name: str) -> None:
@@ -126,8 +144,6 @@ def building(final: Path, replace: bool = False) -> Iterator[Path]:
 def filling(folder: Path) -> Iterator[None]:
     """Put files into a folder, which is made if it is not there, while no other process does.
 
-    Unfinished files that others have left there are removed.
-
     Raises:
         UserError: another process does; says which.
     """
@@ -135,19 +151,11 @@ def filling(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with claims.only_process(folder / ".claim", f"{folder} is being written"):
-            remove_unfinished_files(folder)
             yield
     except BaseException:
         with suppress(OSError):
             folder.rmdir()  # if nothing came of it
         raise
-
-
-def remove_unfinished_files(folder: Path) -> None:
-    """Remove what :func:`writing` has left in a folder where the disk let nothing be removed, and processes that were killed."""
-    for path in folder.glob(".*~*~*.partial"):
-        if not is_being_written(path):
-            remove(path)
 
 
 def claim_of(final: Path) -> Path:
@@ -177,7 +185,13 @@ def put_in_place(partial: Path, final: Path, replace: bool = False) -> None:
             with suppress(OSError):
                 replaced.rename(final)
         raise
-    remove(replaced)
+    if replaced.exists():
+        try:
+            remove(replaced)
+        except OSError as error:
+            logger.warning(
+                "%s is there, but what it replaces stays beside it for now: %s", final, sentence(error)
+            )
 
 
 def _remove_leftovers(final: Path) -> None:

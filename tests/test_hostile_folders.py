@@ -3,7 +3,6 @@
 It ends with one sentence or does its work; it never waits, never reads or writes without end, and changes nothing elsewhere.
 """
 
-import io
 import os
 import shutil
 import signal
@@ -11,14 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rmoe_megatron.cli import main
-from tests.conversion.test_import_export import import_model
-from tests.hf.test_pipelines import recurrent_sd3
-from tests.support.commands import rmoe
-from tests.support.diffusers_models import save_model
-from tests.support.runs import make_run, write_shard
+from tests.support.sound_inputs import make_inputs
 
 SECRET = "words-of-no-vocabulary-4711"
 SECONDS = 120  # that a command may take; a hang has no end
@@ -50,28 +44,8 @@ PLANTS = (pipe, device, link, hole, folder)
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run, an imported one, a model, and raw data: nothing of it is hostile."""
     root = tmp_path_factory.mktemp("sound")
-    code, errors = rmoe(
-        "train", str(make_run(root)), "training.steps=2", "checkpoint.every=2", "training.sample_prompts=[]",
-        "data.validation=null", "optimizer.warmup_steps=0",
-    )  # fmt: skip
-    assert code == 0, errors
-    save_model("dit", root / "dit")
-    import_model(root / "dit", root / "imported")
-    recurrent_sd3(root / "model")
-    (root / "pictures").mkdir()
-    picture = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(picture, format="png")
-    for name in ("a", "b"):
-        (root / "pictures" / f"{name}.png").write_bytes(picture.getvalue())
-        (root / "pictures" / f"{name}.txt").write_text("a cat")
-    (root / "table").mkdir()
-    (root / "table" / "table.jsonl").write_text('{"image": "a.png", "caption": "a cat"}\n')
-    shutil.copy(root / "pictures" / "a.png", root / "table")
-    sample = {"png": picture.getvalue(), "txt": b"a cat"}
-    for number in range(2):
-        write_shard(root / "raw" / f"{number}.tar", [sample, sample])
+    make_inputs(root)
     return root
 
 

@@ -103,6 +103,17 @@ def test_a_claim_of_another_host_is_void_when_it_is_old(
     assert taken == [1, 0]
 
 
+def test_a_claim_that_does_not_say_whose_it_is_is_soon_void(tmp_path: Path) -> None:
+    """A full disk let its process make it, but neither write nor remove it."""
+    path = tmp_path / "claim"
+    path.touch()
+    assert not claims.is_void(path, claims.LONG_LEASE)  # it may be about to be written
+    touched = path.stat().st_mtime - claims.TAKEOVER + 1
+    os.utime(path, (touched, touched))
+    with claims.only_process(path, "It is claimed"):
+        assert claims.holder(path) == claims.this_process()
+
+
 def test_a_claim_is_kept_young_while_a_unit_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

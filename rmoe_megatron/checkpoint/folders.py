@@ -236,8 +236,6 @@ def begin_writing(run_dir: Path) -> None:
     """
     try:
         _remove_unfinished(run_dir)
-        for folder in (run_dir, run_dir / "samples"):
-            durable.remove_unfinished_files(folder)
     except OSError as error:
         logger.warning("What an unfinished save left stays for now: %s", sentence(error))
 

@@ -102,7 +102,7 @@ def new_checkpoint(
         dist.broadcast_object_list(partials)
         partial = partials[0]
         assert partial is not None
-        with _raised_on_all_ranks(final, size):
+        with _raised_on_all_ranks(final, size, partial):
             yield partial
         with _raised_on_all_ranks(final, size):
             if dist.get_rank() == 0:
@@ -112,18 +112,23 @@ def new_checkpoint(
 
 
 @contextmanager
-def _raised_on_all_ranks(final: Path, size: int | None) -> Iterator[None]:
+def _raised_on_all_ranks(final: Path, size: int | None, partial: Path | None = None) -> Iterator[None]:
     """Raise on all ranks what the system refuses to one; every rank takes part."""
     failure: OSError | None = None
     try:
-        with about(final, durable.own_partial(final), size):
-            yield
+        with about(final, partial or durable.own_partial(final), size):
+            try:
+                yield
+            except CheckpointException as error:  # PyTorch's, which says on all ranks what each met
+                refused = {
+                    rank: each for rank, (each, _) in error.failures.items() if isinstance(each, OSError)
+                }
+                if not refused:
+                    raise
+                if dist.get_rank() in refused:
+                    raise refused[dist.get_rank()] from error
     except OSError as error:
         failure = error
-    except CheckpointException as error:  # PyTorch's, which says what all ranks met
-        failure = next((each for each, _ in error.failures.values() if isinstance(each, OSError)), None)
-        if failure is None:
-            raise
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, None if failure is None else sentence(failure))
     found = [(rank, said) for rank, said in enumerate(everyone) if said is not None]

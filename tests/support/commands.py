@@ -151,6 +151,13 @@ def _run(
     os.setsid()
     ready.send(None)
     ready.close()
+    become(arguments, ranks, environment, folder, errors)
+
+
+def become(
+    arguments: list[str], ranks: int, environment: dict[str, str], folder: Path, errors: Path
+) -> NoReturn:
+    """Be ``rmoe`` with ``arguments`` in ``folder`` from now on, or the parent of its ranks; standard error goes to a file."""
     sink = os.open(errors, os.O_WRONLY | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
