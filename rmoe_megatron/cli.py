@@ -28,6 +28,7 @@ from rmoe_megatron.cli_options import (
     require_run,
     told_to_all_ranks,
 )
+from rmoe_megatron.cli_plan import plan_command
 from rmoe_megatron.cli_prompt_benchmarks import eval_app
 from rmoe_megatron.config.buckets import parse_bucket
 from rmoe_megatron.disk_errors import message_of
@@ -54,6 +55,10 @@ app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
 app.add_typer(diagnose_app, name="diagnose")
+app.command(
+    "plan",
+    epilog="Example: rmoe plan configs/t2i_2b.yaml --gpus 64 --gpu h100 parallel.tensor_model_parallel_size=2",
+)(plan_command)
 
 
 @app.callback(epilog="Example: rmoe train configs/shapes_tiny.yaml")

@@ -12,7 +12,7 @@ ROOT = Path(rmoe_megatron.__file__).parent
 ORDER = [
     "errors", "regular_files", "claims", "disk_errors", "durable", "launch", "stop_signals", "work_queue", "typed_files", "refusal", "counter_rng", "pictures", "extras", "standard_streams", "rank_watch", "versions",
     "config", "data", "hf", "processor", "platform", "parallel", "diffusion", "model", "pretrained", "encoders", "checkpoint",
-    "engine", "sampling", "evaluation", "sample_folder", "training", "diagnostics", "conversion", "precompute", "show_draw", "show_run", "cli_options", "cli_data", "cli_conversion", "cli_diagnosis", "cli_evaluation", "cli_prompt_benchmarks", "cli", "__main__",
+    "engine", "sampling", "evaluation", "sample_folder", "training", "diagnostics", "conversion", "precompute", "planning", "show_draw", "show_run", "cli_options", "cli_data", "cli_conversion", "cli_diagnosis", "cli_evaluation", "cli_plan", "cli_prompt_benchmarks", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -1,0 +1,60 @@
+"""The command line of plans: ``rmoe plan``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmoe_megatron import durable, launch
+from rmoe_megatron.cli_options import Overrides
+
+
+def plan_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, max=65536, help="Accelerators of the run.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="The kind of accelerator: a100, h100, h200, b200 or mi300x.")
+    ] = "h100",
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, max=128, help="Accelerators that share a node's links.")
+    ] = 8,
+    hardware: Annotated[
+        Path | None, typer.Option(help="A JSON file of rates and shares that take the place of the table's.")
+    ] = None,
+    samples: Annotated[
+        float | None,
+        typer.Option(
+            min=1, max=1e15, help="Samples to train on, for the cost; default is the run's own steps."
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, max=1e6, help="Price of one accelerator for an hour.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="A file to write all figures to.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="A PNG file to draw memory and time into.")] = None,
+) -> None:
+    """Say what a layout needs before any GPU is booked: memory of a rank, messages, time of a step.
+
+    The run's own code takes a step on tensors without values, so that this works on a laptop for any number of GPUs. Memory and
+    messages are those of the run; its time is an estimate.
+    """
+    launch.require_one_rank("rmoe plan")
+    from rmoe_megatron.config.loading import load_config
+    from rmoe_megatron.config.validation import validate
+    from rmoe_megatron.planning.hardware import find_hardware
+    from rmoe_megatron.planning.plan import figures, make_plan
+    from rmoe_megatron.planning.report import describe, draw
+
+    found = find_hardware(gpu, hardware)
+    settings = load_config(config, overrides or [])
+    validate(settings, gpus)
+    plan = make_plan(settings, gpus, found, gpus_per_node)
+    training = settings.training
+    typer.echo(describe(plan, samples or training.steps * training.global_batch_size, price))
+    if json_file is not None:
+        durable.write(json_file, json.dumps(figures(plan), indent=1) + "\n")
+    if picture is not None:
+        with durable.writing(picture) as partial:
+            draw(plan, partial)
