@@ -1,4 +1,4 @@
-"""The command line of conversions: ``rmoe convert to-hf / from-hf / from-facebook-dit``. Thin: every command calls one function."""
+"""The command line of conversions: ``rmoe convert to-hf / to-lora / from-hf / from-facebook-dit``. Thin: every command calls one function."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,23 +18,29 @@ convert_app = typer.Typer(
 )
 
 
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Name the folder of a training run.")]
+OutFolder = Annotated[Path, typer.Argument(help="Name the folder to create.")]
+Step = Annotated[
+    int | None, typer.Option(help="Export the checkpoint of this step. The default is the newest.")
+]
+Averaged = Annotated[
+    bool, typer.Option("--ema/--raw", help="Export the averaged weights, or those of the step.")
+]
+ExportDtype = Annotated[
+    str | None,
+    typer.Option(help="Export in fp32, fp16 or bf16. The default is the checkpoint's data type."),
+]
+Base = Annotated[Path | None, typer.Option(help="Name the run of the frozen base, if it has moved.")]
+
+
 @convert_app.command("to-hf", epilog="Example: rmoe convert to-hf runs/shapes_tiny models/shapes_tiny")
 def to_hf(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Name the folder of a training run.")],
-    out: Annotated[Path, typer.Argument(help="Name the folder to create.")],
-    step: Annotated[
-        int | None, typer.Option(help="Export the checkpoint of this step. The default is the newest.")
-    ] = None,
-    averaged: Annotated[
-        bool, typer.Option("--ema/--raw", help="Export the averaged weights, or those of the step.")
-    ] = True,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Export in fp32, fp16 or bf16. The default is the checkpoint's data type."),
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Name the run of the frozen base, if it has moved.")
-    ] = None,
+    run_dir: RunFolder,
+    out: OutFolder,
+    step: Step = None,
+    averaged: Averaged = True,
+    dtype: ExportDtype = None,
+    base: Base = None,
     remote_code: Annotated[
         bool,
         typer.Option("--remote-code", help="Put the code into the folder, for users without this package."),
@@ -58,22 +64,37 @@ def to_hf(
     """Export a run to a diffusers folder."""
     launch.require_one_rank("rmoe convert to-hf")
     require_run(run_dir)
-    import torch
-
+    asked = _parse_dtype(dtype)
     from rmoe_megatron.conversion.export import export_run
 
-    dtypes = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise UserError(f"--dtype {dtype} must be fp32, fp16 or bf16.")
     progress = Bar("export", "tensor")
     errors = export_run(
-        run_dir, out, step, averaged, dtypes[dtype], base, remote_code, max_shard_size,
+        run_dir, out, step, averaged, asked, base, remote_code, max_shard_size,
         transformer, approximate, progress,
     )  # fmt: skip
     if errors:
         measured = ", ".join(f"{error:.2%} at t={timestep}" for timestep, error in errors.items())
         print(f"diffusers' timestep features change the output of these weights by {measured}")
     print(f"{out} can be loaded with diffusers and sampled with `rmoe sample {out}`")
+
+
+@convert_app.command("to-lora", epilog="Example: rmoe convert to-lora runs/sd35_lora models/sd35_lora")
+def to_lora(
+    run_dir: RunFolder,
+    out: OutFolder,
+    step: Step = None,
+    averaged: Averaged = True,
+    dtype: ExportDtype = None,
+    base: Base = None,
+) -> None:
+    """Export the LoRA of a run as a file of its own, which diffusers loads beside the base's weights."""
+    launch.require_one_rank("rmoe convert to-lora")
+    require_run(run_dir)
+    asked = _parse_dtype(dtype)
+    from rmoe_megatron.conversion.lora_file import export_lora
+
+    path = export_lora(run_dir, out, step, averaged, asked, base)
+    print(f"{path} can be loaded with `pipeline.load_lora_weights({str(out)!r})` (pip install peft)")
 
 
 @convert_app.command(
@@ -151,3 +172,16 @@ def _parse_parallel(overrides: list[str] | None):  # type: ignore[no-untyped-def
     from rmoe_megatron.config.loading import load_parallel
 
     return load_parallel(overrides or [])
+
+
+def _parse_dtype(name: str | None):  # type: ignore[no-untyped-def]  # a late import, as everywhere here
+    """Return the data type of ``--dtype``, None where none is asked for.
+
+    Raises:
+        UserError: it is none.
+    """
+    if name not in (None, "fp32", "fp16", "bf16"):
+        raise UserError(f"--dtype {name} must be fp32, fp16 or bf16.")
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(name or "")

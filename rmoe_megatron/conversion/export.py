@@ -22,6 +22,7 @@ from rmoe_megatron.conversion.model_card import model_card
 from rmoe_megatron.conversion.pipeline_settings import pipeline_settings
 from rmoe_megatron.conversion.remote_code import add_remote_code
 from rmoe_megatron.conversion.weight_names import Copies, weight_rules
+from rmoe_megatron.conversion.weight_record import weight_record
 from rmoe_megatron.diffusion.build import build_scheduler
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
 from rmoe_megatron.encoders.sd3_text import require_room_for_t5
@@ -95,7 +96,8 @@ def export_run(
     exact = weights.config.model.downscale_freq_shift
     with durable.building(out) as partial:
         (partial / "transformer").mkdir()
-        write_model(transformer, reader.read, partial / "transformer", shard_bytes, progress)
+        record = weight_record(weights, averaged)
+        write_model(transformer, reader.read, partial / "transformer", shard_bytes, progress, record)
         write_pipeline(config, transformer, partial)
         card = model_card(config, weights.checkpoint.step, averaged, reader.dtype, transformer, partial)
         (partial / "README.md").write_text(card)

@@ -143,6 +143,7 @@ def write_model(
     folder: Path,
     max_shard_bytes: int = parse_size(MAX_SHARD_SIZE),
     progress: Callable[[int, int], None] | None = None,
+    record: dict[str, str] | None = None,
 ) -> None:
     """Write a diffusers model folder as ``save_pretrained`` does, with one file's tensors in memory at a time.
 
@@ -150,6 +151,7 @@ def write_model(
         model: gives names, shapes, data types and the configuration; may lie on the meta device.
         read: returns the tensor of a name.
         max_shard_bytes: weights above it are written as several files.
+        record: what every file says of itself in its header, beside its format.
 
     Raises:
         UserError: a tensor has another shape than in the model.
@@ -171,7 +173,7 @@ def write_model(
             done += 1
             if progress is not None:
                 progress(done, len(empty))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file(tensors, folder / file, metadata={"format": "pt", **(record or {})})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         path = folder / f"{DIFFUSERS_WEIGHTS}.index.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rmoe_megatron.checkpoint.folders import find_checkpoint
@@ -174,6 +175,51 @@ def test_lora_is_merged_at_export(folder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(adapted.pop(key), base.pop(key) + up[index] @ down[index])
         assert up[index].abs().sum() > 0
     assert all(torch.equal(adapted[key], value) for key, value in base.items())
+    code, errors = rmoe("convert", "to-lora", str(folder / "lora"), str(tmp_path / "factors"))
+    assert code == 0, errors
+    check_factors(tmp_path)
+
+
+def check_factors(folder: Path) -> None:
+    """PEFT's names; the base's weights with the product of the factors are the merged ones, in float64 within float32's rounding."""
+    path, name = (
+        folder / "factors" / "pytorch_lora_weights.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+    )
+    factors, base, merged = (
+        load_file(path),
+        load_file(folder / "base" / name),
+        load_file(folder / "lora" / name),
+    )
+    modules = [f"transformer_blocks.1.attn.to_{part}" for part in "qkv"]
+    assert factors.keys() == {
+        f"transformer.{module}.lora_{letter}.weight" for module in modules for letter in "AB"
+    }
+    for module in modules:
+        down, up = (factors[f"transformer.{module}.lora_{letter}.weight"].double() for letter in "AB")
+        assert (down.shape, up.shape) == ((4, 32), (32, 4))
+        expected = base[f"{module}.weight"].double() + up @ down
+        torch.testing.assert_close(merged[f"{module}.weight"].double(), expected, rtol=1e-6, atol=1e-7)
+    with safe_open(path, "pt") as file:
+        record = file.metadata()
+    assert (record["format"], record["run"], record["step"], record["base"]) == ("pt", "lora", "10", "base")
+    assert record["trainable"] == "added"
+    assert json.loads(record["recipe"])["lora"] == {"layers": [1], "rank": 4}
+    with safe_open(folder / "lora" / name, "pt") as file:
+        assert file.metadata() == record
+    with safe_open(folder / "base" / name, "pt") as file:
+        assert (file.metadata()["run"], file.metadata()["step"], file.metadata().get("base")) == (
+            "base",
+            "6",
+            None,
+        )
+
+
+def test_what_has_no_lora_is_refused(folder: Path, tmp_path: Path) -> None:
+    code, errors = rmoe("convert", "to-lora", str(folder / "recurrent"), str(tmp_path / "out"))
+    assert code == 2
+    assert "has no LoRA; `rmoe convert to-hf" in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_with_another_prediction_is_refused(folder: Path) -> None:
