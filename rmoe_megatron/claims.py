@@ -155,7 +155,9 @@ def only_process(path: Path, what: str) -> Iterator[None]:
     if not is_mine:
         host, _, process = holder(path).partition(" ")
         name = f"process {process} on {host}" if process else "another process"
-        raise UserError(f"{what} by {name}; wait for its end, or choose another folder.")
+        here = socket.gethostname()
+        gone = f" (if {host} is gone, ten minutes after that)" if process and host != here else ""
+        raise UserError(f"{what} by {name}; wait for its end{gone}, or choose another folder.")
     try:
         with kept_young(path):
             yield

@@ -149,13 +149,13 @@ def filling(folder: Path) -> Iterator[None]:
     """
     with about(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with claims.only_process(folder / ".claim", f"{folder} is being written"):
-            yield
-    except BaseException:
-        with suppress(OSError):
-            folder.rmdir()  # if nothing came of it
-        raise
+        try:
+            with claims.only_process(folder / ".claim", f"{folder} is being written"):
+                yield
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()  # if nothing came of it
+            raise
 
 
 def claim_of(final: Path) -> Path:
@@ -178,7 +178,8 @@ def put_in_place(partial: Path, final: Path, replace: bool = False) -> None:
         try:
             sync(final.parent)
         except BaseException:
-            final.rename(partial)
+            with suppress(OSError):
+                final.rename(partial)
             raise
     except BaseException:
         if replaced.exists():

@@ -20,7 +20,8 @@ class WorkQueue:
     """Hands out the numbers of units.
 
     Args:
-        folder: of the claims, on a file system that all processes see; it is removed when everything is done.
+        folder: of the claims, below one that is there, on a file system that all processes see; it is removed when everything is
+            done.
         count: of the units.
         is_done: whether a unit's result is there.
         first: the unit to begin with, so that processes don't all ask for the same one.
@@ -35,7 +36,10 @@ class WorkQueue:
         Args:
             progress: called with (units done by anybody, units in total).
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with suppress(
+            FileNotFoundError
+        ):  # another process has found everything done, and given what it was in another name
+            self.folder.mkdir(exist_ok=True)
         while True:
             open_units = [unit for unit in range(self.count) if not self.is_done(unit)]
             if progress is not None:

@@ -1,6 +1,7 @@
 """Units are done once by many processes, and again only if who had them died."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rmoe_megatron import claims, work_queue
+from rmoe_megatron.errors import UserError
 from rmoe_megatron.work_queue import WorkQueue
 from tests.support.commands import kill
 
@@ -101,6 +103,25 @@ def test_a_claim_of_another_host_is_void_when_it_is_old(
         else:
             done.add(2)  # which the other process has done
     assert taken == [1, 0]
+
+
+def test_who_comes_when_the_folder_has_another_name_makes_no_other(tmp_path: Path) -> None:
+    unfinished = tmp_path / "unfinished"
+    queue = WorkQueue(unfinished / "claims", 1, lambda unit: not unfinished.exists())
+    assert list(queue.take()) == []
+    assert not unfinished.exists()
+
+
+def test_a_process_of_another_host_may_be_gone_with_it(tmp_path: Path) -> None:
+    (tmp_path / "claim").write_text("lost 12")
+    said = (
+        "It is claimed by process 12 on lost; wait for its end (if lost is gone, ten minutes after that), or"
+    )
+    with (
+        pytest.raises(UserError, match=re.escape(said)),
+        claims.only_process(tmp_path / "claim", "It is claimed"),
+    ):
+        pass
 
 
 def test_a_claim_that_does_not_say_whose_it_is_is_soon_void(tmp_path: Path) -> None:

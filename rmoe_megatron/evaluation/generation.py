@@ -271,6 +271,7 @@ def generate(
         if progress is not None:
             progress(min(done * sampling.batch_size, len(wanted)), len(wanted))
 
+    claims.parent.mkdir(parents=True, exist_ok=True)
     queue = WorkQueue(
         claims,
         len(batches),
@@ -307,6 +308,7 @@ def fill(
     Args:
         make: from a file's number to its content.
     """
+    claims.parent.mkdir(parents=True, exist_ok=True)
     queue = WorkQueue(
         claims,
         len(products),

@@ -258,9 +258,6 @@ def _publish(records: Records, out: Path, names: list[str], finished: dict[str, 
             if durable.is_being_written(leftover):
                 return False  # by a process that shares the work otherwise, and gives the folder its name when it is done
             leftover.unlink(missing_ok=True)
-        for claims in unfinished.glob(f"{CLAIMS}-*"):  # of processes that were killed
-            durable.remove(claims)
-        remove_places(unfinished)
         if gone := finished.keys() - set(names):
             logger.warning(
                 "%s no longer has what was made of %d shards that %s no longer has.",
@@ -274,7 +271,10 @@ def _publish(records: Records, out: Path, names: list[str], finished: dict[str, 
         for folder in {unfinished, *((unfinished / name).parent for name in names)}:
             durable.sync(folder)
         ready = _ready(out)
-        unfinished.rename(ready)  # of several processes one does
+        unfinished.rename(ready)  # of several processes one does; the others no longer reach it
+        for claims in ready.glob(f"{CLAIMS}-*"):  # of processes that were killed, or have just come
+            durable.remove(claims)
+        remove_places(ready)
         durable.put_in_place(ready, out, replace=bool(finished))
     except FileNotFoundError:
         return True
