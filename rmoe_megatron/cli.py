@@ -290,8 +290,7 @@ def sample(
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
 ) -> None:
-    """Make images from prompts."""
-    launch.require_one_rank("rmoe sample")
+    """Make images from prompts; with torchrun or srun all ranks share the work."""
     check_guidance(guidance, guidance_interval)
     bucket = parse_bucket("--size", size) if size is not None else None
     prompts = read_prompts(prompt or [], prompts_file)
@@ -301,10 +300,14 @@ def sample(
     from rmoe_megatron.sample_folder import fill_folder
     from rmoe_megatron.sampling import resolve_dtype
 
-    dtype = resolve_dtype(dtype)
-    how = Sampling(str(model), steps, guidance, seed, batch_size, guidance_interval, scheduler, None, dtype)
+    sampling = Sampling(
+        str(model), steps, guidance, seed, batch_size, guidance_interval, scheduler,
+        dtype=resolve_dtype(dtype), size=bucket, depth=depth,
+    )  # fmt: skip
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    others = fill_folder(out, repeated, how, bucket, depth, Bar("sample", "image"))
+    others = fill_folder(out, repeated, sampling, Bar("sample", "image") if launch.speaks() else None)
+    if not launch.speaks():
+        return
     print(f"{len(repeated)} images and grid.png in {out}")
     if others:
         print(f"beside them {len(others)} of an earlier command: {others[0].name} to {others[-1].name}")

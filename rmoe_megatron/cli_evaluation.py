@@ -90,6 +90,7 @@ ProtocolName = Annotated[
 @eval_app.command(
     "shapes", epilog="Example: rmoe eval shapes models/shapes_tiny --data data/shapes --out scores"
 )
+@KEEPING
 def eval_shapes(
     model: Annotated[Path, typer.Argument(help="Name an exported diffusers folder.")],
     data: Annotated[Path, typer.Option(help="Name the folder that `rmoe data build-shapes` has made.")],
@@ -110,40 +111,21 @@ def eval_shapes(
     dtype: Dtype = "auto",
     again: Again = False,
 ) -> None:
-    """Score a model on the toy shapes set by GenEval's rules."""
-    launch.require_one_rank("rmoe eval shapes")
+    """Score a model on the toy shapes set by GenEval's rules; with torchrun or srun all ranks share the work."""
     check_guidance(guidance)
     durable.check_writable(out, "--out")
     require_set(data / "val", f"rmoe data build-shapes {data}")
     require_pipeline(str(model))
-    import numpy as np
-
-    from rmoe_megatron.evaluation.generation import Sampling, sampling_record
-    from rmoe_megatron.evaluation.provenance import require_results
-    from rmoe_megatron.evaluation.shapes import evaluate_shapes, set_record
-    from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images
+    from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.evaluation.shapes import Settings, evaluate_shapes
+    from rmoe_megatron.sampling import resolve_dtype
 
     sampling = Sampling(str(model), steps, guidance, seed, batch_size, dtype=resolve_dtype(dtype))
-    identity = {
-        "benchmark": "toy shapes",
-        "images_per_prompt": images_per_prompt,
-        "prompt_set": set_record(data) | {"limit": limit},
-        "sampling": sampling_record(sampling),
-    }
-    with durable.filling(out):
-        require_results(out / "results.json", identity, again)
-        print(f"images are made {describe_place(sampling.dtype)}")
-        pipeline = open_pipeline(model, sampling.dtype)
-
-        def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
-            return sample_images(pipeline, prompts, seeds, steps, guidance, batch_size)
-
-        described = identity | {"model": str(model.absolute())}
-        progress = Bar("eval shapes", "image")
-        evaluate_shapes(generate, data, out, described, images_per_prompt, limit, seed, progress)
+    evaluate_shapes(sampling, Settings(data, out, images_per_prompt, limit, again), bars()("sample"))
 
 
 @eval_app.command("mazes", epilog="Example: rmoe eval mazes models/mazes --data data/mazes --out scores")
+@KEEPING
 def eval_mazes(
     model: Annotated[Path, typer.Argument(help="Name an exported diffusers folder.")],
     data: Annotated[Path, typer.Option(help="Name the folder that `rmoe data build-mazes` has made.")],
@@ -162,44 +144,20 @@ def eval_mazes(
     dtype: Dtype = "auto",
     again: Again = False,
 ) -> None:
-    """Score a model on mazes: a picture is right if every cell of it is."""
-    launch.require_one_rank("rmoe eval mazes")
+    """Score a model on mazes: a picture is right if every cell of it is; with torchrun or srun all ranks share the work."""
     counts = parse_numbers("--steps", steps)
-    tried = [None] if depths is None else list(parse_numbers("--depths", depths))
+    tried = (None,) if depths is None else parse_numbers("--depths", depths)
     if 0 in (*counts, *tried):
         raise UserError("--steps and --depths are 1 or more.")
     durable.check_writable(out, "--out")
     require_set(data / "test", f"rmoe data build-mazes {data}")
     require_pipeline(str(model))
-    import numpy as np
+    from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.evaluation.mazes.evaluate import Settings, evaluate_mazes
+    from rmoe_megatron.sampling import resolve_dtype
 
-    from rmoe_megatron.evaluation.mazes.evaluate import evaluate_mazes, read_set
-
-    read_set(data, limit)  # a damaged set is named before the model is loaded
-    from rmoe_megatron.evaluation.generation import Sampling, sampling_record
-    from rmoe_megatron.evaluation.mazes.evaluate import set_record
-    from rmoe_megatron.evaluation.provenance import require_results
-    from rmoe_megatron.sampling import describe_place, open_pipeline, resolve_dtype, sample_images, set_depth
-
-    how = Sampling(str(model), counts[0], 1.0, seed, batch_size, dtype=resolve_dtype(dtype))
-    identity = {
-        "benchmark": "mazes",
-        "prompt_set": set_record(data) | {"limit": limit},
-        "sampling": sampling_record(how) | {"steps": list(counts), "depths": tried},
-    }
-    with durable.filling(out):
-        require_results(out / "results.json", identity, again)
-        print(f"images are made {describe_place(how.dtype)}")
-        pipeline = open_pipeline(model, how.dtype)
-
-        def generate(texts: list[str], seeds: list[int], count: int, depth: int | None) -> np.ndarray:
-            if depth is not None:
-                set_depth(pipeline, depth)
-            return sample_images(pipeline, texts, seeds, count, guidance=1.0, batch_size=batch_size)
-
-        described = identity | {"model": str(model.absolute())}
-        progress = Bar("eval mazes", "setting")
-        evaluate_mazes(generate, data, out, described, counts, tried, limit, seed, progress)
+    sampling = Sampling(str(model), counts[0], 1.0, seed, batch_size, dtype=resolve_dtype(dtype))
+    evaluate_mazes(sampling, Settings(data, out, counts, tried, limit, again), bars()("sample"))
 
 
 @eval_app.command(

@@ -7,7 +7,7 @@ is started again, with any number of processes, does again what was in flight an
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class WorkQueue:
     def __init__(self, folder: Path, count: int, is_done: Callable[[int], bool], first: int = 0) -> None:
         self.folder, self.count, self.is_done, self.first = folder, count, is_done, first
 
-    def take(self, progress: Callable[[int, int], None] | None = None) -> Iterator[int]:
+    def take(self, progress: Callable[[int, int], None] | None = None) -> Generator[int]:
         """Yield units to be done, each until it is asked for the next; ends when all units of all processes are done.
 
         Args:

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rmoe_megatron import durable, sample_folder
+from rmoe_megatron import durable
 from rmoe_megatron.cli import app
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data import pack as packing
 from rmoe_megatron.data.pack import pack
 from rmoe_megatron.errors import Interrupted
+from rmoe_megatron.evaluation import generation
 from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.provenance import read_record
 from rmoe_megatron.sample_folder import fill_folder
@@ -103,13 +104,13 @@ def test_pack_leaves_nothing_where_no_shard_is_whole(tmp_path: Path) -> None:
 def test_samples_go_on_after_the_last_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recurrent_dit(tmp_path / "dit")
     made: list[list[str]] = []
-    sample_images = sample_folder.sample_images
+    sample_images = generation.sample_images
 
     def counted(pipeline: Any, prompts: list[str], *arguments: Any, **named: Any) -> Any:
         made.append(prompts)
         return sample_images(pipeline, prompts, *arguments, **named)
 
-    monkeypatch.setattr(sample_folder, "sample_images", counted)
+    monkeypatch.setattr(generation, "sample_images", counted)
     prompts, sampling = ["1", "2", "3", "4", "5"], Sampling(str(tmp_path / "dit"), 1, 2.0, 0, batch_size=2)
     fill_folder(tmp_path / "whole", prompts, sampling)
     with pytest.raises(KeyboardInterrupt):
@@ -143,10 +144,10 @@ def test_samples_of_another_size_are_others(tmp_path: Path, monkeypatch: pytest.
         sides.append(side)
         return np.zeros((len(prompts), side, side, 3), dtype=np.uint8)
 
-    monkeypatch.setattr(sample_folder, "sample_images", blank)
+    monkeypatch.setattr(generation, "sample_images", blank)
     sampling = Sampling(str(tmp_path / "dit"), 1, 2.0, 0, batch_size=2)
     for size in (None, Bucket(16, 16), Bucket(16, 16)):
-        fill_folder(tmp_path / "out", ["1"], sampling, size)
+        fill_folder(tmp_path / "out", ["1"], replace(sampling, size=size))
     assert sides == [8, 16]
 
 
@@ -156,6 +157,7 @@ def test_samples_of_another_size_are_others(tmp_path: Path, monkeypatch: pytest.
         (["sample", "owner/model", "--prompt", "a cat", "--out", "{out}"], "images"),
         (["data", "pack", "{folder}/mine", "{out}"], "shards"),
         (["data", "precompute", "{config}", "{folder}/data/train", "{out}"], "shards"),
+        (["eval", "shapes", "owner/model", "--data", "shapes", "--out", "{out}"], "pictures and verdicts"),
         (["eval", "geneval", "model", "--out", "{out}"], "pictures and verdicts"),
         (["eval", "geneval2", "model", "--data", "prompts", "--out", "{out}"], "pictures and verdicts"),
         (["eval", "dpg", "model", "--data", "table", "--out", "{out}"], "pictures and verdicts"),

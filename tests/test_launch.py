@@ -116,8 +116,8 @@ def test_a_node_list_without_a_host(nodes: str) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "sample M --prompt cat", "eval shapes M --data D --out O", "convert to-hf R M", "data build-shapes O", "data pack D O",
-        "data check D O", "data index D", "data show R --draw 0", "inspect R",
+        "convert to-hf R M", "data build-shapes O", "data pack D O",
+        "data check D O", "data index D", "data show R --draw 0", "inspect R", "eval compare S --out O",
     ],
 )  # fmt: skip
 def test_what_one_process_does_is_not_done_by_every_rank(

@@ -5,8 +5,10 @@ cut the same way in every run, so that neither the number of ranks nor a restart
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import numpy as np
 from diffusers import SchedulerMixin
 from PIL import Image
 
+from rmoe_megatron import durable
+from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.fingerprints import pipeline_record
 from rmoe_megatron.evaluation.picture_folder import require_pictures
@@ -31,11 +35,20 @@ from rmoe_megatron.evaluation.provenance import (
 from rmoe_megatron.launch import local_rank, rank, speaks, world_size
 from rmoe_megatron.platform import inference_device
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX
-from rmoe_megatron.sampling import describe_place, load_sampler, open_pipeline, sample_images
+from rmoe_megatron.sampling import (
+    conditions_of,
+    describe_place,
+    load_sampler,
+    open_pipeline,
+    sample_images,
+    set_depth,
+)
 from rmoe_megatron.versions import INFERENCE, versions_of
 from rmoe_megatron.work_queue import WorkQueue
 
 Progress = Callable[[int, int], None]
+# Pictures that are made in one way. The parts of an evaluation may differ in steps and depth; their model is the same.
+type Part = tuple[Sampling, Sequence[Picture]]
 OF_ONE_IMAGE = ("prompt", "prompt_number", "image_number")  # in its record; the rest is that of all
 
 
@@ -56,6 +69,8 @@ class Sampling:
     negative_prompt: str | None = None
     dtype: str = "fp32"
     compile: bool = False
+    size: Bucket | None = None  # None is the model's square
+    depth: int | None = None  # loops or latent steps; None is as trained
 
     @property
     def is_given(self) -> bool:
@@ -65,12 +80,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to make: its prompt, its number among that prompt's images, and its file."""
+    """One image to make: its prompt, its number among that prompt's images, and its file.
+
+    ``seed`` is that of its noise; None is one that follows from the evaluation's seed and both numbers.
+    """
 
     prompt: str
     prompt_index: int
     image_index: int
     path: Path
+    seed: int | None = None
 
 
 class Picture:
@@ -91,7 +110,12 @@ class Picture:
 
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
     """Return a seed of its own for every image."""
-    return int(np.random.SeedSequence([seed, prompt_index, image_index]).generate_state(1)[0])
+    return seed_of(seed, prompt_index, image_index)
+
+
+def seed_of(*numbers: int) -> int:
+    """Return a seed that numbers from 0 up give, of 32 bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def sampling_record(sampling: Sampling, sampler: SchedulerMixin | None = None) -> Record:
@@ -116,6 +140,8 @@ def sampling_record(sampling: Sampling, sampler: SchedulerMixin | None = None) -
         "batch_size": sampling.batch_size,
         "dtype": sampling.dtype,
         "compile": sampling.compile,
+        "size": str(sampling.size) if sampling.size is not None else None,
+        "depth": sampling.depth,
         "device": inference_device(local_rank()).type,
         "versions": versions_of(*INFERENCE),
     }
@@ -246,58 +272,115 @@ def build_pipeline(sampling: Sampling) -> Any:
     Raises:
         UserError: the folder or a setting is wrong.
     """
-    return open_pipeline(Path(sampling.model), sampling.dtype, sampling.scheduler, sampling.compile)
+    pipeline = open_pipeline(Path(sampling.model), sampling.dtype, sampling.scheduler, sampling.compile)
+    if sampling.depth is not None:
+        set_depth(pipeline, sampling.depth)
+    return pipeline
 
 
-def generate(
-    pictures: Sequence[Picture], sampling: Sampling, claims: Path, progress: Progress | None = None
-) -> None:
+def filled_by_the_job(out: Path) -> AbstractContextManager[None]:
+    """Return the context in which the ranks of a job put files into a folder, while no other job does: rank 0 holds it for all.
+
+    Raises:
+        UserError: another process puts files there; says which.
+    """
+    return durable.filling(out) if rank() == 0 else nullcontext()
+
+
+def generate(parts: Sequence[Part], claims: Path, progress: Progress | None = None) -> None:
     """Make the images that are not there yet; every rank takes part, and returns when all images are there.
 
     Args:
-        pictures: the same on every rank, in the same order; nothing is done for those that are given.
+        parts: the same on every rank, in the same order; nothing is done for pictures that are given.
         claims: folder of the ranks' claims.
         progress: called with (images done by all ranks, images in total).
 
     Raises:
         UserError: the model cannot be loaded or does not take the prompts.
     """
-    wanted = [(each.request, each.product) for each in pictures if each.product is not None]
-    batches = [
-        wanted[start : start + sampling.batch_size] for start in range(0, len(wanted), sampling.batch_size)
-    ]
+    batches = [(sampling, batch) for sampling, pictures in parts for batch in _batches(pictures, sampling)]
+    done_before = list(itertools.accumulate((len(batch) for _, batch in batches), initial=0))
 
     def report(done: int, total: int) -> None:
         if progress is not None:
-            progress(min(done * sampling.batch_size, len(wanted)), len(wanted))
+            progress(done_before[done], done_before[total])
 
     claims.parent.mkdir(parents=True, exist_ok=True)
     queue = WorkQueue(
         claims,
         len(batches),
-        lambda number: all(product.is_made for _, product in batches[number]),
+        lambda number: all(product.is_made for _, product in batches[number][1]),
         first=rank() * len(batches) // world_size(),
     )
-    pipeline = None
-    if speaks() and not all(product.is_made for _, product in wanted):
-        print(f"images are made {describe_place(sampling.dtype)}")
-    for number in queue.take(report):
-        if pipeline is None:
-            pipeline = build_pipeline(sampling)
-        batch = batches[number]
-        images = sample_images(
-            pipeline,
-            [request.prompt for request, _ in batch],
-            [image_seed(sampling.seed, request.prompt_index, request.image_index) for request, _ in batch],
-            sampling.steps,
-            sampling.guidance,
-            sampling.batch_size,
-            guidance_interval=sampling.guidance_interval,
-            negative_prompt=sampling.negative_prompt,
-        )
-        for (_, product), image in zip(batch, images, strict=True):
-            if not product.is_made:
-                product.write(png_with(Image.fromarray(image), product.record))
+    if speaks() and not all(product.is_made for _, batch in batches for _, product in batch):
+        print(f"images are made {describe_place(batches[0][0].dtype)}")
+    prompts = [request.prompt for _, batch in batches for request, _ in batch]
+    model = _LoadedOnce(prompts)
+    with _cleared(claims), closing(queue.take(report)) as numbers:
+        for number in numbers:
+            sampling, batch = batches[number]
+            images = sample_images(
+                model.pipeline(sampling),
+                [request.prompt for request, _ in batch],
+                [_seed_of(request, sampling) for request, _ in batch],
+                sampling.steps,
+                sampling.guidance,
+                sampling.batch_size,
+                guidance_interval=sampling.guidance_interval,
+                negative_prompt=sampling.negative_prompt,
+                size=sampling.size,
+            )
+            for (_, product), image in zip(batch, images, strict=True):
+                if not product.is_made:
+                    product.write(png_with(Image.fromarray(image), product.record))
+
+
+@contextmanager
+def _cleared(claims: Path) -> Iterator[None]:
+    """Leave no folder of claims when a process that works alone fails; that of several ranks is the others', too."""
+    try:
+        yield
+    except BaseException:
+        if world_size() == 1:
+            with suppress(OSError):
+                claims.rmdir()
+        raise
+
+
+def _batches(pictures: Sequence[Picture], sampling: Sampling) -> list[list[tuple[ImageRequest, Product]]]:
+    """Return what is to be made, cut into the batches that are made together."""
+    wanted = [(each.request, each.product) for each in pictures if each.product is not None]
+    size = sampling.batch_size
+    return [wanted[start : start + size] for start in range(0, len(wanted), size)]
+
+
+def _seed_of(request: ImageRequest, sampling: Sampling) -> int:
+    if request.seed is not None:
+        return request.seed
+    return image_seed(sampling.seed, request.prompt_index, request.image_index)
+
+
+class _LoadedOnce:
+    """The model of an evaluation, loaded by who makes an image, and set to the depth of each batch.
+
+    Args:
+        prompts: of all images; a wrong one is named before the first image.
+    """
+
+    def __init__(self, prompts: list[str]) -> None:
+        self.prompts = prompts
+        self._pipeline: Any = None
+        self._depth: int | None = None
+
+    def pipeline(self, sampling: Sampling) -> Any:
+        """Return the model's pipeline; see :func:`build_pipeline`."""
+        if self._pipeline is None or (sampling.depth is None and self._depth is not None):
+            self._pipeline = build_pipeline(sampling)
+            conditions_of(self._pipeline, self.prompts)
+        elif sampling.depth is not None and sampling.depth != self._depth:
+            set_depth(self._pipeline, sampling.depth)
+        self._depth = sampling.depth
+        return self._pipeline
 
 
 def fill(

@@ -50,7 +50,7 @@ def make(folder: Path, sampling: Sampling, prompts: list[str] | None = None) -> 
         sampling,
         folder,
     )
-    generate(pictures, sampling, folder / "claims")
+    generate([(sampling, pictures)], folder / "claims")
     assert not (folder / "claims").exists()
     return np.stack([np.asarray(Image.open(each.request.path)) for each in pictures]).astype(int)
 

@@ -26,7 +26,8 @@ from rmoe_megatron.evaluation.geneval2 import evaluate as geneval2
 from rmoe_megatron.evaluation.geneval2.soft_tifa import QUIRKS as GENEVAL2_QUIRKS
 from rmoe_megatron.evaluation.imagenet import evaluate as imagenet
 from rmoe_megatron.evaluation.imagenet.features import Features
-from rmoe_megatron.evaluation.shapes import evaluate_shapes
+from rmoe_megatron.evaluation.provenance import png_with
+from rmoe_megatron.evaluation.shapes import evaluate as shapes
 
 OF_THE_MACHINE = ("sampling", "judge", "model", "prompt_set")  # digests, paths, devices and versions
 
@@ -311,7 +312,7 @@ def test_imagenet(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_shapes(tmp_path: Path) -> None:
+def test_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pictures for each of twelve prompts, two of every skill, and of three held-out ones; a picture is the scene or empty."""
     build_shapes(tmp_path / "shapes", train=1, val=12, seed=5)
     right = {"val": [2, 1, 0, 2, 1, 0, 0, 1, 0, 2, 2, 2], "val_heldout": [2, 0, 1]}  # of the two pictures
@@ -325,28 +326,31 @@ def test_shapes(tmp_path: Path) -> None:
             whole = scene["png"].transpose(1, 2, 0)
             drawn += [whole] * count + [np.full_like(whole, 40)] * (2 - count)
 
-    def generate(prompts: list[str], seeds: list[int]) -> Any:
-        assert len(set(seeds)) == len(prompts)
-        made = drawn[: len(prompts)]
-        del drawn[: len(prompts)]
-        return np.stack(made)
+    def generate(parts: Any, claims: Path, progress: None) -> None:
+        pictures = [picture for _, some in parts for picture in some]
+        assert len({picture.request.seed for picture in pictures}) == len(pictures)
+        for each, image in zip(pictures, drawn, strict=True):
+            each.product.write(png_with(Image.fromarray(image), each.product.record))
 
-    evaluate_shapes(
-        generate, tmp_path / "shapes", tmp_path / "out", {"sampling": {}}, images_per_prompt=2, seed=7
-    )
+    monkeypatch.setattr(shapes, "generate", generate)
+    monkeypatch.setattr(shapes, "sampling_record", lambda sampling: {})
+    settings = shapes.Settings(tmp_path / "shapes", tmp_path / "out", images_per_prompt=2)
+    shapes.evaluate_shapes(Sampling("m", 1, 1.0, 7, 4), settings)
     captions = {split: [scene["json"]["caption"] for scene in each] for split, each in scenes.items()}
     names = {split: [f"{n:05d} {each}" for n, each in enumerate(captions[split])] for split in captions}
     skills = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     seen = dict(zip(names["val"], [1, 0.5, 0, 1, 0.5, 0, 0, 0.5, 0, 1, 1, 1], strict=True))
     heldout = [scene["json"]["skill"] for scene in scenes["val_heldout"]]
     assert len(set(heldout)) == 3
-    assert results(tmp_path / "out", ("sampling",)) == {
+    found = results(tmp_path / "out")
+    # Variances of 1/2, 1/8 and 1/2 over two prompts each, in three of six skills; a bootstrap of two takes half of them.
+    error = found["splits"]["seen"].pop("standard_error")
+    assert error == pytest.approx((0.125 + 0.03125 + 0.125) ** 0.5 / 6, rel=0.05)
+    assert found == {
         "benchmark": "toy shapes", "images_per_prompt": 2, "seed": 7, "detector_accuracy_on_ground_truth": 1.0,
         "splits": {
             "seen": {
                 "overall": round(3.25 / 6, 9),
-                # Variances of 1/2, 1/8 and 1/2 over two prompts each, in three of six skills.
-                "standard_error": (0.25 + 0.0625 + 0.25) ** 0.5 / 6,
                 "skills": dict(zip(skills, [0.5, 0.5, 0.0, 1.0, 0.75, 0.5], strict=True)),
                 "images": 24,
                 "prompt_scores": {

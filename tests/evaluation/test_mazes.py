@@ -10,7 +10,7 @@ from rmoe_megatron.data.mazes.build import MazeSettings, build_mazes, make_maze
 from rmoe_megatron.data.mazes.grid import PALETTE, Cell, draw, from_text, solve
 from rmoe_megatron.data.mazes.sample import Task
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.mazes.evaluate import evaluate_mazes
+from rmoe_megatron.evaluation.mazes.evaluate import judge, read_set, score, table
 from rmoe_megatron.evaluation.mazes.judge import decode, is_right
 from tests.data.test_mazes import PATH, REGION
 
@@ -51,25 +51,21 @@ def mazes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_results_say_what_was_right_by_steps_of_the_search(mazes: Path, tmp_path: Path) -> None:
-    asked = []
+def test_results_say_what_was_right_by_steps_of_the_search(mazes: Path) -> None:
+    description, grids = read_set(mazes, None)
 
-    def generate(texts: list[str], seeds: list[int], steps: int, depth: int | None) -> np.ndarray:
-        """Right if the search takes at most 4 steps for each unit of depth."""
-        asked.append((steps, depth, len(set(seeds))))
-        pictures = []
-        for text in texts:
-            cells = from_text(text)
-            answer = solve(cells)
-            found = answer.cells if answer.steps <= 4 * (depth or 2) else np.zeros_like(answer.cells)
-            pictures.append(draw(cells, found))
-        return np.stack(pictures)
+    def row(depth: int) -> dict:
+        """Of a model that is right if the search takes at most 4 steps for each unit of depth."""
+        answers = [solve(grid.cells) for grid in grids]
+        found = [each.cells if each.steps <= 4 * depth else np.zeros_like(each.cells) for each in answers]
+        pictures = np.stack([draw(grid.cells, cells) for grid, cells in zip(grids, found, strict=True)])
+        return score(description, grids, judge(pictures, grids))
 
-    results = evaluate_mazes(generate, mazes, tmp_path / "out", {"model": "x"}, (1, 4), (None, 1, 5))
-    assert asked == [(steps, depth, 20) for steps in (1, 4) for depth in (None, 1, 5)]
-    by_depth = {row["depth"]: row for row in results["rows"] if row["sampling_steps"] == 1}
+    by_depth = {depth: row(depth) for depth in (1, 2, 5)}
     # Four grids of each range: 1-4, 5-8, 9-12, 13-16, 17-20.
-    assert [by_depth[depth]["exact"] for depth in (1, None, 5)] == [0.2, 0.4, 1.0]
+    assert [by_depth[depth]["exact"] for depth in (1, 2, 5)] == [0.2, 0.4, 1.0]
+    errors = [by_depth[depth]["standard_error"] for depth in (1, 2, 5)]
+    assert errors == pytest.approx([(0.2 * 0.8 / 20) ** 0.5, (0.4 * 0.6 / 20) ** 0.5, 0.0], rel=0.05)
     assert by_depth[1]["by_steps"] == {
         "1-4": {"exact": 1.0, "grids": 4}, "5-8": {"exact": 0.0, "grids": 4}, "9-12": {"exact": 0.0, "grids": 4},
         "13-16": {"exact": 0.0, "grids": 4}, "17-20": {"exact": 0.0, "grids": 4},
@@ -78,18 +74,16 @@ def test_results_say_what_was_right_by_steps_of_the_search(mazes: Path, tmp_path
     assert sum(by_depth[1]["right"]) == 4
     for groups in ("by_side", "by_density"):
         assert sum(group["grids"] for group in by_depth[1][groups].values()) == 20
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    shown = table({"rows": [{"sampling_steps": 1, "depth": None, **by_depth[2]}]})
     assert (
-        "| 1 sampling steps, depth as trained | 0.400 | 1.000 | 1.000 | 0.000 |"
-        in (tmp_path / "out" / "results.md").read_text()
+        f"| 1 sampling steps, depth as trained | 0.400 ± {errors[1]:.3f} | 1.000 | 1.000 | 0.000 |" in shown
     )
-    assert (tmp_path / "out" / "gallery.png").stat().st_size > 0
 
 
 def test_a_set_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({"name": "shapes", "train_steps": 1, "test_steps": []}))
     with pytest.raises(UserError, match="holds no mazes"):
-        evaluate_mazes(lambda *_: np.zeros(0, np.uint8), tmp_path, tmp_path / "out", {}, (1,), (None,))
+        read_set(tmp_path, None)
 
 
 def test_the_task_of_a_grid_is_said_by_its_marks() -> None:

@@ -139,7 +139,7 @@ def evaluate_corebench(
     answerer = EarlyJudge(
         lambda: Qwen3VL(settings.answerer), is_needed=not all(product.is_made for product in products)
     )
-    generate(pictures, sampling, out / "claims" / "images", progress("sample"))
+    generate([(sampling, pictures)], out / "claims" / "images", progress("sample"))
     answers = ask_all(prompts, of_prompt, products, settings, answerer, progress("ask"))
     if rank() == 0:
         scores = image_scores(answers, settings.protocol)

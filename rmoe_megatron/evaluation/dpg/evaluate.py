@@ -125,7 +125,7 @@ def evaluate_dpg(
         is_needed=not all(product.is_made for product in answers_of),
     )
     if not sampling.is_given:
-        generate(tile_pictures, sampling, out / "claims" / "images", progress("sample"))
+        generate([(sampling, tile_pictures)], out / "claims" / "images", progress("sample"))
         _put_together(tile_pictures, products_of(grids), out / "claims" / "grids")
     files = [picture.request.path for picture in grids]
     answers = ask_all(items, files, number, answers_of, settings, answerer, progress("ask"))

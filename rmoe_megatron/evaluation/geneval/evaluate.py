@@ -145,7 +145,7 @@ def evaluate_geneval(
     judges = EarlyJudge(
         lambda: _load_judges(settings), is_needed=not all(verdict.is_made for verdict in verdicts)
     )
-    generate(pictures, sampling, out / "claims" / "images", progress("sample"))
+    generate([(sampling, pictures)], out / "claims" / "images", progress("sample"))
     if rank() == 0 and not sampling.is_given:
         for number in numbers:
             durable.write(out / "images" / f"{number:05d}" / METADATA_FILE, json.dumps(prompts[number]))

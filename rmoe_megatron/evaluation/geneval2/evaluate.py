@@ -119,7 +119,7 @@ def evaluate_geneval2(
     answerer = EarlyJudge(
         lambda: Qwen3VL(settings.answerer), is_needed=not all(product.is_made for product in products)
     )
-    generate(pictures, sampling, settings.out / "claims" / "images", progress("sample"))
+    generate([(sampling, pictures)], settings.out / "claims" / "images", progress("sample"))
     images = [picture.request for picture in pictures]
     scores = ask_all(prompts, images, products, settings, answerer, progress("ask"))
     if rank() == 0:

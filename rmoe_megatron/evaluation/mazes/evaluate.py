@@ -1,8 +1,8 @@
-"""The mazes benchmark: pictures of the test grids with several numbers of sampling steps and depths, judged and summed up."""
+"""The mazes benchmark: pictures of the test grids with several numbers of sampling steps and depths, made by all ranks, summed up."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,16 +15,29 @@ from rmoe_megatron.data.mazes.grid import Cells, from_text
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.fingerprints import file_digest
+from rmoe_megatron.evaluation.generation import (
+    ImageRequest,
+    Part,
+    Picture,
+    Progress,
+    Sampling,
+    check_out,
+    filled_by_the_job,
+    generate,
+    image_product,
+    products_of,
+    sampling_record,
+    seed_of,
+)
 from rmoe_megatron.evaluation.mazes.judge import is_right
-from rmoe_megatron.evaluation.provenance import digest
-from rmoe_megatron.evaluation.results import markdown_table
-from rmoe_megatron.pictures import labelled_grid, png, stacked
+from rmoe_megatron.evaluation.provenance import Record, digest
+from rmoe_megatron.evaluation.results import markdown_table, prompt_key, standard_error, with_error
+from rmoe_megatron.launch import rank
+from rmoe_megatron.pictures import labelled_grid, open_picture, png, stacked
 from rmoe_megatron.typed_files import OPEN, read_json
+from rmoe_megatron.versions import versions_of
 
 SHOWN = 12  # pictures of the gallery, right and wrong ones each
-
-# From texts, seeds, sampling steps and depth (None: as trained) to images uint8 [N, H, W, 3].
-Generate = Callable[[list[str], list[int], int, int | None], NDArray[np.uint8]]
 
 
 @with_config(OPEN)
@@ -79,53 +92,95 @@ def set_record(data: Path) -> dict[str, str]:
     return {"test": digest([file_digest(shard) for shard in sorted((data / "test").glob("*.tar"))])}
 
 
-def evaluate_mazes(
-    generate: Generate,
-    data: Path,
-    out: Path,
-    sampling: dict[str, Any],
-    steps: Sequence[int],
-    depths: Sequence[int | None],
-    limit: int | None = None,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Score a model and write ``results.json``, ``results.md`` and ``gallery.png`` to ``out``.
+@dataclass(frozen=True)
+class Settings:
+    """What is scored: all of ``steps`` (of the sampler) with all of ``depths``, of which None is as trained.
+
+    ``limit`` is grids; None takes all.
+    """
+
+    data: Path
+    out: Path
+    steps: tuple[int, ...]
+    depths: tuple[int | None, ...] = (None,)
+    limit: int | None = None
+    again: bool = False  # make anew what was made by another command, which is refused otherwise
+
+
+def evaluate_mazes(sampling: Sampling, settings: Settings, progress: Progress | None = None) -> None:
+    """Make the pictures of every setting, judge them, and write ``results.json``, ``results.md`` and ``gallery.png``.
+
+    Every rank takes part in making the pictures, and what is there is not made again; rank 0 judges them.
 
     Args:
-        steps: numbers of sampling steps, each with all of ``depths``.
-        sampling: how ``generate`` makes images; copied into the results.
-        limit: grids; None takes all.
+        sampling: its steps and depth give way to those of the settings.
+        progress: called with (pictures done, pictures in total).
 
     Raises:
-        UserError: the set cannot be read.
+        UserError: the set cannot be read, or ``out`` holds another evaluation.
     """
-    description, grids = read_set(data, limit)
-    seeds = [int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) for index in range(len(grids))]
-    settings = [(count, depth) for count in steps for depth in depths]
-    rows, pictures = [], np.zeros(0, dtype=np.uint8)
-    for number, (count, depth) in enumerate(settings):
-        if progress is not None:
-            progress(number, len(settings))
-        pictures = generate([grid.text for grid in grids], seeds, count, depth)
-        right = [is_right(pictures[index], grid.cells) for index, grid in enumerate(grids)]
-        rows.append({"sampling_steps": count, "depth": depth, **score(description, grids, right)})
-    if progress is not None:
-        progress(len(settings), len(settings))
-    results = {
+    description, grids = read_set(settings.data, settings.limit)
+    ways = [
+        replace(sampling, steps=steps, depth=depth) for steps in settings.steps for depth in settings.depths
+    ]
+    identity: Record = {
         "benchmark": "mazes",
-        **sampling,
-        "seed": seed,
-        "grids": len(grids),
-        "train_steps": description["train_steps"],
-        "rows": rows,
+        "prompt_set": set_record(settings.data) | {"limit": settings.limit},
+        "sampling": sampling_record(sampling)
+        | {"steps": list(settings.steps), "depth": list(settings.depths)},
+        "judge": {"decoder": "nearest colour of every cell", "versions": versions_of("numpy")},
     }
-    _write(out, results, grids, pictures, rows[-1]["right"])
-    return results
+    parts = [picture_part(way, grids, settings.out / "images") for way in ways]
+    products = [product for _, pictures in parts for product in products_of(pictures)]
+    with filled_by_the_job(settings.out):
+        check_out(settings.out, products, identity, settings.again)
+        generate(parts, settings.out / ".claims", progress)
+        if rank() == 0:
+            pictures = [load_pictures(some) for _, some in parts]
+            judged = [judge(some, grids) for some in pictures]
+            results = identity | {
+                "model": str(Path(sampling.model).absolute()),
+                "seed": sampling.seed,
+                "grids": len(grids),
+                "train_steps": description["train_steps"],
+                "rows": [
+                    {"sampling_steps": way.steps, "depth": way.depth, **score(description, grids, right)}
+                    for way, right in zip(ways, judged, strict=True)
+                ],
+            }
+            _write(settings.out, results, grids, pictures[-1], results["rows"][-1]["right"])
+
+
+def picture_part(way: Sampling, grids: Sequence[Grid], folder: Path) -> Part:
+    """Return the pictures of all grids in one way of sampling; a grid's noise is the same in each."""
+    record, name = sampling_record(way), f"steps-{way.steps}"
+    name += f"-depth-{way.depth}" if way.depth is not None else ""
+    requests = [
+        ImageRequest(grid.text, number, 0, folder / name / f"{number:05d}.png", seed_of(way.seed, number))
+        for number, grid in enumerate(grids)
+    ]
+    return way, [Picture(request, image_product(request, record)) for request in requests]
+
+
+def load_pictures(pictures: Sequence[Picture]) -> NDArray[np.uint8]:
+    """Return pictures that are there as uint8 [N, H, W, 3]."""
+    loaded = []
+    for picture in pictures:
+        with open_picture(picture.request.path) as file:
+            loaded.append(np.asarray(file.convert("RGB")))
+    return np.stack(loaded)
+
+
+def judge(pictures: NDArray[np.uint8], grids: Sequence[Grid]) -> list[bool]:
+    """Return whether each picture of [N, H, W, 3] shows the solution of its grid."""
+    return [is_right(picture, grid.cells) for picture, grid in zip(pictures, grids, strict=True)]
 
 
 def score(description: Description, grids: Sequence[Grid], right: Sequence[bool]) -> dict[str, Any]:
-    """Return the shares of right pictures: of all, by steps of the search, by side and by density, and each picture's verdict."""
+    """Return the shares of right pictures: of all with its standard error, by steps of the search, by side and by density.
+
+    ``right`` is the verdict of each picture.
+    """
     ends = description["test_steps"]
     starts = [1, *(end + 1 for end in ends[:-1])]
     by_steps = {
@@ -135,8 +190,13 @@ def score(description: Description, grids: Sequence[Grid], right: Sequence[bool]
     by_steps["longer than trained"] = [grid.steps > description["train_steps"] for grid in grids]
     middle = float(np.median([grid.density for grid in grids]))
     sides = sorted({grid.side for grid in grids})
+    verdicts = {
+        prompt_key(number, grid.text): float(each)
+        for number, (grid, each) in enumerate(zip(grids, right, strict=True))
+    }
     return {
         "exact": float(np.mean(right)),
+        "standard_error": standard_error({"grids": verdicts}),
         "by_steps": _shares(by_steps, right),
         "by_side": _shares({str(side): [grid.side == side for grid in grids] for side in sides}, right),
         "by_density": _shares(
@@ -170,7 +230,7 @@ def table(results: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['sampling_steps']} sampling steps, depth {row['depth'] if row['depth'] is not None else 'as trained'}",
-            f"{row['exact']:.3f}",
+            with_error(row["exact"], row["standard_error"], digits=3),
             *(f"{row['by_steps'][name]['exact']:.3f}" if name in row["by_steps"] else "-" for name in names),
         ]
         for row in results["rows"]
