@@ -20,6 +20,7 @@ COMPRESSED = {
     b"BZh": "it is compressed with bzip2; unpack it first (`bunzip2`)",
     b"\xfd7zXZ": "it is compressed with xz; unpack it first (`unxz`)",
     b"\x28\xb5\x2f\xfd": "it is compressed with zstd; unpack it first (`unzstd`)",
+    b"PK\3\4": "it is a ZIP archive; unpack it first (`unzip`)",
 }
 MAX_ZEROS = 1 << 30  # that are read to see whether anything comes behind them
 

@@ -192,6 +192,6 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "txt": decode_text,
     "caption": decode_text,
     "json": json.loads,
-    "cls": int,
+    "cls": lambda content: int(decode_text(content)),
     "npy": _decode_array,
 }

@@ -27,6 +27,7 @@ MEMBERS = ("png", "jpg", "jpeg", "webp", "avif", "txt", "caption", "json", "cls"
 IMAGES = ("png", "jpg", "jpeg", "webp", "avif")
 # Pictures under names that training does not take; the index has them so that what lacks a picture can be explained.
 OTHER_IMAGES = ("tif", "tiff", "gif", "bmp", "heic", "heif", "jxl", "jp2", "jfif", "jpe", "svg", "psd", "exr")  # fmt: skip
+NO_SAMPLES = "it holds no samples"  # the damage of a shard that is sound and of no use
 LATENTS = "latents.npy"
 LOG_VARIANCE = "latents_log_variance.npy"  # beside latents that are the mean of a distribution
 SHARED = "shared.json"  # where in the same shard the other sample is whose text this one has, too

@@ -17,6 +17,7 @@ from rmoe_megatron.data.index import (
     LEFT_OUT,
     MAX_PIECES,
     MEMBERS,
+    NO_SAMPLES,
     OTHER_IMAGES,
     PIECE,
     RECORD,
@@ -93,7 +94,7 @@ def scan_shard(store: ShardStore, sample_filter: SampleFilter | None, shard: Sto
             f"The shard {store.path(shard.name)} cannot be read ({error.strerror}); remove or replace it."
         ) from error
     if not samples:
-        damage.append("it holds no samples")
+        damage.append(NO_SAMPLES)
     more = f"; {len(damage) - 3} more" if len(damage) > 3 else ""
     entry = IndexedShard(shard.name, shard.size, shard.modified, len(samples), "; ".join(damage[:3]) + more)
     kinds: dict[tuple[str, ...], int] = {}

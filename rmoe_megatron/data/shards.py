@@ -20,6 +20,7 @@ from rmoe_megatron.data.index import (
     LEFT_OUT,
     LOG_VARIANCE,
     MEMBERS,
+    NO_SAMPLES,
     SHARED,
     TEXT_HIDDEN_STATES,
     TEXT_POOLED,
@@ -117,7 +118,7 @@ class ShardDataset(Dataset[Any]):
             raise NoSamplesError(
                 f"data.filter takes none of the {len(self.index)} samples in {self.folder}; change it."
             )
-        damaged = next((shard for shard in self.index.shards if shard.damage), None)
+        damaged = next((shard for shard in self.index.shards if shard.damage not in ("", NO_SAMPLES)), None)
         if not len(self.index) and damaged is not None:
             raise NoSamplesError(
                 f"The shards in {self.folder} hold no samples; {damaged.name} is damaged: {damaged.damage}."

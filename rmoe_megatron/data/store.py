@@ -92,6 +92,10 @@ class ShardStore(ABC):
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
 
 
+COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".zip")
+TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl")
+
+
 class LocalStore(ShardStore):
     """Shards of a folder of this machine."""
 
@@ -111,7 +115,7 @@ class LocalStore(ShardStore):
             )
         found = sorted(self.folder.glob("*.tar"))
         if not found:
-            raise UserError(f"The folder {self.folder} has no .tar shards; build or download the data first.")
+            raise UserError(f"The folder {self.folder} has no .tar shards; {_what_to_do(self.folder)}.")
         return [self._described(shard) for shard in found]
 
     def _described(self, shard: Path) -> StoredShard:
@@ -165,3 +169,21 @@ def cache_path(place: str, name: str) -> Path:
 
 def _unreadable(shard: Path, error: OSError) -> UserError:
     return UserError(f"The shard {shard} cannot be read ({error.strerror}); remove or replace it.")
+
+
+def _what_to_do(folder: Path) -> str:
+    """Return what a folder without shards holds instead, and what to do about it."""
+    names = sorted(path.name for path in folder.iterdir())
+    below = next((path.parent for path in sorted(folder.glob("*/*.tar"))), None)
+    if below is not None:
+        return f"there are some in {below}: name that folder, or several with data.mixture"
+    compressed = next((name for name in names if name.lower().endswith(COMPRESSED_SHARDS)), None)
+    if compressed is not None:
+        return f"{compressed} is compressed, and shards are read at any place: unpack it (`gunzip` of .tar.gz leaves .tar)"
+    capitals = next((name for name in names if name.lower().endswith(".tar")), None)
+    if capitals is not None:
+        return f"{capitals} is not called .tar: rename it"
+    table = next((name for name in names if name.lower().endswith(TABLES)), None)
+    if table is not None:
+        return f"{table} is a table: make shards of it with `rmoe data pack`"
+    return "build or download the data first"

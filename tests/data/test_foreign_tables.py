@@ -4,7 +4,6 @@ import base64
 import gzip
 import io
 import json
-import tarfile
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rmoe_megatron.data.pack import pack
 from rmoe_megatron.data.pack_rows import Packed
 from rmoe_megatron.data.shards import ShardDataset
 from rmoe_megatron.errors import UserError
+from tests.support.runs import write_shard
 
 PLAIN = "image,caption\n0.png,a cat\n1.png,Bär\n"
 READ: list[dict[str, Any]] = [{"txt": "a cat"}, {"txt": "Bär"}]
@@ -195,16 +195,24 @@ def test_a_folder_without_pictures_says_what_to_do(name: str, words: str, tmp_pa
         pack(tmp_path / "source", tmp_path / "packed")
 
 
-def test_a_compressed_shard_is_named_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("begins", "words"),
+    [
+        (gzip.compress(b"x" * 600), "it is compressed with gzip; unpack it first .`gunzip`."),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), "it is compressed with zstd; unpack it first .`unzstd`."),
+        (b"PK\3\4" + bytes(600), "it is a ZIP archive; unpack it first .`unzip`."),
+    ],
+)
+def test_a_compressed_shard_is_named_as_one(begins: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
-    with tarfile.open(tmp_path / "source" / "0.tar", "w:gz") as tar:
-        header = tarfile.TarInfo("0.png")
-        header.size = len(png(0))
-        tar.addfile(header, io.BytesIO(png(0)))
-    with pytest.raises(
-        UserError, match="0.tar is damaged: it is compressed with gzip; unpack it first .`gunzip`."
-    ):
+    (tmp_path / "source" / "0.tar").write_bytes(begins)
+    with pytest.raises(UserError, match=f"hold no samples; 0.tar is damaged: {words}"):
         pack(tmp_path / "source", tmp_path / "packed")
+
+
+def test_a_class_may_have_a_byte_order_mark(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [{"png": png(1), "cls": b"\xef\xbb\xbf3\r\n"}])
+    assert ShardDataset(tmp_path)[0]["cls"] == 3
 
 
 def test_sidecars_as_windows_writes_them(folder: Path) -> None:

@@ -256,3 +256,18 @@ def test_credentials_are_refused_and_in_no_message(url: str) -> None:
     with pytest.raises(UserError, match="credentials come from the environment") as raised:
         shard_store(url)
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("0.tar.gz", "0.tar.gz is compressed, and shards are read at any place: unpack it"), ("0.tgz", "0.tgz is compressed"),
+        ("0.TAR", "0.TAR is not called .tar: rename it"), ("train-00000-of-00001.parquet", "make shards of it with `rmoe data pack`"),
+        ("train/0.tar", "there are some in .*train: name that folder"), ("README.md", "build or download the data first"),
+    ],
+)  # fmt: skip
+def test_a_folder_without_shards_says_what_it_holds(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"has no .tar shards; .*{words}"):
+        LocalStore(tmp_path).shards()
