@@ -272,10 +272,15 @@ def _write_sd3_pipeline(config: ModelDescription, transformer: ModelMixin, folde
         elif (source / name).is_dir():
             weights = TRANSFORMERS_WEIGHTS if name.startswith("text_encoder") else None
             copy_part(source / name, folder / name, weights)
+    autoencoder = load_autoencoder(config.encoders.autoencoder, torch.device("cpu"))
+    if (
+        autoencoder.config.shift_factor is None
+    ):  # older than SD3, whose pipeline adds the shift to the latents
+        autoencoder.register_to_config(shift_factor=0.0)
     components = {
         "transformer": transformer,
         "scheduler": build_scheduler(config),
-        "vae": load_autoencoder(config.encoders.autoencoder, torch.device("cpu")),
+        "vae": autoencoder,
     }
     for name, component in components.items():
         if name != "transformer":

@@ -60,6 +60,9 @@ DESCRIPTIONS: dict[str, ModelDescription] = {
     "sd3 of pixels": ModelDescription(
         replace(MMDIT, in_channels=3), None, None, None, FLOW, replace(SD3, autoencoder="pixel")
     ),
+    "sd3 with an older autoencoder": ModelDescription(
+        MMDIT, None, None, None, FLOW, replace(SD3, autoencoder="unshifted")
+    ),
     "minilm": ModelDescription(MINILM, RECURRENCE, None, None, BY_SIZE, EncodersConfig()),
     "minilm, samples": ModelDescription(
         MINILM, None, None, None, replace(FLOW, prediction=Prediction.sample), EncodersConfig()
