@@ -1,4 +1,4 @@
-"""The command line of conversions: ``rmoe convert to-hf / to-lora / from-hf / from-facebook-dit``. Thin: every command calls one function."""
+"""The command line of conversions: ``rmoe convert to-hf / to-lora / from-hf / from-facebook-dit / push``. Thin: every command calls one function."""
 
 from pathlib import Path
 from typing import Annotated
@@ -160,6 +160,34 @@ def from_facebook_dit(
     with told_to_all_ranks():
         import_facebook_dit(file, run_dir, num_attention_heads, parallel, Bar("import", "tensor"), objective)
     _say_imported(run_dir)
+
+
+@convert_app.command(
+    "push", epilog="Example: rmoe convert push models/shapes_tiny owner/shapes_tiny --dry-run"
+)
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="Name a folder that to-hf or to-lora has made.")],
+    repository: Annotated[str, typer.Argument(help="Name the repository of the hub, as OWNER/NAME.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see the repository. Without it, it is private.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files that would be sent, and send nothing.")
+    ] = False,
+) -> None:
+    """Send an export to a repository of the Hugging Face hub, which is made if it is not there."""
+    launch.require_one_rank("rmoe convert push")
+    from rmoe_megatron.conversion.push import files_to_push, push
+
+    files = files_to_push(folder, repository)
+    for name, size in files:
+        print(f"{size:>15,} bytes  {name}")
+    total = f"{len(files)} files, {sum(size for _, size in files):,} bytes"
+    if dry_run:
+        visibility = "public" if public else "private"
+        print(f"{total} would be sent to the {visibility} repository {repository}; nothing was sent")
+        return
+    print(f"{total}: {push(folder, repository, public)}")
 
 
 def _say_imported(run_dir: Path) -> None:
