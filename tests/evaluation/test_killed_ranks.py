@@ -1,4 +1,4 @@
-"""Two ranks evaluate and are killed while pictures are made: the same command afterwards gives what an undisturbed rank gives."""
+"""Two ranks evaluate and are killed while pictures are made, or given ones scored: the same command afterwards gives what an undisturbed rank gives."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from torch import multiprocessing
 
 from rmoe_megatron.evaluation.corebench.evaluate import Settings as CoreBenchSettings
@@ -26,6 +27,8 @@ from rmoe_megatron.evaluation.geneval2.evaluate import Settings as GenEval2Setti
 from rmoe_megatron.evaluation.geneval2.evaluate import evaluate_geneval2
 from rmoe_megatron.evaluation.imagenet.evaluate import Settings as ImageNetSettings
 from rmoe_megatron.evaluation.imagenet.evaluate import evaluate_imagenet
+from rmoe_megatron.evaluation.preference.evaluate import ScorerName, evaluate_preference
+from rmoe_megatron.evaluation.preference.evaluate import Settings as PreferenceSettings
 from rmoe_megatron.evaluation.protocol import Protocol
 from tests.evaluation.test_corebench import save_tables
 from tests.evaluation.test_dpg import TABLE
@@ -68,8 +71,16 @@ def imagenet(folder: Path, out: Path, sampling: Sampling) -> None:
     evaluate_imagenet(sampling, settings, silent, extract=colours)
 
 
+def preference(folder: Path, out: Path, sampling: Sampling) -> None:
+    models = str(folder / "clip")
+    settings = PreferenceSettings(
+        folder / "pictures", out, ScorerName.pickscore, folder / "captions.jsonl", models, models
+    )
+    evaluate_preference(settings, silent)
+
+
 BENCHMARKS: dict[str, Callable[[Path, Path, Sampling], None]] = {
-    each.__name__: each for each in (geneval, geneval2, dpg, corebench, imagenet)
+    each.__name__: each for each in (geneval, geneval2, dpg, corebench, imagenet, preference)
 }
 
 
@@ -83,6 +94,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_answerer(folder / "answerer", brief=True)
     save_tables(folder / "tables")
     (folder / "table.csv").write_text(TABLE)
+    (folder / "pictures").mkdir()
+    pixels = np.random.default_rng(1).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / "pictures" / f"{number}.png")
+    lines = [
+        json.dumps({"file_name": f"{number}.png", "text": f"a cat {number % 7}"}) for number in range(60)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "reference.npz", arr_0=images)
     return folder
@@ -124,13 +143,12 @@ def finish(name: str, folder: Path, out: Path) -> None:
         assert [process.exitcode for process in processes] == [0] * RANKS
 
 
-def made(out: Path) -> list[Path]:
-    """The pictures that are there; of a grid or a gallery no more than what it was put together of."""
+def made(name: str, out: Path) -> list[Path]:
+    """The pictures that are there, or the scores of pictures that are given; of a grid no more than what it was put together of."""
+    folders = ("scores",) if name == "preference" else ("images", "tiles", "parts")
+    found = [path for folder in folders for path in (out / folder).rglob("*")]
     return [
-        path
-        for name in ("images", "tiles", "parts")
-        for path in (out / name).rglob("*")
-        if path.suffix in (".png", ".npy")
+        path for path in found if path.suffix in (".png", ".npy", ".json") and path.parent.name != "made_by"
     ]
 
 
@@ -142,7 +160,7 @@ def test_what_two_killed_ranks_left_is_finished_by_the_same_command(
     run(name, folder, whole)  # by one rank, in this process
     deadline = time.monotonic() + TIMEOUT
     with ranks(name, folder, out) as processes:
-        while not made(out):
+        while not made(name, out):
             assert time.monotonic() < deadline
             assert all(process.exitcode is None for process in processes), "it ended before it was killed"
             time.sleep(0.002)
@@ -150,8 +168,8 @@ def test_what_two_killed_ranks_left_is_finished_by_the_same_command(
             os.kill(process.pid, signal.SIGKILL)
             process.join(10)
         assert [process.exitcode for process in processes] == [-signal.SIGKILL] * RANKS
-    left = {path: path.stat().st_mtime_ns for path in made(out)}
-    assert 0 < len(left) < len(made(whole))  # it was in the middle of it
+    left = {path: path.stat().st_mtime_ns for path in made(name, out)}
+    assert 0 < len(left) < len(made(name, whole))  # it was in the middle of it
     assert not (out / "results.json").exists()
     finish(name, folder, out)
     assert {path: path.stat().st_mtime_ns for path in left} == left  # what was made is kept

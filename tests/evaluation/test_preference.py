@@ -233,8 +233,7 @@ def test_weights_of_others(tmp_path: Path) -> None:
     save_hpsv3(tmp_path / "weights", tmp_path / "base")
     path = tmp_path / "base" / "config.json"
     config = json.loads(path.read_text())
-    config["text_config"]["num_hidden_layers"] = 3
-    config["text_config"].pop("layer_types", None)
+    config["num_hidden_layers"] = 3
     path.write_text(json.dumps(config))
     with pytest.raises(
         UserError, match="does not hold the weights of HPSv3 on .*missing language_model.layers.2"

@@ -11,7 +11,6 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -65,7 +64,13 @@ def save_clip(folder: Path) -> CLIPModel:
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
     clip_tokenizer().save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
+    # As the published folders have it, which are older than transformers' present form.
+    processor = {
+        "feature_extractor_type": "CLIPFeatureExtractor", "size": 16, "crop_size": 16, "resample": 3, "do_resize": True,
+        "do_center_crop": True, "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return model
 
 
@@ -121,9 +126,15 @@ def save_hpsv3(weights: Path, base: Path) -> tuple[Qwen2VLForConditionalGenerati
     }
     weights.mkdir(parents=True, exist_ok=True)
     save_file(tensors | head, weights / "HPSv3.safetensors")
-    config.text_config.vocab_size += 5  # the published base has more rows than tokens
-    config.save_pretrained(base)
-    config.text_config.vocab_size -= 5
+    # The published base says all of the text model at the top, and has more rows than tokens.
+    marks = {
+        name: getattr(config, name)
+        for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+    }
+    published = (
+        text | marks | {"model_type": "qwen2_vl", "vision_config": vision, "vocab_size": len(tokenizer) + 6}
+    )
+    (base / "config.json").write_text(json.dumps(published))
     processor = {
         "min_pixels": 64,
         "max_pixels": 1 << 20,
