@@ -275,6 +275,8 @@ def test_the_whole(tmp_path: Path) -> None:
         str(tmp_path / "model"),
         "--data",
         str(tmp_path),
+        "--answerer",
+        str(tmp_path / "answerer"),
         "--out",
         str(tmp_path / "b"),
     )
