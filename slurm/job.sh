@@ -492,7 +492,7 @@ sweep_job() { # sweep_job SCRIPT CONFIG LINES ARGUMENTS...: check and submit, or
 }
 
 train_in_job() { # train_in_job ARGUMENTS...: of rmoe train; ends the job
-    local code=0 signalled=false is_cancelled=false process='' reporter=''
+    local code=0 signalled=false is_cancelled=false process='' reporter='' watcher='' ended
     # The time is nearly up: srun hands the signal on to all ranks, which save and exit with 75. Before there are ranks it says
     # nothing that they will not see themselves.
     trap 'signalled=true; [[ -z $process ]] || kill -USR1 "$process"' USR1
@@ -510,10 +510,13 @@ train_in_job() { # train_in_job ARGUMENTS...: of rmoe train; ends the job
     export RMOE_MISTAKE=$run_dir/jobs/$this_job.mistake
     # shellcheck disable=SC2016 # the tasks' shells expand it
     local noting='trap : USR1 TERM HUP; "$@"; code=$?; [ "$code" != 2 ] || : > "$RMOE_MISTAKE"; exit "$code"'
-    rm -f "$RMOE_MISTAKE"
+    ended=$run_dir/jobs/$this_job.ended
+    rm -f "$RMOE_MISTAKE" "$ended"
     # Ranks that fail end each other and say why; SLURM waits a minute for that before it ends them.
     (in_all_tasks --kill-on-bad-exit=0 --wait=60 -- sh -c "$noting" sh rmoe train "$@") &
     process=$!
+    end_srun_after_run "$process" "$ended" &
+    watcher=$!
     if ((SITE_COMMENT_SECONDS > 0)); then
         comment_on_job "$run_dir" &
         reporter=$!
@@ -524,11 +527,32 @@ train_in_job() { # train_in_job ARGUMENTS...: of rmoe train; ends the job
         signalled=false code=0
         wait "$process" || code=$?
     done
-    [[ -z $reporter ]] || kill "$reporter" 2> /dev/null || true
+    kill "$watcher" ${reporter:+"$reporter"} 2> /dev/null || true
+    if [[ -s $ended ]]; then
+        code=$(< "$ended")
+        echo "srun did not notice that the ranks of job $this_job have ended, as their history says: was a slurmstepd killed?" >&2
+    fi
     if [[ $code != 0 && -e $RMOE_MISTAKE ]]; then
         code=2
     fi
     end_or_start_anew "$code" "$is_cancelled"
+}
+
+end_srun_after_run() { # end_srun_after_run PROCESS FILE: srun waits for ever for a step whose slurmstepd was killed; its ranks go on, and say
+    # in the run's history that they have ended. Then srun is killed, and the code that it should have is in FILE.
+    local seen=0 line code
+    while ((seen < 6)) && sleep 20; do # --wait gives srun a minute
+        line=$(tail -n 1 "$run_dir/history.jsonl" 2> /dev/null) || line=''
+        case $line in
+            '{"event": "finished"'*"\"job\": \"$SLURM_JOB_ID\", \"restart\": ${SLURM_RESTART_COUNT:-0}}") code=0 ;;
+            '{"event": "interrupted"'*"\"job\": \"$SLURM_JOB_ID\", \"restart\": ${SLURM_RESTART_COUNT:-0}}") code=75 ;;
+            '{"event": "failed"'*"\"job\": \"$SLURM_JOB_ID\", \"restart\": ${SLURM_RESTART_COUNT:-0}}") code=1 ;;
+            *) code='' ;;
+        esac
+        seen=$((${#code} > 0 ? seen + 1 : 0))
+    done
+    echo "$code" > "$2"
+    kill -KILL "$1"
 }
 
 mark_start() { # mark_start: what lies in run_dir and is older than the mark of a job's first start is not of this job

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rmoe_megatron.checkpoint.folders import list_checkpoints
+from rmoe_megatron.checkpoint.folders import list_checkpoints, verify
 from rmoe_megatron.encoders.fingerprint import DATASET
 from rmoe_megatron.training.history import read_history
 from tests.support.commands import rmoe
@@ -187,6 +189,113 @@ def test_ranks_left_on_a_lost_node_end_when_the_job_starts_again(site: Site) -> 
     site.slurm.signal(job)
     assert site.slurm.wait(job) == "CANCELLED"
     site.slurm.start_daemon(node)
+
+
+def stop_in_a_save(run_dir: Path, site: Site) -> int:
+    """Stop rank 0 (SIGSTOP) while it writes a checkpoint that is not the first; returns its process number."""
+    partials = run_dir / "checkpoints"
+    until(lambda: bool(list_checkpoints(run_dir)), site)
+    process = int(json.loads((run_dir / "run.lock").read_text())["pid"])
+    deadline = time.monotonic() + 240
+    while True:
+        assert time.monotonic() < deadline, site.log()
+        if list(partials.glob("*.partial")):
+            os.kill(process, signal.SIGSTOP)
+            if list(partials.glob("*.partial")):
+                return process
+            os.kill(process, signal.SIGCONT)
+        time.sleep(0.001)
+
+
+SAVING = [
+    f"training.steps={STEPS}", "checkpoint.every=3", "training.sample_prompts=[]", "data.num_workers=1", "data.validation=null",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of the same run without any fault."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, errors = rmoe("train", str(make_run(folder)), *SAVING, ranks=2)
+    assert code == 0, errors
+    return losses(folder / "run")
+
+
+def check_ended_as_if_nothing_had_been(run_dir: Path, whole: dict[int, float], site: Site) -> None:
+    assert losses(run_dir) == whole, site.log()
+    assert list(losses(run_dir)) == list(range(1, STEPS + 1))
+    assert read_history(run_dir)[-1]["event"] == "finished"
+    checkpoints = list_checkpoints(run_dir)
+    assert checkpoints[0].step == STEPS
+    assert {verify(each.path) for each in checkpoints} == {None}
+    assert sorted(each.name for each in (run_dir / "checkpoints").iterdir()) == sorted(
+        each.path.name for each in checkpoints
+    )
+
+
+@pytest.mark.slurm_full
+@pytest.mark.parametrize("told", ["by a signal", "by its end", "by scancel"])
+def test_time_is_up_in_the_middle_of_a_save(site: Site, whole: dict[int, float], told: str) -> None:
+    """A job is told to save, or killed, while it saves; what is there is whole, and it goes on."""
+    run_dir = site.folder / "run"
+    job = site.submit("pretrain_t2i.sh", "--nodes=1", str(make_run(site.folder)), *SAVING)
+    process = stop_in_a_save(run_dir, site)
+    if told == "by a signal":
+        site.slurm.signal(job, "--batch", "--signal=USR1")
+        time.sleep(1)  # until it has come to the ranks
+        os.kill(process, signal.SIGCONT)
+    elif told == "by its end":
+        site.slurm.signal(f"{job}.0", "--signal=KILL")  # what SLURM does in the end, here to the ranks alone
+    else:
+        site.slurm.signal(job)
+        assert site.slurm.wait(job) == "CANCELLED"
+        until(
+            lambda: not ranks_of(job, restart=0), site
+        )  # SLURM kills them a little later, and the other node is free
+        assert {verify(each.path) for each in list_checkpoints(run_dir)} == {None}
+        job = site.submit("pretrain_t2i.sh", "--nodes=1", "--resume", str(run_dir))
+    assert site.slurm.wait(job) == "COMPLETED", site.log()
+    check_ended_as_if_nothing_had_been(run_dir, whole, site)
+    history = read_history(run_dir)
+    if told == "by a signal":
+        assert [event["event"] for event in history] == ["started", "interrupted", "resumed", "finished"]
+        assert history[1]["why"] == "SIGUSR1"
+    else:
+        assert [event["event"] for event in history] == ["started", "resumed", "finished"]
+
+
+@pytest.mark.slurm_full
+@pytest.mark.parametrize("program", ["srun", "slurmstepd"])
+def test_what_runs_the_ranks_is_killed(site: Site, whole: dict[int, float], program: str) -> None:
+    run_dir = site.folder / "run"
+    job = site.submit("pretrain_t2i.sh", "--nodes=1", str(make_run(site.folder)), *SAVING)
+    wait_for_step(run_dir, 4, site)
+    for process in processes_of_step(job, program):
+        os.kill(process, signal.SIGKILL)
+    assert site.slurm.wait(job) == "COMPLETED", site.log()
+    if program == "srun":
+        assert int(site.slurm.describe(job)["Restarts"]) >= 1, site.log()
+    else:  # the ranks need none, but srun waits for it
+        assert [event["event"] for event in read_history(run_dir)] == ["started", "finished"]
+        assert f"srun did not notice that the ranks of job {job} have ended" in site.log()
+    check_ended_as_if_nothing_had_been(run_dir, whole, site)
+    until(lambda: not ranks_of(job, restart=0), site)
+
+
+def processes_of_step(job: str, program: str) -> list[int]:
+    """The processes that run the ranks of a job: its srun, or the daemons of that step."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            if program == "srun":
+                is_it = process.name() == "srun" and process.environ().get("SLURM_JOB_ID") == job
+            else:
+                is_it = bool(command) and command[0] == f"slurmstepd: [{job}.0]"
+            if is_it:
+                found.append(process.pid)
+    assert found, f"there is no {program} of job {job}"
+    return found
 
 
 @pytest.mark.slurm_full

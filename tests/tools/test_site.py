@@ -2,8 +2,11 @@
 
 import subprocess
 from pathlib import Path
+from typing import cast
 
 import pytest
+
+from rmoe_megatron.training.history import EventName, record
 
 ROOT = Path(__file__).parents[2]
 
@@ -309,3 +312,33 @@ def test_scripts_can_be_called(script: str) -> None:
     path = ROOT / "slurm" / script
     assert bool(path.stat().st_mode & 0o100) != is_sourced
     assert script in (ROOT / "slurm" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("event", "restart", "code"),
+    [
+        ("finished", 2, 0),
+        ("interrupted", 2, 75),
+        ("failed", 2, 1),
+        ("resumed", 2, None),
+        ("finished", 1, None),
+    ],
+)
+def test_srun_is_ended_when_the_run_of_this_start_says_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, restart: int, code: int | None
+) -> None:
+    """The line is that of the package; a minute's sleep is none here, and after fifty the test gives up."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    record(tmp_path, cast(EventName, event), step=3, why='"a reason"')
+    done = call(
+        tmp_path,
+        f"slept=0; sleep() {{ ((++slept < 50)) || exit 9; }}; run_dir={tmp_path}; command sleep 60 > /dev/null 2>&1 & "
+        f"trap 'kill $! 2> /dev/null || true' EXIT; end_srun_after_run $! {tmp_path}/ended; wait $! || echo $? $(cat {tmp_path}/ended)",
+        SLURM_JOB_ID="7",
+        SLURM_RESTART_COUNT="2",
+    )
+    if code is None:
+        assert (done.returncode, done.stdout) == (9, "")
+    else:
+        assert (done.returncode, done.stdout.strip()) == (0, f"137 {code}"), done.stderr
