@@ -32,6 +32,7 @@ from rmoe_megatron.evaluation.early_checks import (
     require_mplug,
     require_published,
     require_repository,
+    require_scorer,
 )
 
 __all__ = ["eval_app"]
@@ -341,14 +342,12 @@ def eval_preference(
 ) -> None:
     """Score any folder by what people would prefer, with PickScore or HPSv3. With torchrun or srun all ranks share the work."""
     durable.check_writable(out, "--out")
-    for name, option in ((weights, "--weights"), (base, "--base")):
-        if name is not None:
-            require_judge(name, option)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; give one with pictures.")
+    require_scorer(scorer, weights, base)
     from rmoe_megatron.evaluation.preference.evaluate import ScorerName, Settings, evaluate_preference
     from rmoe_megatron.evaluation.preference.hpsv3 import read_instruction
 
-    if scorer not in [each.value for each in ScorerName]:
-        raise UserError(f"--scorer {scorer} must be pickscore or hpsv3.")
     text = None if instruction is None else read_instruction(instruction)
     settings = Settings(
         folder, out, ScorerName(scorer), captions, weights, base, text, again, allow_incomplete

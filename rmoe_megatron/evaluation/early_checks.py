@@ -21,6 +21,11 @@ IMAGENET_REFERENCE = (
     "VIRTUAL_imagenet256_labeled.npz"
 )
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+# Repositories of the published scorers of preference: weights, and tokenizer with image processor.
+SCORERS = {
+    "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "hpsv3": ("MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"),
+}
 TIMEOUT = 10.0  # seconds that the hub may take to answer
 
 
@@ -54,6 +59,19 @@ def require_set(folder: Path, command: str) -> None:
     """
     if not folder.is_dir():
         raise UserError(f"There is no shard folder {folder}; build the set with `{command}`.")
+
+
+def require_scorer(scorer: str, weights: str | None, base: str | None) -> None:
+    """Check that the parts of a scorer of preference are there or can be had; None stands for the published one.
+
+    Raises:
+        UserError: there is no such scorer, or a part is not to be had.
+    """
+    if scorer not in SCORERS:
+        raise UserError(f"--scorer {scorer} must be pickscore or hpsv3.")
+    published = SCORERS[scorer]
+    require_judge(weights or published[0], "--weights")
+    require_judge(base or published[1], "--base")
 
 
 def require_mplug() -> None:

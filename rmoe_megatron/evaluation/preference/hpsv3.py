@@ -18,6 +18,7 @@ from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.evaluation.early_checks import SCORERS
 from rmoe_megatron.evaluation.question_answering import AFTER, BEFORE, IMAGE, load_image_processor
 from rmoe_megatron.pretrained.config_files import OBJECT, check_unknown_keys
 from rmoe_megatron.pretrained.loading import load_tokenizer
@@ -26,7 +27,7 @@ from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, list_
 from rmoe_megatron.refusal import refusal
 from rmoe_megatron.typed_files import read_json, read_text
 
-WEIGHTS, BASE = "MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"
+WEIGHTS, BASE = SCORERS["hpsv3"]
 FILE = "HPSv3.safetensors"
 # INSTRUCTION + prompt_with_special_token of hpsv3/dataset/data_collator_qwen.py in hpsv3 1.0.0, without the space around it.
 PUBLISHED_INSTRUCTION_SHA256 = "41af80e21f2a9bc8fe90d355d430a21db3af8d21f57a99885d55dd20ea1d7f08"
