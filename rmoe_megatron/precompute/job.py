@@ -127,9 +127,11 @@ def _encode(encoder: ShardEncoder, shard: Path, target: Path, records: Records) 
         raise UserError(
             f"The shard {shard} was written to while it was encoded; precompute it again when it is complete."
         )
-    records.put(described)
     if encoder.captions is not None and encoder.captions.stored is not None and places:
-        encoder.captions.stored.put(name, places)
+        encoder.captions.stored.put(
+            name, places
+        )  # before the record, with the last of which the set gets another name
+    records.put(described)
 
 
 def _load_encoder(config: RunConfig, unfinished: Path) -> ShardEncoder:

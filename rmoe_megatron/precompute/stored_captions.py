@@ -50,7 +50,7 @@ class StoredCaptions:
         self._remember(shard, rows)
         content, path = io.BytesIO(), self._path(shard)
         np.savez(content, shard=np.array(shard), places=np.array(rows, dtype=_PLACE))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         with durable.writing(path) as partial:
             partial.write_bytes(content.getvalue())
         self._read.add(path.name)

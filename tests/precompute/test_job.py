@@ -26,6 +26,7 @@ from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.precompute.captions import CaptionCache
 from rmoe_megatron.precompute.job import precompute
 from rmoe_megatron.precompute.shard import ShardEncoder
+from rmoe_megatron.precompute.sources import Records, ShardSource
 from rmoe_megatron.precompute.stored_captions import StoredCaptions
 from tests.data.test_shards import picture, png
 from tests.support.configurations import MODEL, tiny_config
@@ -271,6 +272,17 @@ def test_the_ranks_of_a_job_encode_a_caption_once(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("rmoe_megatron.precompute.job.load_text_encoder", lambda *_: encoder)
     for key, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(key, value)
+    put, unfinished = Records.put, tmp_path / ".out.partial"
+
+    def put_last(records: Records, record: ShardSource) -> None:
+        """After the last record another process may publish the set, and nothing may be written any more."""
+        before = (
+            len(list((unfinished / ".sources").glob("*.json"))) if (unfinished / ".sources").exists() else 0
+        )
+        assert len(list((unfinished / ".captions").glob("*.npz"))) == before + 1
+        put(records, record)
+
+    monkeypatch.setattr(Records, "put", put_last)
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         assert precompute(config, tmp_path / "source", tmp_path / "out") == (rank == 1)
