@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from rmoe_megatron import durable, launch
-from rmoe_megatron.cli_options import Overrides
+from rmoe_megatron.cli_options import Bar, Overrides
+from rmoe_megatron.errors import UserError
 
 
 def plan_command(
@@ -32,6 +33,13 @@ def plan_command(
     price: Annotated[
         float | None, typer.Option(min=0, max=1e6, help="Price of one accelerator for an hour.")
     ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Try every layout that fits the model, and plan the fastest one.")
+    ] = False,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="With --search: a YAML file to write the fastest layout's configuration to."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="A file to write all figures to.")] = None,
     picture: Annotated[Path | None, typer.Option(help="A PNG file to draw memory and time into.")] = None,
 ) -> None:
@@ -41,16 +49,28 @@ def plan_command(
     messages are those of the run; its time is an estimate.
     """
     launch.require_one_rank("rmoe plan")
-    from rmoe_megatron.config.loading import load_config
+    from rmoe_megatron.config.loading import load_config, to_yaml
     from rmoe_megatron.config.validation import validate
     from rmoe_megatron.planning.hardware import find_hardware
     from rmoe_megatron.planning.plan import figures, make_plan
-    from rmoe_megatron.planning.report import describe, draw
+    from rmoe_megatron.planning.report import compare, describe, draw
+    from rmoe_megatron.planning.search import search as search_layouts
 
     found = find_hardware(gpu, hardware)
     settings = load_config(config, overrides or [])
-    validate(settings, gpus)
-    plan = make_plan(settings, gpus, found, gpus_per_node)
+    if search:
+        plans, misfits = search_layouts(settings, gpus, found, gpus_per_node, Bar("layouts", "layout"))
+        typer.echo(compare(plans, misfits) + "\n")
+        if not plans:
+            raise UserError(f"No layout fits {gpus} x {found.name}; take more GPUs, or larger ones.")
+        plan = plans[0]
+        if write is not None:
+            durable.write(write, to_yaml(plan.config))
+    else:
+        if write is not None:
+            raise UserError("--write goes with --search; add it.")
+        validate(settings, gpus)
+        plan = make_plan(settings, gpus, found, gpus_per_node)
     training = settings.training
     typer.echo(describe(plan, samples or training.steps * training.global_batch_size, price))
     if json_file is not None:

@@ -17,6 +17,7 @@ from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, ClassConditions, TextConditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.megatron.engine import MegatronEngine
+from rmoe_megatron.engine.megatron.optimizer import create_adam_state
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.planning.fake_ranks import fake_rank
 from rmoe_megatron.planning.listening import Collective, Listener, Operation
@@ -56,7 +57,7 @@ class RankUsage:
 
 
 def dry_run(config: RunConfig, rank: int, world_size: int) -> RankUsage:
-    """Build one rank of a run and let it take two steps, of which the second counts: the first one makes the optimizer's state.
+    """Build one rank of a run and let it take a step with everything that stays from step to step.
 
     Args:
         config: a valid configuration with Megatron-Core's engine and a layout for ``world_size`` ranks.
@@ -88,12 +89,11 @@ def dry_run(config: RunConfig, rank: int, world_size: int) -> RankUsage:
             finalize(*arguments, **settings)
 
         engine.model.config.finalize_model_grads_func = reduce_gradients
-        for step in range(2):
-            listener.begin()
-            listener.is_updating = False
-            batches = [_batch(config, number, device) for number in range(taken)]
-            engine.step(batches, partial(averages.update, step))
-            del batches
+        create_adam_state(engine.optimizer)  # which the first update of a run makes
+        listener.begin()
+        batches = [_batch(config, number, device) for number in range(taken)]
+        engine.step(batches, partial(averages.update, 1))
+        del batches
         parameters = _bytes([*chunks.parameters(), *chunks.buffers()])
         gradients = _bytes(_gradient_buffers(engine))
         averaged = _bytes(list(averages.averages.values()))

@@ -8,7 +8,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from rmoe_megatron.config.layout_checks import data_parallel_size
+from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.planning.plan import MEMORY_KINDS, USABLE, Plan
+from rmoe_megatron.planning.search import Misfit
 
 TIME_KINDS = {
     "products": "matrix products",
@@ -86,3 +88,32 @@ def draw(plan: Plan, path: Path) -> None:
     )
     figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)
+
+
+def compare(plans: list[Plan], misfits: list[Misfit]) -> str:
+    """Return a table of layouts, the fastest first, and below it why others are not in it."""
+    lines = [
+        "| tensor | pipeline | expert | data | micro-batch | recompute | GB | samples/s | MFU |",
+        "|---" * 9 + "|",
+    ]
+    for plan in plans:
+        lines.append(
+            f"| {_layout(plan.config, plan.ranks)} | {plan.peak / 1e9:.1f} | {plan.samples_per_second:.0f} | {plan.mfu:.1%} |"
+        )
+    for misfit in misfits:
+        parallel = misfit.config.parallel
+        lines.append(
+            f"tensor {parallel.tensor_model_parallel_size}, pipeline {parallel.pipeline_model_parallel_size}, expert "
+            f"{parallel.expert_model_parallel_size}, recompute {misfit.config.training.recompute.value} does not fit: micro-batches of "
+            f"one sample take {misfit.needed / 1e9:.1f} GB."
+        )
+    return "\n".join(lines)
+
+
+def _layout(config: RunConfig, ranks: int) -> str:
+    parallel, training = config.parallel, config.training
+    return (
+        f"{parallel.tensor_model_parallel_size} | {parallel.pipeline_model_parallel_size} | "
+        f"{parallel.expert_model_parallel_size} | {data_parallel_size(parallel, ranks)} | {training.micro_batch_size} | "
+        f"{training.recompute.value}"
+    )
