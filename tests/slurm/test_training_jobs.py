@@ -153,7 +153,7 @@ def ranks_of(job: str, restart: int) -> list[int]:
                 mine
                 and "SLURM_PROCID" in variables
                 and "train" in process.cmdline()
-                and process.name() != "srun"
+                and process.name() not in ("srun", "sh")  # which start them
             ):
                 found.append(process.pid)
     return found
