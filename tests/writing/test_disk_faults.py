@@ -24,6 +24,7 @@ ERRORS = [
 CALLS_OF_SUITE = 3
 DEAR = {
     "train",
+    "train --resume",
     "eval geneval",
     "diagnose precision",
 }  # which take seconds each time: with distributed_full only
