@@ -33,7 +33,7 @@ def note_transparent_colour(image: Image.Image) -> None:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return a loaded picture as RGB.
+    """Return a loaded picture as RGB: itself, if it is RGB already.
 
     Of 16 bits a channel the upper 8 are kept; grey, palettes and CMYK become RGB; a profile's colours become sRGB's (without one, or with
     one that cannot be read, they are sRGB's, and CMYK's are those of ideal inks); what is transparent is laid on white.
@@ -47,7 +47,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     colours = plain.convert("L" if plain.mode == "LA" else "RGB") if alpha is not None else plain
     transform = _to_srgb(profile, colours.mode) if profile else None
     if transform is None:
-        colours = colours.convert("RGB")
+        colours = colours if colours.mode == "RGB" else colours.convert("RGB")
     else:
         converted = ImageCms.applyTransform(colours, transform)
         assert converted is not None

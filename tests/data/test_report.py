@@ -133,7 +133,7 @@ def test_a_page_shows_samples_and_says_what_is_left_out(folder: Path, tmp_path: 
     assert "a.tar/000001 has the pixels of a.tar/000000" in page.text
     assert "1 samples have only jpg; txt, png or jpg" in page.text
     assert "3 pictures are smaller than the model's 32x32" in page.text  # 40 x 20 twice, 16 x 64
-    assert "b.tar, sample 000003: txt: 'utf-8' codec" in page.text
+    assert "b.tar, sample 000003: txt: it is no UTF-8 text" in page.text
 
 
 def test_the_page_of_a_filter_and_of_buckets(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from torch import multiprocessing
 
+from rmoe_megatron.data.mazes.build import build_mazes
+from rmoe_megatron.data.shapes.build import build_shapes
 from rmoe_megatron.evaluation.corebench.evaluate import Settings as CoreBenchSettings
 from rmoe_megatron.evaluation.corebench.evaluate import evaluate_corebench
 from rmoe_megatron.evaluation.corebench.prompts import read_prompts
@@ -27,9 +29,14 @@ from rmoe_megatron.evaluation.geneval2.evaluate import Settings as GenEval2Setti
 from rmoe_megatron.evaluation.geneval2.evaluate import evaluate_geneval2
 from rmoe_megatron.evaluation.imagenet.evaluate import Settings as ImageNetSettings
 from rmoe_megatron.evaluation.imagenet.evaluate import evaluate_imagenet
+from rmoe_megatron.evaluation.mazes.evaluate import Settings as MazesSettings
+from rmoe_megatron.evaluation.mazes.evaluate import evaluate_mazes
 from rmoe_megatron.evaluation.preference.evaluate import ScorerName, evaluate_preference
 from rmoe_megatron.evaluation.preference.evaluate import Settings as PreferenceSettings
 from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.shapes.evaluate import Settings as ShapesSettings
+from rmoe_megatron.evaluation.shapes.evaluate import evaluate_shapes
+from tests.data.test_mazes import REGION
 from tests.evaluation.test_corebench import save_tables
 from tests.evaluation.test_dpg import TABLE
 from tests.evaluation.test_imagenet import colours
@@ -79,8 +86,16 @@ def preference(folder: Path, out: Path, sampling: Sampling) -> None:
     evaluate_preference(settings, silent)
 
 
+def shapes(folder: Path, out: Path, sampling: Sampling) -> None:
+    evaluate_shapes(sampling, ShapesSettings(folder / "shapes", out, 2))
+
+
+def mazes(folder: Path, out: Path, sampling: Sampling) -> None:
+    evaluate_mazes(sampling, MazesSettings(folder / "mazes", out, (STEPS,)))
+
+
 BENCHMARKS: dict[str, Callable[[Path, Path, Sampling], None]] = {
-    each.__name__: each for each in (geneval, geneval2, dpg, corebench, imagenet, preference)
+    each.__name__: each for each in (geneval, geneval2, dpg, corebench, imagenet, preference, shapes, mazes)
 }
 
 
@@ -94,6 +109,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_answerer(folder / "answerer", brief=True)
     save_tables(folder / "tables")
     (folder / "table.csv").write_text(TABLE)
+    build_shapes(folder / "shapes", train=1, val=6, seed=1)
+    build_mazes(folder / "mazes", REGION, {"train": 1, "val": 0, "test": 8}, seed=2)
     (folder / "pictures").mkdir()
     pixels = np.random.default_rng(1).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
     for number, image in enumerate(pixels):

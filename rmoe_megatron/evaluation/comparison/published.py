@@ -2,7 +2,8 @@
 
 Every figure was looked up again on 2026-11-30: in the source itself where that could be had (HiDream-I1's, DiT's and SiT's READMEs,
 T2I-CoReBench's leaderboard, this method's paper, Flow-GRPO's abstract, Nucleus-Image's release notes), otherwise in several papers that
-quote its table (SD3, Sana, Flow-GRPO's SD3.5-large, sFID, precision and recall of DiT and SiT). What could not be found is not here.
+quote its table (SD3, Sana, Flow-GRPO's SD3.5-large, sFID, precision and recall of DiT and SiT). Looped-DiT's two scores are taken from notes
+about its paper, and could be looked up nowhere; their source says so. What else could not be found is not here.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ HIDREAM = "README of github.com/HiDream-ai/HiDream-I1"
 FLOW_GRPO = "Liu et al., 2025 (arXiv 2505.05470)"
 SANA = "Xie et al., 2024 (arXiv 2410.10629)"
 NUCLEUS = "arXiv 2604.12163"
+LOOPED_DIT = "Looped-DiT (arXiv 2609.40305), from notes; not looked up"
 THINKING_PIXEL = "The Thinking Pixel (arXiv 2604.25299)"
 DIT = "Peebles and Xie, 2022 (arXiv 2212.09748)"
 SIT = "Ma et al., 2024 (arXiv 2401.08740v2)"  # its first version had sFID 4.49, IS 277.50 and precision 0.83
@@ -56,6 +58,8 @@ ROWS = [
     _geneval("PixArt-alpha", 0.48, HIDREAM, 0.98, 0.50, 0.44, 0.80, 0.08, 0.07),
     _geneval("SANA-1.6B", 0.66, SANA),
     _geneval("Nucleus-Image", 0.87, NUCLEUS),
+    _geneval("Looped-DiT", 0.874, LOOPED_DIT),
+    Published("DPG-Bench", "Looped-DiT", 87.0, LOOPED_DIT),
     Published("DPG-Bench", "SD3-medium", 84.08, HIDREAM),
     Published("DPG-Bench", "SD3-medium, as the paper's base", 85.65, THINKING_PIXEL),
     Published("DPG-Bench", "SD3-medium, fine-tuned", 85.72, THINKING_PIXEL),
