@@ -103,9 +103,8 @@ def decode_image(
                 # A picture on its side has the sides of the bucket the other way round: the longer one is enough for both.
                 scale = 2 * max(bucket.width, bucket.height) / min(image.size)
                 image.draft(image.mode, (ceil(image.width * scale), ceil(image.height * scale)))
-            ImageOps.exif_transpose(
-                image, in_place=True
-            )  # a copy of a large photograph takes as long as resizing it
+            # In its place: a copy of a large photograph takes as long as resizing it.
+            ImageOps.exif_transpose(image, in_place=True)
             image.load()
             upright = as_rgb(image)
     if bucket is not None:
