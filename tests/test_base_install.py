@@ -75,6 +75,7 @@ def test_the_base_install_samples_and_scores_and_names_the_extra_that_trains(tmp
     randomise(transformer, std=0.1)
     build_pipeline(config, transformer).save_pretrained(tmp_path / "model")
     build_shapes(tmp_path / "shapes", train=1, val=6, seed=0)
+    (tmp_path / "run").mkdir()  # what is missing would be said first
     commands = [
         ["sample", f"{tmp_path}/model", "--prompt", "two red circles", "--steps", "2", "--out", f"{tmp_path}/images"],
         ["eval", "shapes", f"{tmp_path}/model", "--data", f"{tmp_path}/shapes", "--out", f"{tmp_path}/scores",
