@@ -27,6 +27,7 @@ from tests.support.configurations import one_rank, randomise
 from tests.support.diffusers_models import (
     ARCHITECTURES,
     TEXT_LENGTH,
+    in_memory,
     inputs,
     make_model,
     run_ours,
@@ -122,16 +123,6 @@ def compare_gradients(theirs: ModelMixin, ours: dict[str, torch.Tensor], config:
             assert ours[name].norm() < 1e-5, name
         else:
             assert_close(ours[name], expected[name], f"gradient of {name}")
-
-
-def in_memory[Model: torch.nn.Module](model: Model) -> Model:
-    """Move weights that lie in a mapped file to where PyTorch puts tensors.
-
-    How kernels sum, and so the last bit, depends on where rows begin: in a file that is 8 bytes after any other, as long as its header is.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -11,7 +11,7 @@ from rmoe_megatron.hf import RecurrentSD3Transformer2DModel
 from rmoe_megatron.sampling import load_pipeline
 from tests.conversion.test_import_export import RECURRENCE_SETTINGS, assert_close, import_model, load_ours
 from tests.support.configurations import one_rank, randomise
-from tests.support.diffusers_models import SD3, inputs, run_ours
+from tests.support.diffusers_models import SD3, in_memory, inputs, run_ours
 
 LOOP = LoopConfig(first=0, last=1, times=3)
 SETTINGS = SD3 | {
@@ -34,7 +34,7 @@ def test_import_and_export_give_back_model_and_settings(tmp_path: Path) -> None:
         expected = theirs(**arguments).sample
         assert_close(run_ours(load_ours(weights).eval(), arguments), expected, "output of the import")
     export_run(tmp_path / "run", tmp_path / "exported", averaged=False)
-    exported = load_pipeline(tmp_path / "exported").transformer
+    exported = in_memory(load_pipeline(tmp_path / "exported").transformer)
     assert {name: exported.config[name] for name in SETTINGS} == {
         name: theirs.config[name] for name in SETTINGS
     }

@@ -145,7 +145,8 @@ def test_offline_wandb_keeps_its_id_over_a_resume(tmp_path: Path) -> None:
     assert (tmp_path / WANDB_ID).read_text() == first
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
-    assert all(run.name.endswith(first) for run in runs)
+    # What else stands in the name is wandb's affair.
+    assert all(first in run.name for run in runs)
 
 
 def test_the_end_of_wandbs_process_is_not_the_end_of_the_run(
