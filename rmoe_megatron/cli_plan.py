@@ -46,7 +46,7 @@ def plan_command(
     """Say what a layout needs before any GPU is booked: memory of a rank, messages, time of a step.
 
     The run's own code takes a step on tensors without values, so that this works on a laptop for any number of GPUs. Memory and
-    messages are those of the run; its time is an estimate.
+    messages are counted; time is an estimate.
     """
     launch.require_one_rank("rmoe plan")
     from rmoe_megatron.config.loading import load_config, to_yaml

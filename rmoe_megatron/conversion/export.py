@@ -71,7 +71,7 @@ def export_run(
     Args:
         step: checkpoint to export; None takes the newest complete one.
         averaged: the moving averages instead of the weights of the step.
-        dtype: of the weights; None keeps the checkpoint's, of several the one that holds all.
+        dtype: the data type of the exported weights; None keeps that of the checkpoint, and takes the widest where it has several.
         base: where the frozen base lies if not where the run's configuration says.
         remote_code: put the code of classes that diffusers lacks into the folder, for users without this package.
         max_shard_size: weights above it are written as several files.

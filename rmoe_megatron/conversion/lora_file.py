@@ -34,7 +34,7 @@ def export_lora(
     Args:
         step: checkpoint to export; None takes the newest complete one.
         averaged: the moving averages instead of the weights of the step.
-        dtype: of the weights; None keeps the checkpoint's.
+        dtype: the data type of the exported weights; None keeps that of the checkpoint.
         base: where the frozen base lies if not where the run's configuration says.
 
     Returns:

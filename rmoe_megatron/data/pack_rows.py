@@ -231,7 +231,7 @@ def _plain(value: Any) -> Any:
 
 
 def refuse(reason: str) -> tuple[bytes, dict[str, Any]]:
-    """Say why a picture cannot be had.
+    """Say why a picture cannot be read.
 
     Raises:
         ValueError: always.

@@ -177,7 +177,7 @@ def _driver() -> str:
 
 
 def _free(folder: Path) -> float:
-    """Return GB that are free on a folder's disk, 0 if it cannot be had."""
+    """Return GB that are free on a folder's disk, 0 if that is not known."""
     try:
         while not folder.exists():
             folder = folder.parent

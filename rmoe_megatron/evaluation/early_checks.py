@@ -107,7 +107,7 @@ def require_judge(name: str, option: str) -> None:
     reason = _why_not_had(name) if launch.speaks() else None
     if reason is not None:
         raise UserError(
-            f"{name} ({option}) is not in the hub's cache here and cannot be had from the hub ({reason}); run `hf download {name}` "
+            f"{name} ({option}) is not in the hub's cache here and cannot be downloaded from the hub ({reason}); run `hf download {name}` "
             "where there is a network, with the same HF_HOME."
         )
 

@@ -25,7 +25,7 @@ class EarlyJudge[T: Judge]:
         is_needed: whether there is anything left to judge; otherwise it is not loaded.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it is not here and cannot be downloaded.
     """
 
     def __init__(self, load: Callable[[], T], is_needed: bool) -> None:

@@ -67,7 +67,7 @@ class Qwen3VL:
         thinks: whether it writes down its thoughts before it answers, which its chat template begins for it.
 
     Raises:
-        UserError: it cannot be had, or is another model.
+        UserError: it is not here and cannot be downloaded, or is another model.
     """
 
     def __init__(self, name: str) -> None:

@@ -59,13 +59,18 @@ def make_plan(config: RunConfig, ranks: int, hardware: Hardware, ranks_per_node:
     """Plan a valid configuration on ``ranks`` accelerators.
 
     Raises:
-        UserError: the engine is DeepSpeed's, or the precision of eight or four bits, which the plan does not know.
+        UserError: the engine is DeepSpeed's, the precision of eight or four bits, or pictures have several sizes.
     """
     if config.engine is not EngineName.megatron:
         raise UserError("rmoe plan knows Megatron-Core's engine, not DeepSpeed's; set engine=megatron.")
     if config.precision.is_below_bf16:
         raise UserError(
             f"rmoe plan counts in fp32 and bf16, not precision={config.precision.value}; set precision=bf16."
+        )
+    if config.training.stages or config.data.buckets is not None:
+        raise UserError(
+            "rmoe plan counts steps of one size of picture; set training.stages=[] and data.buckets=null, and model.sample_size to "
+            "the largest."
         )
     if config.precision is Precision.auto:
         config = replace(config, precision=Precision.bf16)  # as on every GPU

@@ -88,7 +88,7 @@ def model_folder(name: str, choice: Choice) -> Path:
     except Exception as error:  # the hub raises its own, requests' and the file system's errors
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{name} is no local folder and cannot be had from the hub ({reason}); download it first."
+            f"{name} is no local folder and cannot be downloaded from the hub ({reason}); download it first."
         ) from error
 
 

@@ -30,7 +30,7 @@ class Evaluation:
         prompts: the encoded captions of the benchmark, on every rank.
 
     Raises:
-        UserError: the judge cannot be had.
+        UserError: the judge is not here and cannot be downloaded.
     """
 
     def __init__(

@@ -120,7 +120,7 @@ def test_a_repository_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatc
     # The constant comes first: an import under the variable would keep its value after this test.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="nobody/nothing is no local folder and cannot be had"):
+    with pytest.raises(UserError, match="nobody/nothing is no local folder and cannot be downloaded"):
         load_autoencoder("nobody/nothing", CPU)
 
 

@@ -68,3 +68,5 @@ def test_what_the_plan_does_not_know_is_refused() -> None:
     assert (code, "rmoe plan counts in fp32 and bf16" in output) == (2, True), output
     code, output = rmoe("plan", *TINY, "--gpus", "4", "parallel.tensor_model_parallel_size=4")
     assert code == 2, output
+    code, output = rmoe("plan", *TINY, "--gpus", "4", "data.buckets={multiple: 8}")
+    assert (code, "one size of picture" in output) == (2, True), output

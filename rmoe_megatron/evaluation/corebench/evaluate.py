@@ -91,7 +91,7 @@ def evaluate_corebench(
         progress: makes a progress bar with a title.
 
     Raises:
-        UserError: images are missing, or a model cannot be had.
+        UserError: images are missing, or a model is not here and cannot be downloaded.
     """
     out, numbers = settings.out, settings.chosen or range(len(prompts))
 

@@ -79,7 +79,7 @@ def evaluate_dpg(
     Every rank takes part. What is there is not done again.
 
     Raises:
-        UserError: images are missing, or a model cannot be had.
+        UserError: images are missing, or a model is not here and cannot be downloaded.
     """
     out, tile_pictures = settings.out, list[Picture]()
     numbers = settings.chosen or range(len(items))

@@ -104,7 +104,7 @@ def evaluate_geneval(
         progress: makes a progress bar with a title.
 
     Raises:
-        UserError: images are missing, or a model cannot be had.
+        UserError: images are missing, or a model is not here and cannot be downloaded.
     """
     out, numbers = settings.out, settings.chosen or range(len(prompts))
 
@@ -217,7 +217,7 @@ def load_judges(detector: str, clip: str) -> Judges:
     """Load both models onto this rank's device.
 
     Raises:
-        UserError: one of them cannot be had.
+        UserError: one of them is not here and cannot be downloaded.
     """
     device = inference_device(local_rank())
     finds = Detector(model_folder(detector, judge_parts), device)

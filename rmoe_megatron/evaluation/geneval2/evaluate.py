@@ -79,7 +79,7 @@ def evaluate_geneval2(
         progress: makes a progress bar with a title.
 
     Raises:
-        UserError: images are missing, or a model cannot be had.
+        UserError: images are missing, or a model is not here and cannot be downloaded.
     """
     numbers = settings.chosen or range(len(prompts))
 

@@ -104,7 +104,7 @@ def evaluate_preference(settings: Settings, progress: Callable[[str], Progress |
     """Score the pictures and write the results; every rank takes part, and what is there is not done again.
 
     Raises:
-        UserError: something is wrong with the folder, or a model cannot be had.
+        UserError: something is wrong with the folder, or a model is not here and cannot be downloaded.
     """
     out, folder = settings.out, settings.folder
     if out.resolve().is_relative_to(folder.resolve()):
@@ -200,7 +200,7 @@ def load_pickscore(weights: str, base: str) -> pickscore.PickScore:
     """Load PickScore onto this rank's device.
 
     Raises:
-        UserError: a model cannot be had.
+        UserError: a model is not here and cannot be downloaded.
     """
     folders = model_folder(weights, judge_parts), model_folder(base, hpsv3.base_parts)
     return pickscore.PickScore(*folders, inference_device(local_rank()))
