@@ -55,8 +55,9 @@ if compgen -G "$out/run/checkpoints/step-????????" > /dev/null; then
     stage train "$out/run/finished" rmoe train --resume "$out/run"
 else
     if ! $is_short && ! python -c 'import sys; from rmoe_megatron.processor import bf16_is_fast; sys.exit(not bf16_is_fast())'; then
-        # Libraries warn of what no toy needs, so that what they say is shown only if it fails. Two minutes are for what follows the training.
-        seconds=$((600 - SECONDS + started))
+        # Libraries warn of what no toy needs, so that what they say is shown only if it fails. Three minutes are for validation
+        # and loading beside the steps, and for what follows.
+        seconds=$((540 - SECONDS + started))
         steps=$(python tools/quickstart_steps.py configs/shapes_tiny.yaml --seconds "$seconds" 2> "$out/quickstart_steps.log") ||
             { cat "$out/quickstart_steps.log" >&2; exit 1; }
         echo "This processor multiplies bf16 slower than fp32: the model trains $steps steps in fp32, for which there is time, not 2000 in bf16."
