@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.decoding import decode_image
@@ -63,6 +63,37 @@ def test_a_large_jpeg_is_what_its_pixels_are_resized_to(width: int, height: int)
     difference = np.abs(found - decode_image(whole, Bucket(64, 64)).astype(int))
     assert difference.mean() < 2
     assert difference.max() < 16
+
+
+def like_a_photograph(width: int, height: int) -> Image.Image:
+    """Amplitudes fall with the frequency, as photographs' do (Field, 1987), and rectangles have sharp edges."""
+    rng = np.random.default_rng(0)
+    down, right = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    falling = 1 / np.maximum(np.hypot(down, right), 1 / max(width, height))
+    noise = rng.normal(size=(3, height, width))
+    pixels = np.fft.irfft2(np.fft.rfft2(noise) * falling, s=(height, width))
+    pixels = 128 + 50 * (pixels / pixels.std(axis=(1, 2), keepdims=True)).transpose(1, 2, 0)
+    for _ in range(20):
+        top, left = rng.integers(0, height), rng.integers(0, width)
+        pixels[top : top + height // 6, left : left + width // 5] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("width", "height"), [(384, 192), (385, 193), (287, 199), (771, 769), (401, 769)])
+def test_decoding_at_a_half_loses_a_quarter_of_what_a_jpeg_of_the_result_does(
+    width: int, height: int, orientation: int
+) -> None:
+    """Every pixel stays in its place, also where a last, partial pixel is turned to the front."""
+    size = Bucket(64, 64) if height < 700 else Bucket(128, 80)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = encoded(like_a_photograph(width, height), "jpeg", quality=95, subsampling=0, exif=exif)
+    found = decode_image(content, size).astype(int)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    whole = decode_image(encoded(upright, "png"), size)
+    stored = decode_image(encoded(Image.fromarray(whole.transpose(1, 2, 0)), "jpeg", quality=95))
+    assert 0 < np.abs(found - whole).mean() < np.abs(stored.astype(int) - whole).mean() / 4
 
 
 def test_small_pictures_are_enlarged_if_asked_alone() -> None:
