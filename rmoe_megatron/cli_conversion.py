@@ -1,4 +1,4 @@
-"""The command line of conversions: ``rmoe convert to-hf / to-lora / from-hf / from-facebook-dit / push``. Thin: every command calls one function."""
+"""The command line of conversions: ``rmoe convert to-hf / to-lora / to-single-file / from-hf / from-facebook-dit / push``. Thin: every command calls one function."""
 
 from pathlib import Path
 from typing import Annotated
@@ -95,6 +95,28 @@ def to_lora(
 
     path = export_lora(run_dir, out, step, averaged, asked, base)
     print(f"{path} can be loaded with `pipeline.load_lora_weights({str(out)!r})` (pip install peft)")
+
+
+@convert_app.command(
+    "to-single-file",
+    epilog="Example: rmoe convert to-single-file runs/sd35_lora models/sd35_lora.safetensors --dtype bf16",
+)
+def to_single_file(
+    run_dir: RunFolder,
+    file: Annotated[Path, typer.Argument(help="Name the .safetensors file to create.")],
+    step: Step = None,
+    averaged: Averaged = True,
+    dtype: ExportDtype = None,
+    base: Base = None,
+) -> None:
+    """Export a model without recurrence as one file in the layout of SD3 or of the original DiT, as ComfyUI reads it."""
+    launch.require_one_rank("rmoe convert to-single-file")
+    require_run(run_dir)
+    asked = _parse_dtype(dtype)
+    from rmoe_megatron.conversion.single_file import export_single_file
+
+    export_single_file(run_dir, file, step, averaged, asked, base, Bar("export", "tensor"))
+    print(f"{file} holds the transformer; the text encoders and the autoencoder are those of the base")
 
 
 @convert_app.command(

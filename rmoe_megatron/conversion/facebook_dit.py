@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rmoe_megatron.config.model import Architecture, DiffusionConfig, ModelConfig, Objective
+from rmoe_megatron.conversion.original_layout import Layout, Rows
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pretrained.architecture import ImportedArchitecture
 from rmoe_megatron.pretrained.config_files import MAX_LAYERS
@@ -37,7 +38,6 @@ _EMBEDDINGS = {
     for parameter in ("weight", "bias")
 } | {"norm1.emb.class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight"}
 _QKV = ("to_q", "to_k", "to_v")  # of attn1
-_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 # What tells the architecture: tensors with the number of their axes.
 _TELLING = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.bias": 1}
 _NUMBERED = re.compile(r"blocks\.(0|[1-9]\d{0,3})\..+", re.ASCII)
@@ -109,10 +109,6 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def _projection(name: str) -> str:
-    return name.rpartition(".")[0].partition(".attn1.")[2]
-
-
 class FacebookDiT:
     """A file of the original DiT, or of SiT, which has the same tensors; they are memory-mapped and named as in diffusers.
 
@@ -135,13 +131,19 @@ class FacebookDiT:
                 raise UserError(f"{path} is not a DiT checkpoint: {name} has shape {shape}, not {rank} axes.")
         self.model = self._architecture(num_attention_heads)
         self.tensors.pop("pos_embed", None)  # a function of the size
-        self._keys = {name: self._key(name) for name in self._names()}
-        expected = set(self._keys.values())
+        self._layout = dit_layout(self.model)
+        expected = {rows.source for rows in self._layout.values()}
         problems = [f"missing {key}" for key in sorted(expected - self.tensors.keys())]
         problems += [f"unexpected {shown(key)[1:-1]}" for key in sorted(self.tensors.keys() - expected)]
+        whole = {rows.source for rows in self._layout.values() if rows.runs is not None} & self.tensors.keys()
+        problems += [
+            f"{key} has shape {shape} instead of {3 * self.model.hidden_size} rows"
+            for key in sorted(whole)
+            if (shape := tuple(self.tensors[key].shape))[:1] != (3 * self.model.hidden_size,)
+        ]
         if problems:
             raise UserError(f"{path} does not hold a DiT and nothing else: {list_problems(problems)}.")
-        self.shapes = {name: self._shape(name) for name in self._keys}
+        self.shapes = {name: self._shape(rows) for name, rows in self._layout.items()}
 
     @property
     def architecture(self) -> ImportedArchitecture:
@@ -150,15 +152,12 @@ class FacebookDiT:
 
     def read(self, name: str) -> Tensor:
         """Return the tensor under a name of diffusers."""
-        tensor, projection = self.tensors[self._keys[name]], _projection(name)
-        return tensor.chunk(3)[_QKV.index(projection)] if projection in _QKV else tensor
+        rows = self._layout[name]
+        return rows.take(self.tensors[rows.source])
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape under a name of diffusers; one that is no three projections stays, to be refused as it is."""
-        shape = tuple(self.tensors[self._keys[name]].shape)
-        if _projection(name) in _QKV and shape and shape[0] % 3 == 0:
-            return (shape[0] // 3, *shape[1:])
-        return shape
+    def _shape(self, rows: Rows) -> tuple[int, ...]:
+        shape = tuple(self.tensors[rows.source].shape)
+        return shape if rows.runs is None else (self.model.hidden_size, *shape[1:])
 
     def _architecture(self, num_attention_heads: int | None) -> ModelConfig:
         hidden_size, in_channels, patch_size, _ = self.tensors["x_embedder.proj.weight"].shape
@@ -195,26 +194,25 @@ class FacebookDiT:
             downscale_freq_shift=0.0,
         )
 
-    def _names(self) -> list[str]:
-        """Return diffusers' names of all that is in the file."""
-        parameters = ("weight", "bias")
-        names = [f"{theirs}.{p}" for theirs in _MODEL_MODULES for p in parameters]
-        projections = [f"attn1.{name}" for name in _QKV]
-        local = [f"{theirs}.{p}" for theirs in (*_BLOCK_MODULES, *projections) for p in parameters]
-        for block in range(self.model.num_layers):
-            names += [f"transformer_blocks.{block}.{name}" for name in (*local, *_EMBEDDINGS)]
-        return names
 
-    def _key(self, name: str) -> str:
-        """Return the file's name of a tensor; q, k and v are parts of one."""
-        module, _, parameter = name.rpartition(".")
-        block = _BLOCK.fullmatch(name)
-        if block is None:
-            return f"{_MODEL_MODULES[module]}.{parameter}"
-        number, local = block.groups()
-        if local in _EMBEDDINGS:
-            return _EMBEDDINGS[local]
-        module, _, parameter = local.rpartition(".")
-        if module.removeprefix("attn1.") in _QKV:
-            return f"blocks.{number}.attn.qkv.{parameter}"
-        return f"blocks.{number}.{_BLOCK_MODULES[module]}.{parameter}"
+def dit_layout(model: ModelConfig) -> Layout:
+    """Return where the tensors of a DiT lie in the original layout, but for its positions, which diffusers does not keep.
+
+    Every block of diffusers' has a copy of the embeddings.
+    """
+    layout: dict[str, Rows] = {}
+    thirds = [(part * model.hidden_size, (part + 1) * model.hidden_size) for part in range(3)]
+    for parameter in ("weight", "bias"):
+        for ours, theirs in _MODEL_MODULES.items():
+            layout[f"{ours}.{parameter}"] = Rows(f"{theirs}.{parameter}")
+        for block in range(model.num_layers):
+            prefix, source = f"transformer_blocks.{block}", f"blocks.{block}"
+            for ours, theirs in _BLOCK_MODULES.items():
+                layout[f"{prefix}.{ours}.{parameter}"] = Rows(f"{source}.{theirs}.{parameter}")
+            for projection, third in zip(_QKV, thirds, strict=True):
+                layout[f"{prefix}.attn1.{projection}.{parameter}"] = Rows(
+                    f"{source}.attn.qkv.{parameter}", (third,)
+                )
+    for block in range(model.num_layers):
+        layout |= {f"transformer_blocks.{block}.{ours}": Rows(theirs) for ours, theirs in _EMBEDDINGS.items()}
+    return layout

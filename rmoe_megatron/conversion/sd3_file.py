@@ -14,6 +14,8 @@ import torch
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from torch import Tensor
 
+from rmoe_megatron.config.model import ModelConfig
+from rmoe_megatron.conversion.original_layout import Layout, Rows
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.pretrained.architecture import (
     TRANSFORMERS,
@@ -60,17 +62,16 @@ class SD3File:
         self._shapes = {name: self._files.shapes[full] for name, full in self._names.items()}
         self._check_names()
         self.architecture = self._describe(text_length)
-        self._rows = self._rows_of_diffusers()
+        self._layout = self._layout_of_diffusers()
         self.shapes = {
-            name: (sum(end - start for start, end in parts), *self._shapes[source][1:])
-            for name, (source, parts) in self._rows.items()
+            name: (sum(end - start for start, end in rows.runs or ()), *self._shapes[rows.source][1:])
+            for name, rows in self._layout.items()
         }
 
     def read(self, name: str) -> Tensor:
         """Return the tensor under a name of diffusers."""
-        source, parts = self._rows[name]
-        tensor = self._files.read(self._names[source])
-        return torch.cat([tensor[start:end] for start, end in parts])
+        rows = self._layout[name]
+        return rows.take(self._files.read(self._names[rows.source]))
 
     def _check_names(self) -> None:
         """Check that the names are those of a transformer, before diffusers' conversion is asked."""
@@ -137,35 +138,84 @@ class SD3File:
         described.diffusion.shift = SHIFT
         return described
 
-    def _rows_of_diffusers(self) -> dict[str, tuple[str, list[tuple[int, int]]]]:
-        """Return for every tensor of diffusers the tensor of the file, and first and last row (exclusive) of its parts."""
-        sources = list(self._shapes)
-        rows = {
-            name: torch.arange(self._shapes[name][0]) + (number << _ROW_BITS)
-            for number, name in enumerate(sources)
-        }
+    def _layout_of_diffusers(self) -> Layout:
+        """Return where diffusers' conversion finds its tensors among those of the file."""
+        rows = {name: shape[0] for name, shape in self._shapes.items()}
         try:
             with refusal(f"{self.path} does not hold Stable Diffusion 3 in its original layout"):
-                converted = convert_sd3_transformer_checkpoint_to_diffusers(rows)
+                layout, left = layout_of_diffusers(rows)
         except UserError as error:
             if isinstance(error.__cause__, KeyError):
                 raise UserError(
                     f"{self.path} does not hold Stable Diffusion 3: missing {shown(error.__cause__.args[0])[1:-1]}."
                 ) from error
             raise
-        if rows:  # the conversion takes out what it has used
-            problems = [f"unexpected {shown(name)[1:-1]}" for name in sorted(rows)]
+        if left:
+            problems = [f"unexpected {shown(name)[1:-1]}" for name in left]
             raise UserError(f"{self.path} does not hold Stable Diffusion 3 alone: {list_problems(problems)}.")
-        return {name: _parts(numbers, sources) for name, numbers in converted.items()}
+        return layout
 
 
-def _parts(numbers: Tensor, sources: list[str]) -> tuple[str, list[tuple[int, int]]]:
+def layout_of_diffusers(rows: dict[str, int]) -> tuple[Layout, list[str]]:
+    """Ask diffusers' conversion which rows of which tensors of the original layout its own consist of.
+
+    Args:
+        rows: how many each tensor of the original layout has.
+
+    Returns:
+        The layout, and the tensors that the conversion has no use for.
+    """
+    sources = list(rows)
+    numbers = {
+        name: torch.arange(count) + (number << _ROW_BITS) for number, (name, count) in enumerate(rows.items())
+    }
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(numbers)  # takes out what it has used
+    return {name: _rows(found, sources) for name, found in converted.items()}, sorted(numbers)
+
+
+def _rows(numbers: Tensor, sources: list[str]) -> Rows:
     """Return the tensor and the runs of rows that numbers int64 [rows] stand for."""
     rows = numbers & ((1 << _ROW_BITS) - 1)
     breaks = (torch.diff(numbers) != 1).nonzero().flatten() + 1
     edges = [0, *breaks.tolist(), len(rows)]
     first = rows.tolist()
-    parts = [
+    runs = [
         (first[start], first[start] + end - start) for start, end in zip(edges[:-1], edges[1:], strict=True)
     ]
-    return sources[int(numbers[0]) >> _ROW_BITS], parts
+    return Rows(sources[int(numbers[0]) >> _ROW_BITS], tuple(runs))
+
+
+def sd3_layout(model: ModelConfig) -> Layout:
+    """Return where the tensors of an MM-DiT lie in the original layout, under the names without a prefix."""
+    layout, left = layout_of_diffusers(_original_rows(model))
+    assert not left, left
+    return layout
+
+
+def _original_rows(model: ModelConfig) -> dict[str, int]:
+    """Return the tensors of the original layout, and how many rows each has."""
+    hidden, head = model.hidden_size, model.hidden_size // model.num_attention_heads
+    layers = {"x_embedder.proj": hidden, "context_embedder": hidden}
+    layers |= {f"{name}.mlp.{number}": hidden for name in ("t_embedder", "y_embedder") for number in (0, 2)}
+    layers |= {"final_layer.adaLN_modulation.1": 2 * hidden}
+    layers |= {"final_layer.linear": model.patch_size**2 * model.in_channels}
+    norms: dict[str, int] = {}
+    for block in range(model.num_layers):
+        for stream in ("x_block", "context_block"):
+            name = f"joint_blocks.{block}.{stream}"
+            is_last = stream == "context_block" and block == model.num_layers - 1  # nothing reads its text
+            is_dual = stream == "x_block" and block in model.dual_attention_layers
+            vectors = 2 if is_last else 9 if is_dual else 6
+            layers[f"{name}.adaLN_modulation.1"] = vectors * hidden
+            for attention in ("attn", "attn2") if is_dual else ("attn",):
+                layers[f"{name}.{attention}.qkv"] = 3 * hidden
+                if not is_last:
+                    layers[f"{name}.{attention}.proj"] = hidden
+                if model.qk_norm:
+                    norms |= {f"{name}.{attention}.ln_{each}.weight": head for each in ("q", "k")}
+            if not is_last:
+                layers |= {f"{name}.mlp.fc1": 4 * hidden, f"{name}.mlp.fc2": hidden}
+    parameters = {
+        f"{name}.{parameter}": rows for name, rows in layers.items() for parameter in ("weight", "bias")
+    }
+    return {"pos_embed": 1} | parameters | norms

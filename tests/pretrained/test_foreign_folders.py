@@ -420,8 +420,14 @@ def empty_dit() -> torch.nn.Module:
         ({"blocks.x.mlp.fc1.bias": torch.zeros(1)}, "unexpected blocks.x.mlp"),
         ({"blocks.9999.mlp.fc1.bias": torch.zeros(1)}, "more than 256"),
         ({"blocks.99999999999.mlp.fc1.bias": torch.zeros(1)}, "unexpected blocks.999"),
-        ({"blocks.0.attn.qkv.bias": torch.zeros(2)}, "to_q.bias has shape"),
-        ({"blocks.0.attn.qkv.weight": torch.zeros(())}, "to_q.weight has shape"),
+        (
+            {"blocks.0.attn.qkv.bias": torch.zeros(2)},
+            r"blocks.0.attn.qkv.bias has shape \(2,\) instead of 96 rows",
+        ),
+        (
+            {"blocks.0.attn.qkv.weight": torch.zeros(())},
+            r"blocks.0.attn.qkv.weight has shape \(\) instead of 96 rows",
+        ),
     ],
 )
 def test_wrong_entries_of_a_dit_file_are_refused(

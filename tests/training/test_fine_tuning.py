@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -178,6 +179,21 @@ def test_lora_is_merged_at_export(folder: Path, tmp_path: Path) -> None:
     code, errors = rmoe("convert", "to-lora", str(folder / "lora"), str(tmp_path / "factors"))
     assert code == 0, errors
     check_factors(tmp_path)
+    code, errors = rmoe("convert", "to-single-file", str(folder / "lora"), str(tmp_path / "lora.safetensors"))
+    assert code == 0, errors
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(load_file(tmp_path / "lora.safetensors"))
+    merged = load_file(tmp_path / "lora" / name)
+    assert converted.keys() == merged.keys()
+    assert all(torch.equal(converted[key], value) for key, value in merged.items())
+
+
+def test_the_original_layout_has_no_place_for_recurrence(folder: Path, tmp_path: Path) -> None:
+    code, errors = rmoe(
+        "convert", "to-single-file", str(folder / "recurrent"), str(tmp_path / "out.safetensors")
+    )
+    assert code == 2
+    assert "The original layout has no place for recurrence of" in errors
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def check_factors(folder: Path) -> None:
