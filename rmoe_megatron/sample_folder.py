@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rmoe_megatron import durable
+from rmoe_megatron.distributed.launch import rank
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
     Picture,
@@ -16,8 +16,8 @@ from rmoe_megatron.evaluation.generation import (
     image_product,
     sampling_record,
 )
-from rmoe_megatron.launch import rank
-from rmoe_megatron.pictures import labelled_grid, open_picture, png
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import labelled_grid, open_picture, png
 
 
 def fill_folder(
@@ -57,4 +57,4 @@ def _write_grid(requests: Sequence[ImageRequest], folder: Path) -> None:
         with open_picture(request.path) as file:
             images.append(np.asarray(file.convert("RGB")))
     grid = labelled_grid(np.stack(images), [request.prompt for request in requests])
-    durable.write(folder / "grid.png", png(grid))
+    atomic.write(folder / "grid.png", png(grid))

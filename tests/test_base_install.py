@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset import tariterators
 
+from rmoe_megatron.cli.missing_extra import extra_of
 from rmoe_megatron.conversion.export import build_pipeline
-from rmoe_megatron.data.archive import base_plus_ext
 from rmoe_megatron.data.shapes.build import build_shapes
-from rmoe_megatron.extras import extra_of
+from rmoe_megatron.data.shards.archive import base_plus_ext
 from rmoe_megatron.pretrained.architecture import transformer_arguments, transformer_class
 from tests.support.configurations import MODEL, randomise, tiny_config
 

@@ -10,9 +10,9 @@ import rmoe_megatron
 ROOT = Path(rmoe_megatron.__file__).parent
 # Folders and files at the top, each after all that it imports from.
 ORDER = [
-    "errors", "regular_files", "claims", "disk_errors", "durable", "launch", "stop_signals", "work_queue", "typed_files", "refusal", "counter_rng", "pictures", "extras", "standard_streams", "rank_watch", "versions",
-    "config", "data", "hf", "processor", "platform", "parallel", "diffusion", "model", "pretrained", "encoders", "checkpoint",
-    "engine", "sampling", "evaluation", "sample_folder", "training", "diagnostics", "conversion", "precompute", "planning", "show_draw", "show_run", "cli_options", "cli_data", "cli_conversion", "cli_diagnosis", "cli_evaluation", "cli_plan", "cli_prompt_benchmarks", "cli", "__main__",
+    "errors", "counter_rng", "versions", "hf", "files", "config", "distributed", "data", "diffusion", "model", "pretrained",
+    "encoders", "checkpoint", "engine", "inference", "evaluation", "sample_folder", "training", "inspection", "conversion",
+    "precompute", "planning", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -59,7 +59,8 @@ def test_what_users_of_exported_models_load_stands_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["config", "data", "diffusion", "encoders", "hf", "pretrained", "evaluation"]
+    "folder",
+    ["config", "data", "diffusion", "encoders", "evaluation", "files", "hf", "inference", "pretrained"],
 )
 def test_megatron_core_stays_in_model_engine_and_checkpoint(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):

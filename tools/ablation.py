@@ -25,11 +25,11 @@ from matplotlib import pyplot
 from pydantic import TypeAdapter, with_config
 from tqdm import tqdm
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import OPEN, read_json
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.untrusted import OPEN, read_json
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def train_and_score(variant: Variant, seed: int, arguments: argparse.Namespace) 
         has_checkpoint = any((folder / "run" / "checkpoints").glob("step-????????"))
         run = ["--resume", str(folder / "run")] if has_checkpoint else [str(arguments.config), *settings]
         rmoe("train", *run, log=folder / "log.txt")
-        durable.write(done, "")
+        atomic.write(done, "")
     return score(folder / "run", folder, arguments.shapes, arguments.limit)
 
 
@@ -205,8 +205,8 @@ def main() -> None:
         for (variant, _), found in zip(jobs, tqdm(scores, total=len(jobs), unit="run"), strict=True):
             rows[variant.name].append(found)
     results: dict[str, Any] = {name: [vars(found) for found in scores] for name, scores in rows.items()}
-    durable.write(arguments.out / "results.json", json.dumps(results, indent=1) + "\n")
-    durable.write(arguments.out / "results.md", table(rows))
+    atomic.write(arguments.out / "results.json", json.dumps(results, indent=1) + "\n")
+    atomic.write(arguments.out / "results.md", table(rows))
     plot(rows, arguments.out / "results.png")
     print(table(rows))
 

@@ -20,7 +20,7 @@ import ledger
 import torch
 from ledger import Figure, Record
 
-from rmoe_megatron.processor import bf16_is_fast
+from rmoe_megatron.distributed.processor import bf16_is_fast
 
 MARGIN = 4 / 3  # of a measurement over its baseline
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rmoe_megatron.config.run import Device
+from rmoe_megatron.distributed.device import select_device, synchronize
+from rmoe_megatron.distributed.processor import bf16_is_fast, describe_processor
 from rmoe_megatron.model.softmax_attention import attend_by_products, attend_fused, way_to_attend
-from rmoe_megatron.platform import select_device, synchronize
-from rmoe_megatron.processor import bf16_is_fast, describe_processor
 
 # Samples, heads, tokens and head size: what the toys, a DiT-B and an SD3-medium attend with.
 SIZES = [(32, 6, 32, 32), (32, 6, 80, 32), (64, 8, 80, 48), (8, 8, 192, 64), (8, 8, 256, 64), (4, 12, 333, 64), (1, 12, 1101, 64)]  # fmt: skip

@@ -35,15 +35,15 @@ from tqdm import tqdm
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.batch import typed_batch
-from rmoe_megatron.data.bucketing import Bucketing
-from rmoe_megatron.data.decoding import decode_image
-from rmoe_megatron.data.index import LATENTS
-from rmoe_megatron.data.indexing import open_index
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.samples import TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat, TrainingDataset
-from rmoe_megatron.data.shard_writer import open_shard
-from rmoe_megatron.data.store import LocalStore
+from rmoe_megatron.data.shards.bucketing import Bucketing
+from rmoe_megatron.data.shards.build_index import open_index
+from rmoe_megatron.data.shards.decoding import decode_image
+from rmoe_megatron.data.shards.index import LATENTS
+from rmoe_megatron.data.shards.writer import open_shard
+from rmoe_megatron.data.storage.store import LocalStore
+from rmoe_megatron.data.training_dataset import TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat, TrainingDataset
 
 SHARDS = 8  # of each set
 BATCH = 32

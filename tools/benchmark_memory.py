@@ -41,10 +41,10 @@ from rmoe_megatron.conversion.export import export_run
 from rmoe_megatron.conversion.importing import import_diffusers
 from rmoe_megatron.data.batch import Batch, TextConditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
+from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.encoders.autoencoder import PIXELS_AT_ONCE, encode_images
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.model.build import build_chunks
-from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.pretrained.architecture import empty_transformer
 from rmoe_megatron.pretrained.safetensors_folder import write_model
 from rmoe_megatron.training.fine_tuning import start_from_base

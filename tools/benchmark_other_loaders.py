@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from rmoe_megatron.config.buckets import Bucket
-from rmoe_megatron.data.decoding import decode_image
+from rmoe_megatron.data.shards.decoding import decode_image
 
 BATCH = 32
 SMALLEST_LOADER = 100_000  # kB resident: PyTorch alone takes more

@@ -26,15 +26,15 @@ from tqdm import tqdm
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Precision, RunConfig
 from rmoe_megatron.config.validation import validate
+from rmoe_megatron.distributed.device import select_device, synchronize
+from rmoe_megatron.distributed.launch import rank, world_size
+from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.engine.deepspeed.library import check_deepspeed, zero_section
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import rank, world_size
-from rmoe_megatron.model.backend import resolve_precision
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
-from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.platform import select_device, synchronize
+from rmoe_megatron.model.precision.backend import resolve_precision
 
 MEGATRON = "Megatron-Core"
 GRADIENT_BYTES = 4

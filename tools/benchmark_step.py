@@ -30,15 +30,15 @@ from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.data.batch import Batch, TextConditions
 from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.loss import DiffusionLoss
+from rmoe_megatron.distributed.device import PARAMS_DTYPE, compiled, synchronize
+from rmoe_megatron.distributed.process_groups import process_groups
+from rmoe_megatron.distributed.processor import bf16_is_fast, describe_processor
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.engine.registry import build_engine
-from rmoe_megatron.model.backend import resolve_precision
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.flops import training_flops_per_sample
-from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.platform import PARAMS_DTYPE, compiled, synchronize
+from rmoe_megatron.model.precision.backend import resolve_precision
 from rmoe_megatron.pretrained.architecture import transformer_arguments
-from rmoe_megatron.processor import bf16_is_fast, describe_processor
 
 Step = Callable[[int], None]
 
@@ -47,7 +47,7 @@ DEPENDS_ON = (
     "rmoe_megatron/diffusion",
     "rmoe_megatron/engine",
     "rmoe_megatron/model",
-    "rmoe_megatron/platform.py",
+    "rmoe_megatron/distributed/device.py",
     "tools/benchmark_step.py",
 )
 

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import DataConfig, Device, OptimizerConfig, Precision, RunConfig, TrainingConfig
+from rmoe_megatron.distributed.device import select_device
+from rmoe_megatron.distributed.process_groups import process_groups
+from rmoe_megatron.distributed.processor import bf16_is_fast, describe_processor
 from rmoe_megatron.model.flops import training_flops_per_sample
-from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.platform import select_device
-from rmoe_megatron.processor import bf16_is_fast, describe_processor
 
 HEAD_DIM, TEXT_LENGTH, WAYS = 64, 77, ("eager", "compiled", "diffusers eager", "diffusers compiled")
 # Of an operation's name, in this order; what is none of them passes over memory once and computes little.

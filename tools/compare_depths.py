@@ -26,15 +26,15 @@ import yaml
 from matplotlib import pyplot
 from pydantic import TypeAdapter, with_config
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.mazes.comparison import CLAIMED, Verdicts, difference, verdict
 from rmoe_megatron.evaluation.mazes.evaluate import read_set
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.untrusted import CLOSED, check_value, read_json, read_text
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
-from rmoe_megatron.typed_files import CLOSED, check_value, read_json, read_text
 
 LONGER = "longer than trained"
 
@@ -154,7 +154,7 @@ def run_arm(arm: Arm, seed: int, grid: GridFile, out: Path) -> None:
     )
     record, log = folder / "arm.json", folder / "log.txt"
     if not record.is_file():
-        durable.write(record, json.dumps(made_by, indent=1) + "\n")
+        atomic.write(record, json.dumps(made_by, indent=1) + "\n")
     if read_json(record, OBJECT) != made_by:
         raise UserError(
             f"{folder} was made by other settings than {arm.name} has now; choose another OUT, or remove it first."
@@ -170,7 +170,7 @@ def run_arm(arm: Arm, seed: int, grid: GridFile, out: Path) -> None:
         ]  # fmt: skip
         started = any((run / "checkpoints").glob("step-????????"))
         rmoe("train", *(["--resume", str(run)] if started else [grid["config"], *settings]), log=log)
-        durable.write(folder / "trained", "")
+        atomic.write(folder / "trained", "")
     if not (folder / "model").is_dir():
         rmoe("convert", "to-hf", str(folder / "run"), str(folder / "model"), log=log)
     options = ["--data", grid["data"], "--out", str(results.parent), "--dtype", "fp32"]
@@ -330,7 +330,7 @@ def main() -> None:
             for _ in pool.map(lambda job: run_arm(job[0], job[1], grid, arguments.out), jobs):
                 pass
     text = report(arms, grid, arguments.out)
-    durable.write(arguments.out / "results.md", text)
+    atomic.write(arguments.out / "results.md", text)
     print(text, end="")
 
 

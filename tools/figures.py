@@ -26,10 +26,10 @@ from pathlib import Path
 import ledger
 from ledger import Figure, Record
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.run import Device
+from rmoe_megatron.distributed.device import select_device
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.platform import select_device
+from rmoe_megatron.files import atomic
 
 FOLDERS = (".github", "docker", "rmoe_megatron", "slurm", "tools")  # that have pages, besides the README
 BLOCK = re.compile(r"(<!-- figures: (\S+)\s(.*?)-->)(.*?)(<!-- end of figures -->)", re.DOTALL)
@@ -114,7 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if (new := rendered(text, records, str(page.relative_to(ledger.ROOT)))) != text:
             differ.append(str(page.relative_to(ledger.ROOT)))
             if arguments.action == "write":
-                durable.write(page, new)
+                atomic.write(page, new)
     if arguments.action == "write":
         print(f"{len(differ)} pages changed: {', '.join(differ) or 'none'}")
         return 0

@@ -36,11 +36,11 @@ from gpu_check_report import FIGURES, Report, Result, environment
 from gpu_check_speed import against_diffusers, speed, speed_fp8, synchronisations, timeline
 from gpu_check_workplace import CAPABILITIES, Figures, Skipped, Workplace, parity_model, run_config
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.run import Device, Fp8Recipe, Precision
+from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.refusal import reason
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.foreign_errors import reason
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def check_device(name: str, small: bool) -> Device:
 def run(arguments: argparse.Namespace) -> int:
     """Run the checks, print and write what they found; returns the exit code."""
     device = check_device(arguments.device, arguments.small)
-    durable.check_writable(arguments.output, "--output")
+    atomic.check_writable(arguments.output, "--output")
     arguments.output.mkdir(parents=True, exist_ok=True)
     checks = [each for each in CHECKS if not arguments.only or each.name in arguments.only]
     config = run_config(parity_model(arguments.small), Precision.fp32, torch.device(device.value), 1)
@@ -198,8 +198,8 @@ def run(arguments: argparse.Namespace) -> int:
         workplace = Workplace(place, arguments.small, arguments.output)
         report = Report(environment(place), arguments.small, run_checks(checks, workplace, arguments.minutes))
         workplace.release()
-    durable.write(arguments.output / "gpu_check.json", report.json())
-    durable.write(arguments.output / "gpu_check.md", report.markdown())
+    atomic.write(arguments.output / "gpu_check.json", report.json())
+    atomic.write(arguments.output / "gpu_check.md", report.markdown())
     figures = dict(zip(FIGURES, report.row(), strict=True))
     ledger.write(
         arguments, figures, ("rmoe_megatron/engine", "rmoe_megatron/model", "tools/gpu_check_speed.py"), place

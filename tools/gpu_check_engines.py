@@ -17,10 +17,10 @@ from gpu_check_workplace import Figures, Skipped, Workplace
 from torch import Tensor
 
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Precision, RunConfig
+from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.engine.deepspeed.library import INSTALL
-from rmoe_megatron.model.backend import is_installed
 from rmoe_megatron.model.build import build_chunks
-from rmoe_megatron.parallel import process_groups
+from rmoe_megatron.model.precision.backend import is_installed
 
 STEPS = 4
 SETTINGS = {

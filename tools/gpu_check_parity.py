@@ -1,7 +1,7 @@
 """Does a device compute what the CPU computes: a training step, and the products of the modules.
 
 The reference step runs in a process of its own, which sees no GPU: what makes Megatron-Core run on the CPU replaces calls of
-``torch.cuda`` for the whole process (:func:`rmoe_megatron.platform.use_cpu`).
+``torch.cuda`` for the whole process (:func:`rmoe_megatron.distributed.device.use_cpu`).
 """
 
 import argparse
@@ -33,10 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rmoe_megatron.config.run import Backend, Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.distributed.device import PARAMS_DTYPE, synchronize
+from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.recurrence.experts import Experts, Packing
-from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.platform import PARAMS_DTYPE, synchronize
 
 CPU = torch.device("cpu")
 BATCH = 4

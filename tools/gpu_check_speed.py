@@ -27,12 +27,12 @@ from tensor_memory import peak_tensor_bytes
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.run import Backend, Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.distributed.device import device_memory, peak_flops, synchronize
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.engine.synchronisation import ALLOWED, Recorder
+from rmoe_megatron.files import atomic
 from rmoe_megatron.model.flops import training_flops_per_sample
-from rmoe_megatron.platform import device_memory, peak_flops, synchronize
 
 # Modules M and latent steps T.
 VARIANTS = {"dense": None, "dense_compiled": None, "m2_t2": (2, 2), "m5_t5": (5, 5)}
@@ -198,7 +198,7 @@ def timeline(workplace: Workplace) -> Figures:
             step(index)
         synchronize(workplace.device)
         seconds = time.perf_counter() - started
-    with durable.writing(workplace.folder / TIMELINE) as partly:
+    with atomic.writing(workplace.folder / TIMELINE) as partly:
         recorded.export_chrome_trace(str(partly))
     operations = dearest(recorded.key_averages(), workplace.device)
     busy = sum(each["seconds"] for each in operations)

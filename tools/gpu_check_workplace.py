@@ -25,8 +25,8 @@ from rmoe_megatron.config.run import (
     TrainingConfig,
 )
 from rmoe_megatron.engine.protocol import Engine
-from rmoe_megatron.model.backend import INSTALL, is_installed
 from rmoe_megatron.model.build import build_chunks
+from rmoe_megatron.model.precision.backend import INSTALL, is_installed
 
 PIXELS_PER_LATENT = 8  # along a side of an image
 

@@ -27,11 +27,11 @@ from typing import Annotated, TypedDict
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
-from rmoe_megatron import durable
+from rmoe_megatron.distributed.launch import world_size
+from rmoe_megatron.distributed.processor import bf16_instructions, bf16_is_fast, describe_processor
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import world_size
-from rmoe_megatron.processor import bf16_instructions, bf16_is_fast, describe_processor
-from rmoe_megatron.typed_files import read_json
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.untrusted import read_json
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "tools" / "records"
@@ -134,7 +134,7 @@ def save(folder: Path, name: str, record: Record) -> Path:
     """Write a record in place of an older one of its name and kind of machine, and return its path."""
     path = folder / record["machine"]["kind"] / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    durable.write(path, json.dumps(record, indent=1) + "\n")
+    atomic.write(path, json.dumps(record, indent=1) + "\n")
     return path
 
 

@@ -24,8 +24,8 @@ declare -A code=(
     [health]="rmoe_megatron/training/health.py"
     [state]="rmoe_megatron/training/state.py rmoe_megatron/checkpoint/*"
     [recurrence]="rmoe_megatron/model/recurrence/*"
-    [routing]="rmoe_megatron/engine/routing.py"
-    [queue]="rmoe_megatron/work_queue.py"
+    [routing]="rmoe_megatron/engine/router_metrics.py"
+    [queue]="rmoe_megatron/distributed/work_queue.py"
 )
 declare -A tests=(
     [random]="tests/test_counter_rng.py"
@@ -35,8 +35,8 @@ declare -A tests=(
     [health]="tests/training/test_health.py"
     [state]="tests/training/test_health.py tests/training/test_resume.py tests/checkpoint"
     [recurrence]="tests/model/test_recurrence.py tests/model/test_experts.py"
-    [routing]="tests/engine/test_routing.py"
-    [queue]="tests/test_work_queue.py"
+    [routing]="tests/engine/test_router_metrics.py"
+    [queue]="tests/distributed/test_work_queue.py"
 )
 parts=("$@")
 [[ $# -gt 0 ]] || parts=(random order diffusion averages health state recurrence routing queue)

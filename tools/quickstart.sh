@@ -54,7 +54,7 @@ stage precompute "$out/encoded" rmoe data precompute configs/shapes_tiny.yaml "$
 if compgen -G "$out/run/checkpoints/step-????????" > /dev/null; then
     stage train "$out/run/finished" rmoe train --resume "$out/run"
 else
-    if ! $is_short && ! python -c 'import sys; from rmoe_megatron.processor import bf16_is_fast; sys.exit(not bf16_is_fast())'; then
+    if ! $is_short && ! python -c 'import sys; from rmoe_megatron.distributed.processor import bf16_is_fast; sys.exit(not bf16_is_fast())'; then
         # Libraries warn of what no toy needs, so that what they say is shown only if it fails. Three minutes are for validation
         # and loading beside the steps, and for what follows.
         seconds=$((540 - SECONDS + started))

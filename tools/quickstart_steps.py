@@ -15,8 +15,8 @@ from pathlib import Path
 from benchmark_step import megatron_step
 
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.model.backend import resolve_precision
-from rmoe_megatron.parallel import process_groups
+from rmoe_megatron.distributed.process_groups import process_groups
+from rmoe_megatron.model.precision.backend import resolve_precision
 
 FEWEST, MULTIPLE = 400, 50
 WARM_UP, TIMED = 6, 12

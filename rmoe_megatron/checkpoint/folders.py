@@ -17,12 +17,12 @@ from typing import Annotated, NotRequired, TypedDict
 
 from pydantic import Field, TypeAdapter, with_config
 
-from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.unpickling import METADATA, find_untrusted
-from rmoe_megatron.disk_errors import sentence
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.regular_files import check_subfolder, open_regular
-from rmoe_megatron.typed_files import CLOSED, OPEN, read_json
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.disk_errors import sentence
+from rmoe_megatron.files.regular import check_subfolder, open_regular
+from rmoe_megatron.files.untrusted import CLOSED, OPEN, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def pending_of(checkpoint: CheckpointFolder) -> list[str]:
 def write_pending(run_dir: Path, step: int, pending: list[str]) -> None:
     """Put down what is left of ``pending`` of the checkpoint of ``step``, the newest."""
     path = checkpoint_path(run_dir, step).with_name(PENDING)
-    durable.write(path, json.dumps({"step": step, "pending": pending}))
+    atomic.write(path, json.dumps({"step": step, "pending": pending}))
 
 
 def forget_pending(run_dir: Path) -> None:
@@ -223,7 +223,7 @@ def remove_old(run_dir: Path, keep_last: int, step: int) -> None:
     try:
         up_to_now = [checkpoint for checkpoint in list_checkpoints(run_dir) if checkpoint.step <= step]
         for checkpoint in up_to_now[keep_last:]:
-            durable.remove(checkpoint.path)
+            atomic.remove(checkpoint.path)
         _remove_unfinished(run_dir)
     except OSError as error:
         logger.warning("Old checkpoints stay for now: %s", sentence(error))
@@ -243,7 +243,7 @@ def begin_writing(run_dir: Path) -> None:
 def _remove_unfinished(run_dir: Path) -> None:
     for name in ("*.partial", "*.claim"):
         for left in (run_dir / "checkpoints").glob(name):
-            durable.remove(left)
+            atomic.remove(left)
 
 
 def _sha256(file: Path) -> str:

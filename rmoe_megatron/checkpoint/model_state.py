@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rmoe_megatron.checkpoint.unpickling import EXTRA_STATE
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.refusal import refusal
+from rmoe_megatron.files.foreign_errors import refusal
 
 
 def full_state(chunks: nn.ModuleList) -> ShardedStateDict:

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import write_manifest
-from rmoe_megatron.disk_errors import about, sentence
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.disk_errors import about, sentence
 
 
 class _Writer(FileSystemWriter):
@@ -98,7 +98,7 @@ def new_checkpoint(
         partials: list[Path | None] = [None]
         with _raised_on_all_ranks(final, size):
             if dist.get_rank() == 0:
-                partials = [stack.enter_context(durable.building(final, replace))]
+                partials = [stack.enter_context(atomic.building(final, replace))]
         dist.broadcast_object_list(partials)
         partial = partials[0]
         assert partial is not None
@@ -116,7 +116,7 @@ def _raised_on_all_ranks(final: Path, size: int | None, partial: Path | None = N
     """Raise on all ranks what the system refuses to one; every rank takes part."""
     failure: OSError | None = None
     try:
-        with about(final, partial or durable.own_partial(final), size):
+        with about(final, partial or atomic.own_partial(final), size):
             try:
                 yield
             except CheckpointException as error:  # PyTorch's, which says on all ranks what each met

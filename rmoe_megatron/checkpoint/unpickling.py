@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.regular_files import open_regular, read_bytes
+from rmoe_megatron.files.regular import open_regular, read_bytes
 
 METADATA = ".metadata"
 MAX_BYTES = 1 << 28  # of .metadata; a model of 8 billion parameters on 64 ranks has some 10 MB

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rmoe_megatron.config.model import DepthLoss
-from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.require import require
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Recompute, RunConfig
 
 ZERO_STAGES = (1, 2, 3)

@@ -1,7 +1,7 @@
 """Checks of a parallel layout: how a model and its batches are spread over ranks."""
 
 from rmoe_megatron.config.model import DepthLoss
-from rmoe_megatron.config.requirements import require, require_divides
+from rmoe_megatron.config.require import require, require_divides
 from rmoe_megatron.config.run import ParallelConfig, Recompute, RunConfig, Trainable
 from rmoe_megatron.config.stages import stages_of
 

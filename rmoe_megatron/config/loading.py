@@ -7,13 +7,13 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.model import LoopConfig, LoraConfig, RecurrenceConfig
 from rmoe_megatron.config.presets import PRESETS
 from rmoe_megatron.config.run import BucketsConfig, FineTuningConfig, ParallelConfig, RunConfig
 from rmoe_megatron.config.yaml_text import parse_yaml
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import read_text, shown
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.untrusted import read_text, shown
 
 MAX_BYTES = 1 << 20  # of a configuration
 # What a run has from the one that it starts from, unless it says otherwise: what weights and pictures depend on.
@@ -148,7 +148,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration; the file appears whole or not at all."""
-    durable.write(path, to_yaml(config))
+    atomic.write(path, to_yaml(config))
 
 
 def _merge(tree: DictConfig, values: dict[str, Any], source: str, prefix: str = "") -> None:

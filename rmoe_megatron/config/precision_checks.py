@@ -1,6 +1,6 @@
 """Checks of eight- and four-bit precisions: what their layers and recipes can do."""
 
-from rmoe_megatron.config.requirements import require, require_divides
+from rmoe_megatron.config.require import require, require_divides
 from rmoe_megatron.config.run import Backend, Fp8Config, Fp8Recipe, Precision, Recompute, RunConfig
 from rmoe_megatron.config.stages import stages_of
 

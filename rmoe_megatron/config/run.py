@@ -17,7 +17,7 @@ class Precision(Enum):
     """Data type of parameters and activations; the optimizer's main parameters are always float32.
 
     ``auto``: bf16 on a GPU, on a CPU the faster of bf16 and fp32. It is decided when a run starts and written into the run's
-    configuration (:func:`rmoe_megatron.model.backend.resolve_precision`).
+    configuration (:func:`rmoe_megatron.model.precision.backend.resolve_precision`).
     ``fp8``: bf16, but matrix products of the blocks' linear layers take operands of eight bits (Transformer Engine).
     ``fp8_emulated``, ``nvfp4_emulated``: the same in ordinary arithmetic on any device, to see what it does to a model before
     there is hardware for it.

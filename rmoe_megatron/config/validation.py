@@ -9,7 +9,7 @@ from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.engine_checks import check_engine
 from rmoe_megatron.config.layout_checks import check_batch, check_layout
 from rmoe_megatron.config.precision_checks import check_precision
-from rmoe_megatron.config.requirements import require, require_blocks, require_divides
+from rmoe_megatron.config.require import require, require_blocks, require_divides
 from rmoe_megatron.config.run import FineTuningConfig, LearningRateDecay, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.errors import UserError

@@ -12,7 +12,6 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
-from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.config.run import RunConfig
@@ -28,6 +27,8 @@ from rmoe_megatron.encoders.autoencoder import load_autoencoder
 from rmoe_megatron.encoders.sd3_text import require_room_for_t5
 from rmoe_megatron.encoders.text import has_one_encoder, load_text_encoder
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.model.registry import ADDITIONS
 from rmoe_megatron.pretrained.architecture import (
     beyond_diffusers,
@@ -44,7 +45,6 @@ from rmoe_megatron.pretrained.model_files import (
     text_encoder_parts,
 )
 from rmoe_megatron.pretrained.safetensors_folder import MAX_SHARD_SIZE, parse_size, write_model
-from rmoe_megatron.typed_files import read_json
 
 TRANSFORMER_CLASSES = ("auto", "diffusers", "rmoe")
 SD3_COMPONENTS = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
@@ -86,7 +86,7 @@ def export_run(
         UserError: the run has no complete checkpoint, the class cannot express its model, ``base`` is none of it, the
             shard size is none, a weight is not finite in ``dtype``, or ``out`` is not empty or cannot be written.
     """
-    durable.require_empty(out, "The output")
+    atomic.require_empty(out, "The output")
     shard_bytes = parse_size(max_shard_size)
     weights = RunWeights(run_dir, step, averaged, base)
     trained = at_stage_of(weights.config, weights.checkpoint.step)
@@ -94,7 +94,7 @@ def export_run(
     reader = DiffusersWeights(weights, dtype)
     transformer = empty_transformer(config, reader.dtype, own=transformer_class == "rmoe")
     exact = weights.config.model.downscale_freq_shift
-    with durable.building(out) as partial:
+    with atomic.building(out) as partial:
         (partial / "transformer").mkdir()
         record = weight_record(weights, averaged)
         write_model(transformer, reader.read, partial / "transformer", shard_bytes, progress, record)

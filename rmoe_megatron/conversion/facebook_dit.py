@@ -13,12 +13,12 @@ from torch import Tensor
 from rmoe_megatron.config.model import Architecture, DiffusionConfig, ModelConfig, Objective
 from rmoe_megatron.conversion.original_layout import Layout, Rows
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.regular import check_regular
+from rmoe_megatron.files.untrusted import shown
 from rmoe_megatron.pretrained.architecture import ImportedArchitecture
 from rmoe_megatron.pretrained.config_files import MAX_LAYERS
 from rmoe_megatron.pretrained.safetensors_folder import list_problems
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.regular_files import check_regular
-from rmoe_megatron.typed_files import shown
 
 _TIMESTEP_MODULES = {"0": "linear_1", "2": "linear_2"}
 _BLOCK_MODULES = {

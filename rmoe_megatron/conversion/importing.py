@@ -32,11 +32,11 @@ from rmoe_megatron.conversion.pipeline_settings import STOCK_TEXT_LENGTH, read_s
 from rmoe_megatron.conversion.sd3_file import SD3File
 from rmoe_megatron.conversion.sit import SiT, looks_like_sit
 from rmoe_megatron.conversion.weight_names import Copies, Rule, weight_rules
-from rmoe_megatron.durable import check_writable
+from rmoe_megatron.distributed.launch import speaks, world_size
+from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import speaks, world_size
+from rmoe_megatron.files.atomic import check_writable
 from rmoe_megatron.model.build import build_chunks
-from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.pretrained.architecture import (
     ImportedArchitecture,
     check_described_model,

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.conversion.weight_names import QueryKeyValueRule, weight_rules
 from rmoe_megatron.conversion.weight_record import weight_record
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files import atomic
 from rmoe_megatron.pretrained.finite import require_finite
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
@@ -44,7 +44,7 @@ def export_lora(
         UserError: the run has no complete checkpoint, no LoRA, or one of a model whose pipeline loads none; a weight is not finite in
             ``dtype``; or ``out`` is not empty or cannot be written.
     """
-    durable.require_empty(out, "The output")
+    atomic.require_empty(out, "The output")
     weights = RunWeights(run_dir, step, averaged, base)
     if weights.config.lora is None:
         raise UserError(f"{run_dir} has no LoRA; `rmoe convert to-hf {run_dir}` exports its whole model.")
@@ -61,7 +61,7 @@ def export_lora(
         require_finite(
             [(name, tensor)], str(weights.checkpoint.path), kind, "choose another --dtype or --step"
         )
-    with durable.building(out) as partial:
+    with atomic.building(out) as partial:
         (partial / LORA_WEIGHTS).write_bytes(save(tensors, weight_record(weights, averaged)))
     return out / LORA_WEIGHTS
 

@@ -7,9 +7,9 @@ from diffusers import ModelMixin
 
 from rmoe_megatron.config.model import Objective
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.config_files import AUTOENCODERS, OBJECT, read_config
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX
-from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.versions import versions_of
 
 LIBRARIES = ("torch", "megatron-core", "diffusers", "transformers")

@@ -22,6 +22,7 @@ from rmoe_megatron.diffusion.build import build_scheduler
 from rmoe_megatron.diffusion.ddpm import BETA_END, BETA_START, NUM_TIMESTEPS
 from rmoe_megatron.encoders.text import is_minilm
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.untrusted import check_value, read_json, shown
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.pixel_codec import PixelCodec
@@ -29,7 +30,6 @@ from rmoe_megatron.hf.tuned_sd3_pipeline import TunedSD3Pipeline
 from rmoe_megatron.pretrained.config_files import AUTOENCODERS, OBJECT, read_config
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX
 from rmoe_megatron.pretrained.pipeline_folder import SETTINGS, load_pipeline_scheduler
-from rmoe_megatron.typed_files import check_value, read_json, shown
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rmoe_megatron.conversion.lora_file import LORA_WEIGHTS
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.foreign_errors import reason
+from rmoe_megatron.files.regular import check_regular, check_subfolder
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX
-from rmoe_megatron.refusal import reason
-from rmoe_megatron.regular_files import check_regular, check_subfolder
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 

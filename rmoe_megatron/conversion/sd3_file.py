@@ -17,6 +17,8 @@ from torch import Tensor
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.conversion.original_layout import Layout, Rows
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.untrusted import shown
 from rmoe_megatron.pretrained.architecture import (
     TRANSFORMERS,
     ImportedArchitecture,
@@ -24,8 +26,6 @@ from rmoe_megatron.pretrained.architecture import (
 )
 from rmoe_megatron.pretrained.config_files import MAX_LAYERS, check_config
 from rmoe_megatron.pretrained.safetensors_folder import FLOATING, SafetensorsFiles, list_problems
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.typed_files import shown
 
 PREFIX = "model.diffusion_model."
 SAMPLE_SIZE = 128  # latents of 1024 pixels, for which all of them were published

@@ -9,7 +9,6 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.model import Architecture, ModelConfig, ModelDescription, Objective
 from rmoe_megatron.conversion.export import DiffusersWeights, at_stage_of
@@ -18,6 +17,7 @@ from rmoe_megatron.conversion.original_layout import Layout, put_together
 from rmoe_megatron.conversion.sd3_file import HEAD_SIZE, PREFIX, sd3_layout
 from rmoe_megatron.conversion.weight_record import weight_record
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files import atomic
 from rmoe_megatron.pretrained.architecture import beyond_diffusers
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def export_single_file(
         raise UserError(f"The output {file} must be a {SUFFIX} file.")
     if file.exists():
         raise UserError(f"{file} exists; choose another name or remove it first.")
-    durable.check_writable(file.parent, "The output")
+    atomic.check_writable(file.parent, "The output")
     weights = RunWeights(run_dir, step, averaged, base)
     config = at_stage_of(weights.config, weights.checkpoint.step)
     beyond = beyond_original(config)
@@ -79,7 +79,7 @@ def export_single_file(
         )  # fmt: skip
     size = sum(tensor.nbytes for tensor in tensors.values())
     file.parent.mkdir(parents=True, exist_ok=True)
-    with durable.writing(file, size) as partial:
+    with atomic.writing(file, size) as partial:
         save_file(tensors, partial, metadata=weight_record(weights, averaged))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from rmoe_megatron.config.model import DiffusionConfig, Objective
 from rmoe_megatron.conversion.facebook_dit import FacebookDiT
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.untrusted import shown
 from rmoe_megatron.pretrained.architecture import ImportedArchitecture
-from rmoe_megatron.typed_files import shown
 
 TIMESTEP_SCALE = 1e-3
 NAME = re.compile(r"(?<![A-Za-z])SiT(?![A-Za-z])", re.IGNORECASE)

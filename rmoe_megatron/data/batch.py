@@ -105,7 +105,7 @@ class RawBatch:
 
 
 def typed_batch(collated: dict[str, Any]) -> Batch | RawBatch:
-    """Return a batch of what the loader yields for samples of a :class:`rmoe_megatron.data.samples.TrainingDataset`."""
+    """Return a batch of what the loader yields for samples of a :class:`rmoe_megatron.data.training_dataset.TrainingDataset`."""
     draws, labels = collated["sample_index"], collated.get("class_labels")
     text = None
     if "text_pooled" in collated:

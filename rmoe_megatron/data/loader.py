@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from rmoe_megatron import stop_signals
 from rmoe_megatron.data.order import Order
-from rmoe_megatron.data.samples import BadSample
+from rmoe_megatron.data.training_dataset import BadSample
+from rmoe_megatron.distributed import stop_signals
 from rmoe_megatron.errors import UserError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rmoe_megatron.config.run import MixedDatasetConfig
 from rmoe_megatron.data.order import GlobalOrder, MixedOrder, Order
-from rmoe_megatron.data.samples import BadSample, TrainingDataset
+from rmoe_megatron.data.training_dataset import BadSample, TrainingDataset
 from rmoe_megatron.errors import UserError
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rmoe_megatron import durable
-from rmoe_megatron.data.bucketing import NO_BUCKET, TOO_SMALL, Bucketing
-from rmoe_megatron.data.index import LEFT_OUT
 from rmoe_megatron.data.report import Report, Shown, draw_histograms, lines
-from rmoe_megatron.data.samples import SampleFormat
-from rmoe_megatron.pictures import png
+from rmoe_megatron.data.shards.bucketing import NO_BUCKET, TOO_SMALL, Bucketing
+from rmoe_megatron.data.shards.index import LEFT_OUT
+from rmoe_megatron.data.training_dataset import SampleFormat
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import png
 
 SHOWN = 100  # samples
 LISTED = 200  # entries of a list, at most
@@ -49,7 +49,7 @@ def write_page(
     figures = "".join(_figure(each, text_length) for each in report.sheet)
     parts.append(f"<h2>{len(report.sheet)} samples</h2><div class=samples>{figures}</div></html>")
     path.parent.mkdir(parents=True, exist_ok=True)
-    durable.write(path, "\n".join(parts) + "\n")
+    atomic.write(path, "\n".join(parts) + "\n")
 
 
 def _against(report: Report, text_length: int) -> str:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from rmoe_megatron import durable
-from rmoe_megatron.data.index import LATENTS, LEFT_OUT
-from rmoe_megatron.data.indexing import open_index
-from rmoe_megatron.data.samples import SampleFormat, image_of
-from rmoe_megatron.data.shards import ShardDataset
-from rmoe_megatron.data.store import LocalStore
+from rmoe_megatron.data.shards.build_index import open_index
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.shards.index import LATENTS, LEFT_OUT
+from rmoe_megatron.data.storage.store import LocalStore
+from rmoe_megatron.data.training_dataset import SampleFormat, image_of
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.pictures import labelled_grid, png
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import labelled_grid, png
 
 SHEET = 64  # pictures
 SPAN = 256  # samples that a process looks at before it says what it has found
@@ -237,8 +237,8 @@ def _quantiles(values: np.ndarray, unit: str) -> str:
 
 def write_report(report: Report, out: Path) -> None:
     """Write the table, histograms, a contact sheet, and a line of JSON for everything that is not usable."""
-    durable.require_empty(out, "The output")
-    with durable.building(out) as building:
+    atomic.require_empty(out, "The output")
+    with atomic.building(out) as building:
         (building / "report.txt").write_text("".join(f"{line}\n" for line in lines(report)))
         bad = [{"shard": shard, "key": key, "reason": reason} for shard, key, reason in report.damaged]
         (building / "bad_samples.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in bad))

@@ -9,8 +9,8 @@ from rmoe_megatron.config.model import ModelConfig, ModelDescription
 from rmoe_megatron.data.batch import ClassConditions, Conditions, RawBatch, TextConditions
 from rmoe_megatron.encoders.text import CaptionEncoder, encode_captions, load_text_encoder
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.untrusted import shown
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder
-from rmoe_megatron.typed_files import shown
 
 NULL_TEXT = "null_text.safetensors"  # beside precomputed shards
 

@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.encoders.text import MINILM_BLOCKS, minilm_folder
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.regular import open_regular, read_bytes
 from rmoe_megatron.pretrained.config_files import AUTOENCODERS, read_config
 from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.model_files import autoencoder_parts, text_encoder_parts, weight_files
-from rmoe_megatron.regular_files import open_regular, read_bytes
 
 DATASET = "dataset.json"  # beside precomputed shards
 SETTLED = 2.0  # seconds: the coarsest clock of a file system's times
@@ -104,7 +104,7 @@ def sha256_of(file: Path) -> str:
         return text
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(kept, text)
+        atomic.write(kept, text)
     except OSError:
         pass  # it is only slower the next time
     return text

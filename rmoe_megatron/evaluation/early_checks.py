@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from rmoe_megatron import launch
+from rmoe_megatron.distributed import launch
 from rmoe_megatron.errors import UserError
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

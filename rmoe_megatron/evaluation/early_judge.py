@@ -5,8 +5,8 @@ from typing import Protocol, Self
 
 import torch
 
-from rmoe_megatron.launch import local_rank
-from rmoe_megatron.platform import inference_device
+from rmoe_megatron.distributed.device import inference_device
+from rmoe_megatron.distributed.launch import local_rank
 
 
 class Judge(Protocol):

@@ -6,10 +6,10 @@ from pathlib import Path
 from rmoe_megatron.encoders.fingerprint import sha256_of
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.provenance import Record, content_digest, digest
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.config_files import OBJECT
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX, loaded_files
 from rmoe_megatron.pretrained.pipeline_folder import pipeline_folder
-from rmoe_megatron.typed_files import read_json
 
 DIGITS = 16
 

@@ -17,8 +17,10 @@ import numpy as np
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.buckets import Bucket
+from rmoe_megatron.distributed.device import inference_device
+from rmoe_megatron.distributed.launch import local_rank, rank, speaks, world_size
+from rmoe_megatron.distributed.work_queue import WorkQueue
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.fingerprints import pipeline_record
 from rmoe_megatron.evaluation.picture_folder import require_pictures
@@ -32,10 +34,8 @@ from rmoe_megatron.evaluation.provenance import (
     require_records,
     require_results,
 )
-from rmoe_megatron.launch import local_rank, rank, speaks, world_size
-from rmoe_megatron.platform import inference_device
-from rmoe_megatron.pretrained.model_files import MODEL_INDEX
-from rmoe_megatron.sampling import (
+from rmoe_megatron.files import atomic
+from rmoe_megatron.inference.sampling import (
     conditions_of,
     describe_place,
     load_sampler,
@@ -43,8 +43,8 @@ from rmoe_megatron.sampling import (
     sample_images,
     set_depth,
 )
+from rmoe_megatron.pretrained.model_files import MODEL_INDEX
 from rmoe_megatron.versions import INFERENCE, versions_of
-from rmoe_megatron.work_queue import WorkQueue
 
 Progress = Callable[[int, int], None]
 # Pictures that are made in one way. The parts of an evaluation may differ in steps and depth; their model is the same.
@@ -56,7 +56,7 @@ OF_ONE_IMAGE = ("prompt", "prompt_number", "image_number")  # in its record; the
 class Sampling:
     """How images are made; all of it is part of a result.
 
-    ``dtype`` is fp32, fp16 or bf16; see :func:`rmoe_megatron.sampling.resolve_dtype`.
+    ``dtype`` is fp32, fp16 or bf16; see :func:`rmoe_megatron.inference.sampling.resolve_dtype`.
     """
 
     model: str
@@ -267,7 +267,7 @@ def check_out(out: Path, products: Sequence[Product], identity: Record, again: b
 
 
 def build_pipeline(sampling: Sampling) -> Any:
-    """Load a model onto this rank's device; see :func:`rmoe_megatron.sampling.open_pipeline`.
+    """Load a model onto this rank's device; see :func:`rmoe_megatron.inference.sampling.open_pipeline`.
 
     Raises:
         UserError: the folder or a setting is wrong.
@@ -284,7 +284,7 @@ def filled_by_the_job(out: Path) -> AbstractContextManager[None]:
     Raises:
         UserError: another process puts files there; says which.
     """
-    return durable.filling(out) if rank() == 0 else nullcontext()
+    return atomic.filling(out) if rank() == 0 else nullcontext()
 
 
 def generate(parts: Sequence[Part], claims: Path, progress: Progress | None = None) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.pictures import open_picture
-from rmoe_megatron.refusal import refusal
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.images import open_picture
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
 THREADS = 8  # that decode pictures

@@ -16,12 +16,12 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 from pydantic import TypeAdapter
 
-from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.pictures import FORMATS
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.regular_files import open_regular
-from rmoe_megatron.typed_files import parse_json, read_json
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.images import FORMATS
+from rmoe_megatron.files.regular import open_regular
+from rmoe_megatron.files.untrusted import parse_json, read_json
 
 Record = dict[str, Any]
 
@@ -71,9 +71,9 @@ class Product:
             )  # no file has the record of another one, whenever this process ends
             beside = _record_beside(self.path)
             beside.parent.mkdir(exist_ok=True)
-            with durable.writing(beside) as partial:
+            with atomic.writing(beside) as partial:
                 partial.write_text(json.dumps(self.record, indent=1) + "\n")
-        with durable.writing(self.path) as partial:
+        with atomic.writing(self.path) as partial:
             partial.write_bytes(content)
 
 

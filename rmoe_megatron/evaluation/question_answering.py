@@ -14,16 +14,16 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from rmoe_megatron.distributed.device import inference_device
+from rmoe_megatron.distributed.launch import local_rank
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.qwen_pixels import MODES, QwenPixels
-from rmoe_megatron.launch import local_rank
-from rmoe_megatron.platform import inference_device
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.untrusted import read_json, read_text
 from rmoe_megatron.pretrained.config_files import OBJECT, check_unknown_keys
 from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.loading import load_judge, load_tokenizer
 from rmoe_megatron.pretrained.model_files import judge_parts
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.typed_files import read_json, read_text
 
 QWEN3_VL = "Qwen/Qwen3-VL-8B-Instruct"
 IMAGE, BEFORE, AFTER = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"

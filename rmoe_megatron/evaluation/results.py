@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from scipy.stats import bootstrap
 
-from rmoe_megatron import durable
-from rmoe_megatron.pictures import labelled_grid, open_picture, png, stacked
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import labelled_grid, open_picture, png, stacked
 
 SIDE = 192  # pixels of an image in a gallery
 BOX_COLORS = ("lime", "magenta", "cyan", "orange", "yellow", "red")  # of the classes in an image
@@ -44,9 +44,9 @@ def write_results(out: Path, results: dict[str, Any], table: str, examples: Sequ
     """Write ``results.json``, ``results.md`` and ``gallery.png``, and print the table."""
     out.mkdir(parents=True, exist_ok=True)
     if examples:
-        durable.write(out / "gallery.png", png(gallery(examples)))
-    durable.write(out / "results.md", table)
-    durable.write(out / "results.json", json.dumps(results, indent=1) + "\n")
+        atomic.write(out / "gallery.png", png(gallery(examples)))
+    atomic.write(out / "results.md", table)
+    atomic.write(out / "results.json", json.dumps(results, indent=1) + "\n")
     print(table, end="")
 
 

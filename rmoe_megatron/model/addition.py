@@ -3,7 +3,7 @@
 An addition is one section of the configuration, one module of a block (under the addition's name, after which its
 parameters are called) and the numbers and names below. It can be asked without Megatron-Core being imported. Each has a
 folder of its own with its layers beside it, and one entry in :mod:`rmoe_megatron.model.registry`;
-:mod:`rmoe_megatron.model.layer_specs` names its layers.
+:mod:`rmoe_megatron.model.block_specs` names its layers.
 """
 
 from abc import ABC, abstractmethod

@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
+from rmoe_megatron.distributed.device import compiled
 from rmoe_megatron.model.attention import Positions
 from rmoe_megatron.model.modulation import modulate
-from rmoe_megatron.platform import compiled
 
 
 @dataclass

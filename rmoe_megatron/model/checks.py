@@ -2,7 +2,7 @@
 
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.model import DepthLoss, ModelConfig, ModelDescription, Objective, Prediction
-from rmoe_megatron.config.requirements import require, require_blocks, require_divides
+from rmoe_megatron.config.require import require, require_blocks, require_divides
 from rmoe_megatron.model.registry import additions_of, family_of
 
 SD3_ENCODERS = ("clip_l", "clip_g", "t5")

@@ -7,8 +7,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from rmoe_megatron.distributed.processor import bf16_is_fast
 from rmoe_megatron.model.softmax_attention import Way, attend_by_products, attend_fused, way_to_attend
-from rmoe_megatron.processor import bf16_is_fast
 
 
 class ScaledDotProductAttention(MegatronModule):

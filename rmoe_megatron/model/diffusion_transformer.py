@@ -19,10 +19,10 @@ from rmoe_megatron.diffusion.rectified_flow import to_velocity
 from rmoe_megatron.hf.rotary import Rotary, grid_rotary
 from rmoe_megatron.model.attention import Positions
 from rmoe_megatron.model.block import BlockSettings
+from rmoe_megatron.model.block_specs import stage_spec
 from rmoe_megatron.model.depth import BlockInputs, Recall, latent_states, loop_states
-from rmoe_megatron.model.layer_specs import stage_spec
-from rmoe_megatron.model.layers import Layers
 from rmoe_megatron.model.modulation import Modulation, modulate
+from rmoe_megatron.model.precision.layers import Layers
 from rmoe_megatron.model.sequence import gather, mark_partial, num_shards, padded_length, scatter_context
 from rmoe_megatron.model.transformer_config import transformer_config
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.init import zeros_
 
-from rmoe_megatron.model.linear import ColumnParallelLinear
+from rmoe_megatron.model.precision.linear import ColumnParallelLinear
 from rmoe_megatron.model.transformer_config import LAYER_NORM_EPS
 
 

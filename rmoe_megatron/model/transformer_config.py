@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rmoe_megatron.config.run import Fp8Recipe, Precision, Recompute, RunConfig
+from rmoe_megatron.distributed.device import PARAMS_DTYPE
 from rmoe_megatron.model.registry import additions_of
-from rmoe_megatron.platform import PARAMS_DTYPE
 
 LAYER_NORM_EPS = 1.0e-6
 

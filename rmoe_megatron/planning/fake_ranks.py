@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rmoe_megatron.config.run import Device, RunConfig
+from rmoe_megatron.distributed.device import select_device
 from rmoe_megatron.model import core_attention
 from rmoe_megatron.model.recurrence.dispatch import QueryKeyValueDispatcher
 from rmoe_megatron.model.recurrence.experts import Experts
 from rmoe_megatron.model.softmax_attention import Way
-from rmoe_megatron.platform import select_device
 
 _new_group: Callable[..., Any] = dist.new_group
 

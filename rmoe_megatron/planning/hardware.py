@@ -8,7 +8,7 @@ from typing import TypedDict
 from pydantic import TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import CLOSED, read_json
+from rmoe_megatron.files.untrusted import CLOSED, read_json
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,22 @@ from typing import Any
 from pydantic import TypeAdapter
 from safetensors.torch import save
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.bounds import check_bounds
-from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.require import require
 from rmoe_megatron.config.run import Latents, RunConfig
-from rmoe_megatron.data.index import INDEX
-from rmoe_megatron.disk_errors import sentence
+from rmoe_megatron.data.shards.index import INDEX
+from rmoe_megatron.distributed.device import select_device
+from rmoe_megatron.distributed.launch import local_rank, rank, world_size
+from rmoe_megatron.distributed.work_queue import WorkQueue
 from rmoe_megatron.encoders.autoencoder import load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT
 from rmoe_megatron.encoders.fingerprint import DATASET, describe_autoencoder, describe_text_encoder
 from rmoe_megatron.encoders.text import encode_captions, load_text_encoder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import local_rank, rank, world_size
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.disk_errors import sentence
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.model.checks import check_model
-from rmoe_megatron.platform import select_device
 from rmoe_megatron.precompute.captions import CaptionCache, require_storable
 from rmoe_megatron.precompute.shard import DTYPES, ShardEncoder
 from rmoe_megatron.precompute.sources import (
@@ -37,8 +39,6 @@ from rmoe_megatron.precompute.sources import (
 )
 from rmoe_megatron.precompute.stored_captions import StoredCaptions, remove_places
 from rmoe_megatron.training.preflight import buckets_of, sample_format
-from rmoe_megatron.typed_files import read_json
-from rmoe_megatron.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +80,10 @@ def precompute(
         return True
     number, count = part[0] * world_size() + rank(), part[1] * world_size()
     names = [str(shard.relative_to(source)) for shard in shards]
-    mine, unfinished = names[number::count], durable.unfinished(out)
+    mine, unfinished = names[number::count], atomic.unfinished(out)
     finished = _claim(config, source, out)
     if not check_precompute(config, source, out):  # another process has given the folder its name in between
-        durable.remove(unfinished)
+        atomic.remove(unfinished)
         return True
     records = Records(unfinished, source)
     there = {
@@ -121,7 +121,7 @@ def _encode(encoder: ShardEncoder, shard: Path, target: Path, records: Records) 
     records.forget(name)
     described = describe(records.source, name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with durable.writing(target) as partial:
+    with atomic.writing(target) as partial:
         places = encoder.encode(shard, partial)
     if not described.is_untouched(shard):
         raise UserError(
@@ -147,7 +147,7 @@ def _load_encoder(config: RunConfig, unfinished: Path) -> ShardEncoder:
             null_text = encode_captions(text_encoder, [""])
             tensors = {"text_hidden_states": null_text.hidden_states, "text_pooled": null_text.pooled}
             require_storable(tensors.items(), "The empty caption")
-            with durable.writing(unfinished / NULL_TEXT) as partial:
+            with atomic.writing(unfinished / NULL_TEXT) as partial:
                 partial.write_bytes(save(tensors))
     if asked.latents is not Latents.none:
         autoencoder = load_autoencoder(config.encoders.autoencoder, device)
@@ -186,7 +186,7 @@ def check_precompute(config: RunConfig, source: Path, out: Path) -> list[Path]:
     if not shards:
         raise UserError(f"There are no .tar shards in or below {source}; build or download the data first.")
     if not _is_of(config, source, out):
-        durable.require_empty(out, "The output")
+        atomic.require_empty(out, "The output")
         return shards
     sources = read_sources(out)
     names = [str(shard.relative_to(source)) for shard in shards]
@@ -218,7 +218,7 @@ def _claim(config: RunConfig, source: Path, out: Path) -> dict[str, ShardSource]
     Returns:
         What the shards of a finished set at ``out`` were made of; those whose source is as it was need not be encoded again.
     """
-    unfinished = durable.unfinished(out)
+    unfinished = atomic.unfinished(out)
     if not unfinished.exists():
         with suppress(FileNotFoundError):  # what a process was about to publish that was killed
             _ready(out).rename(unfinished)
@@ -226,7 +226,7 @@ def _claim(config: RunConfig, source: Path, out: Path) -> dict[str, ShardSource]
     description = _description(config, source)
     path = unfinished / DATASET
     if not path.exists():
-        with durable.writing(path) as partial:
+        with atomic.writing(path) as partial:
             partial.write_text(json.dumps(description, indent=1) + "\n")
     if read_json(path, DESCRIPTION) != description:
         raise UserError(
@@ -257,7 +257,7 @@ def _publish(records: Records, out: Path, names: list[str], finished: dict[str, 
             )  # fmt: skip
             return False
         for leftover in unfinished.rglob("*.partial"):
-            if durable.is_being_written(leftover):
+            if atomic.is_being_written(leftover):
                 return False  # by a process that shares the work otherwise, and gives the folder its name when it is done
             leftover.unlink(missing_ok=True)
         if gone := finished.keys() - set(names):
@@ -271,13 +271,13 @@ def _publish(records: Records, out: Path, names: list[str], finished: dict[str, 
             _keep_beside(out, unfinished, {*names, *finished})
         records.finish(names)
         for folder in {unfinished, *((unfinished / name).parent for name in names)}:
-            durable.sync(folder)
+            atomic.sync(folder)
         ready = _ready(out)
         unfinished.rename(ready)  # of several processes one does; the others no longer reach it
         for claims in ready.glob(f"{CLAIMS}-*"):  # of processes that were killed, or have just come
-            durable.remove(claims)
+            atomic.remove(claims)
         remove_places(ready)
-        durable.put_in_place(ready, out, replace=bool(finished))
+        atomic.put_in_place(ready, out, replace=bool(finished))
     except FileNotFoundError:
         return True
     _tidy(out)

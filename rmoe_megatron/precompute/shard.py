@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.run import Latents, PrecomputeConfig, Storage
-from rmoe_megatron.data.decoding import View, decode_image
-from rmoe_megatron.data.index import IMAGES, LATENTS, LOG_VARIANCE, SHARED
-from rmoe_megatron.data.samples import CLASS_LABEL, TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat
-from rmoe_megatron.data.shard_writer import ShardWriter, open_shard
-from rmoe_megatron.data.shards import NoSamplesError, ShardDataset
+from rmoe_megatron.data.shards.dataset import NoSamplesError, ShardDataset
+from rmoe_megatron.data.shards.decoding import View, decode_image
+from rmoe_megatron.data.shards.index import IMAGES, LATENTS, LOG_VARIANCE, SHARED
+from rmoe_megatron.data.shards.writer import ShardWriter, open_shard
+from rmoe_megatron.data.training_dataset import CLASS_LABEL, TEXT_HIDDEN_STATES, TEXT_POOLED, SampleFormat
 from rmoe_megatron.encoders.autoencoder import Autoencoder, encode_distributions, encode_images
 from rmoe_megatron.precompute.captions import CaptionCache, require_storable
 

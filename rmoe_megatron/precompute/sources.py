@@ -15,9 +15,9 @@ from typing import TypedDict
 
 from pydantic import TypeAdapter, with_config
 
-from rmoe_megatron import durable
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import CLOSED, lines_of, parse_json, read_json, read_text
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.untrusted import CLOSED, lines_of, parse_json, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Records:
         """Say what a shard, which is there, was made of."""
         path = self._path(record.shard)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with durable.writing(path) as partial:
+        with atomic.writing(path) as partial:
             partial.write_text(json.dumps(asdict(record)) + "\n")
 
     def forget(self, shard: str) -> None:
@@ -168,13 +168,13 @@ class Records:
         """Write the file of the finished set."""
         records = [self.get(shard) for shard in shards]
         lines = [json.dumps(asdict(record)) + "\n" for record in records if record is not None]
-        with durable.writing(self.folder / SOURCES) as partial:
+        with atomic.writing(self.folder / SOURCES) as partial:
             partial.write_text("".join(lines))
 
 
 def link(path: Path, target: Path) -> None:
     """Give a file a second name, or copy it where the file system has no such thing; ``target`` gives way."""
-    with durable.writing(target) as partial:
+    with atomic.writing(target) as partial:
         try:
             os.link(path, partial)
         except OSError:
@@ -183,7 +183,7 @@ def link(path: Path, target: Path) -> None:
 
 def remove_records(finished: Path) -> None:
     """Remove the records of single shards from a finished set, which has them in one file."""
-    durable.remove(finished / _RECORDS)
+    atomic.remove(finished / _RECORDS)
 
 
 def read_sources(finished: Path) -> dict[str, ShardSource]:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmoe_megatron import durable
-from rmoe_megatron.data.archive import parse
-from rmoe_megatron.data.decoding import BFLOAT16, DECODERS
-from rmoe_megatron.data.index import TEXT_HIDDEN_STATES, TEXT_POOLED
+from rmoe_megatron.data.shards.archive import parse
+from rmoe_megatron.data.shards.decoding import BFLOAT16, DECODERS
+from rmoe_megatron.data.shards.index import TEXT_HIDDEN_STATES, TEXT_POOLED
+from rmoe_megatron.files import atomic
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class StoredCaptions:
         content, path = io.BytesIO(), self._path(shard)
         np.savez(content, shard=np.array(shard), places=np.array(rows, dtype=_PLACE))
         path.parent.mkdir(exist_ok=True)
-        with durable.writing(path) as partial:
+        with atomic.writing(path) as partial:
             partial.write_bytes(content.getvalue())
         self._read.add(path.name)
 
@@ -122,7 +122,7 @@ class StoredCaptions:
 
 def remove_places(folder: Path) -> None:
     """Remove the places from a set that is about to be finished."""
-    durable.remove(folder / _FOLDER)
+    atomic.remove(folder / _FOLDER)
 
 
 def _digest(caption: str) -> bytes:

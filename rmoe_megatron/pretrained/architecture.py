@@ -18,12 +18,12 @@ from rmoe_megatron.config.model import (
     RecurrenceConfig,
 )
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.untrusted import read_json, shown
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.pretrained.config_files import OBJECT, check_config, read_config
 from rmoe_megatron.pretrained.dit_format import DiTFormat
 from rmoe_megatron.pretrained.sd3_format import SD3Format
 from rmoe_megatron.pretrained.transformer_format import TransformerFormat, require_fixed
-from rmoe_megatron.typed_files import read_json, shown
 
 FORMATS: dict[Architecture, TransformerFormat] = {
     Architecture.mmdit: SD3Format(),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import CLOSED, OPEN, check_value, read_json, shown
+from rmoe_megatron.files.untrusted import CLOSED, OPEN, check_value, read_json, shown
 
 MAX_LAYERS = 256
 MAX_INTEGER = 1 << 31

@@ -8,10 +8,10 @@ from pydantic import Field, with_config
 
 from rmoe_megatron.config.model import Architecture, ModelConfig, ModelDescription, Objective
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.untrusted import OPEN
 from rmoe_megatron.hf.recurrent_dit import RecurrentDiTTransformer2DModel
 from rmoe_megatron.pretrained.config_files import Fraction, Heads, Rows, TransformerConfig
 from rmoe_megatron.pretrained.transformer_format import TransformerFormat, require_fixed
-from rmoe_megatron.typed_files import OPEN
 
 # What the architecture here has fixed; a diffusers config that says otherwise is refused.
 FIXED = {

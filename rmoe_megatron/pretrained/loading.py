@@ -24,6 +24,8 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.config_files import (
     AUTOENCODERS,
     OBJECT,
@@ -35,8 +37,6 @@ from rmoe_megatron.pretrained.config_files import (
 )
 from rmoe_megatron.pretrained.model_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.typed_files import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")

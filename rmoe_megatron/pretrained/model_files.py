@@ -15,8 +15,8 @@ from typing import Annotated, TypedDict
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.regular_files import open_regular
-from rmoe_megatron.typed_files import OPEN, read_json
+from rmoe_megatron.files.regular import open_regular
+from rmoe_megatron.files.untrusted import OPEN, read_json
 
 # The name of a model's weights if they are one file. diffusers has it, too, and takes seconds to import.
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"

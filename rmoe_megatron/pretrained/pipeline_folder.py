@@ -23,6 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.untrusted import check_value, read_json, shown
 from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.pixel_codec import PixelCodec
@@ -48,8 +50,6 @@ from rmoe_megatron.pretrained.loading import (
 )
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX, pipeline_parts
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, check_tensors
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.typed_files import check_value, read_json, shown
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
     cls.__name__: cls

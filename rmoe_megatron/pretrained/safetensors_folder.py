@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.regular import check_regular
+from rmoe_megatron.files.untrusted import shown
 from rmoe_megatron.pretrained.model_files import DIFFUSERS_WEIGHTS, weights_in
-from rmoe_megatron.regular_files import check_regular
-from rmoe_megatron.typed_files import shown
 
 MAX_SHARD_SIZE = "5GB"
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]B)", re.IGNORECASE)

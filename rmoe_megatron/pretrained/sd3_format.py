@@ -9,10 +9,10 @@ from pydantic import Field, with_config
 from rmoe_megatron.config.model import Architecture, ModelDescription, Objective, Prediction
 from rmoe_megatron.diffusion.rectified_flow import MIN_SIGMA
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.untrusted import OPEN
 from rmoe_megatron.hf.recurrent_sd3 import RecurrentSD3Transformer2DModel
 from rmoe_megatron.pretrained.config_files import MAX_LAYERS, TransformerConfig, Width
 from rmoe_megatron.pretrained.transformer_format import TransformerFormat, require_fixed
-from rmoe_megatron.typed_files import OPEN
 
 
 @with_config(OPEN)

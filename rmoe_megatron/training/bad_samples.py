@@ -11,10 +11,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rmoe_megatron.config.run import BadSamplesPolicy, DataConfig
-from rmoe_megatron.data.samples import BadSample
-from rmoe_megatron.disk_errors import warned
+from rmoe_megatron.data.training_dataset import BadSample
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.regular_files import open_to_append
+from rmoe_megatron.files.disk_errors import warned
+from rmoe_megatron.files.regular import open_to_append
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.early_judge import Judge
 from rmoe_megatron.evaluation.limits import take_in_turn
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.pictures import labelled_grid, stacked
+from rmoe_megatron.files.images import labelled_grid, stacked
+from rmoe_megatron.files.untrusted import lines_of, read_text
 from rmoe_megatron.pretrained.hub import present_folder
 from rmoe_megatron.pretrained.model_files import Choice, judge_parts
-from rmoe_megatron.typed_files import lines_of, read_text
 
 SET_SEED = 0  # of the scenes of shapes: those of `rmoe data build-shapes` by default
 EXAMPLES = 6  # best and worst pictures

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import lines_of, parse_json, read_text
+from rmoe_megatron.files.untrusted import lines_of, parse_json, read_text
 
 MAX_BYTES = 1 << 30  # some million records
 MAX_STEP = 100_000_000

@@ -12,11 +12,11 @@ from rmoe_megatron.config.run import AugmentConfig, RunConfig
 from rmoe_megatron.config.stages import Stage, stage_of_draw, stages_of
 from rmoe_megatron.data.mixture import Mixture, shares
 from rmoe_megatron.data.order import Order
-from rmoe_megatron.data.samples import TrainingDataset
+from rmoe_megatron.data.training_dataset import TrainingDataset
 from rmoe_megatron.encoders.fingerprint import DATASET, check_encoders
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.training.preflight import buckets_of, latent_sizes, sample_format, store_of
-from rmoe_megatron.typed_files import read_json
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
 FIRST_VALIDATION_DRAW = 1 << 40

@@ -9,9 +9,9 @@ from pydantic import TypeAdapter
 
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.hub import present_folder
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX, autoencoder_parts, text_encoder_parts
-from rmoe_megatron.typed_files import read_json
 
 MINILM_WIDTH = 384
 CLIP_LENGTH = 77  # tokens of the CLIPs of Stable Diffusion 3, before those of T5

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Prompts
+from rmoe_megatron.distributed.device import inference_device
+from rmoe_megatron.distributed.launch import local_rank
 from rmoe_megatron.encoders.autoencoder import Autoencoder, decode_latents
-from rmoe_megatron.launch import local_rank
-from rmoe_megatron.platform import inference_device
 from rmoe_megatron.training.benchmarks import Benchmark, Evaluated
-from rmoe_megatron.training.samples import Denoiser, sample_latents
+from rmoe_megatron.training.sample_grid import Denoiser, sample_latents
 
 BATCH = 32  # prompts that a rank draws at a time
 

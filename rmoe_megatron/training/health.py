@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rmoe_megatron import durable
-from rmoe_megatron.disk_errors import warned
 from rmoe_megatron.engine.protocol import Engine, StepResult
 from rmoe_megatron.errors import RunError
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.disk_errors import warned
 from rmoe_megatron.training.logging import json_text
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Health:
         if dist.get_rank() == 0:
             diagnosis = {"step": step, "skipped": self.skipped, **found}
             with warned(f"{DIAGNOSIS} is not written"):
-                durable.write(self.run_dir / DIAGNOSIS, json_text(diagnosis, indent=1) + "\n")
+                atomic.write(self.run_dir / DIAGNOSIS, json_text(diagnosis, indent=1) + "\n")
 
 
 def _listed(samples: list[dict[str, Any]]) -> str:

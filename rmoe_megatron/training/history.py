@@ -8,11 +8,11 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from pydantic import Field, TypeAdapter, with_config
 
-from rmoe_megatron.disk_errors import about
+from rmoe_megatron.distributed.launch import job_id, restart_count, world_size
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import job_id, restart_count, world_size
-from rmoe_megatron.regular_files import open_to_append
-from rmoe_megatron.typed_files import OPEN, lines_of, parse_json, read_text
+from rmoe_megatron.files.disk_errors import about
+from rmoe_megatron.files.regular import open_to_append
+from rmoe_megatron.files.untrusted import OPEN, lines_of, parse_json, read_text
 
 HISTORY = "history.jsonl"
 MAX_BYTES = 1 << 24

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from rmoe_megatron import stop_signals
-from rmoe_megatron.launch import end_of_job, rank
+from rmoe_megatron.distributed import stop_signals
+from rmoe_megatron.distributed.launch import end_of_job, rank
 
 SAVES_LEFT = 2  # a run stops when no more time is left than so many saves take
 FIRST_SAVE = 30.0  # seconds that a save is taken to last before one was measured

@@ -16,13 +16,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from rmoe_megatron import durable
 from rmoe_megatron.config.run import LoggingConfig, RunConfig
-from rmoe_megatron.disk_errors import about, warned
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.regular_files import open_to_append
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.disk_errors import about, warned
+from rmoe_megatron.files.regular import open_to_append
+from rmoe_megatron.files.untrusted import lines_of, read_text
 from rmoe_megatron.training.curves import MAX_BYTES, draw_curves, read_records
-from rmoe_megatron.typed_files import lines_of, read_text
 from rmoe_megatron.versions import versions_of
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class RunLogger:
         if not self.is_active:
             return
         with warned(f"{CURVES} stays as it is"):
-            durable.write(self.run_dir / CURVES, draw_curves(self.run_dir / METRICS))
+            atomic.write(self.run_dir / CURVES, draw_curves(self.run_dir / METRICS))
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -186,7 +186,7 @@ class RunLogger:
         if "loss" in metrics:
             brief = [f"{name} {shown[name]}" for name in ("loss", "ETA") if name in shown]
             with suppress(OSError):  # what cannot be written now is written at the next step
-                durable.write(self.run_dir / STATUS, f"step {step}/{self.total_steps}  {'  '.join(brief)}\n")
+                atomic.write(self.run_dir / STATUS, f"step {step}/{self.total_steps}  {'  '.join(brief)}\n")
         if self.is_terminal and "loss" in metrics:
             self._move_bar(step, metrics, remaining)
             return
@@ -288,7 +288,7 @@ def _wandb_id(run_dir: Path) -> str:
     """Return the id of the run, made once, so that a resumed run continues it."""
     path = run_dir / WANDB_ID
     if not os.path.lexists(path):
-        durable.write(path, secrets.token_hex(4))
+        atomic.write(path, secrets.token_hex(4))
     name = read_text(path, max_bytes=1000).strip()
     if re.fullmatch(r"[\w-]{1,64}", name, re.ASCII) is None:
         raise UserError(f"{path} holds no id of wandb's; remove it to log as a new one.")
@@ -301,4 +301,4 @@ def _drop_records_after(path: Path, step: int) -> None:
         return
     records, lines = read_records(path), lines_of(read_text(path, MAX_BYTES))
     kept = [line for (recorded, _), line in zip(records, lines, strict=False) if recorded <= step]
-    durable.write(path, "".join(line + "\n" for line in kept))
+    atomic.write(path, "".join(line + "\n" for line in kept))

@@ -14,27 +14,27 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import write_pending
 from rmoe_megatron.checkpoint.saving import NotSavedError
 from rmoe_megatron.config.run import EvaluationConfig, RunConfig
 from rmoe_megatron.data.batch import Batch
-from rmoe_megatron.disk_errors import warned
+from rmoe_megatron.distributed.device import peak_memory
 from rmoe_megatron.engine.protocol import StepResult
-from rmoe_megatron.model.backend import (
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.disk_errors import warned
+from rmoe_megatron.files.images import png
+from rmoe_megatron.model.precision.backend import (
     describe_backend,
     describe_kernels,
     warn_of_new_histories,
     warn_of_slow_precision,
 )
-from rmoe_megatron.pictures import png
-from rmoe_megatron.platform import peak_memory
 from rmoe_megatron.training.benchmarks import open_benchmark
 from rmoe_megatron.training.evaluations import Evaluation
 from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.interruption import Interruption, StopRequest
 from rmoe_megatron.training.logging import RunLogger, describe_run
-from rmoe_megatron.training.samples import SampleGrid
+from rmoe_megatron.training.sample_grid import SampleGrid
 from rmoe_megatron.training.source import TrainingSource
 from rmoe_megatron.training.state import TrainingState, save_checkpoint
 from rmoe_megatron.training.throughput import Throughput
@@ -295,7 +295,7 @@ class TrainingLoop:
         path = Path(self.config.run_dir) / "evaluations" / name / f"step-{step:08d}.png"
         with warned(f"The examples of the evaluation of step {step}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            durable.write(path, png(evaluated.picture))
+            atomic.write(path, png(evaluated.picture))
             self.log.log_image(f"evaluation_{name}", path, step)
 
     def sample(self) -> None:
@@ -316,7 +316,7 @@ class TrainingLoop:
             if dist.get_rank() == 0:
                 with warned(f"The samples of step {step}"):
                     path.parent.mkdir(exist_ok=True)
-                    durable.write(path, png(image))
+                    atomic.write(path, png(image))
                     self.log.log_image(f"samples{name}", path, step)
 
 

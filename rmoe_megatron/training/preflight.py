@@ -11,33 +11,33 @@ from typing import Annotated, TypedDict
 import torch
 from pydantic import Field, TypeAdapter, with_config
 
-from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.config.buckets import Bucket, build_buckets
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.model import ModelConfig
-from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.require import require
 from rmoe_megatron.config.run import Device, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.config.stages import Stage, stages_of
 from rmoe_megatron.config.validation import validate
-from rmoe_megatron.data.block_cache import BlockCache
-from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.loader import BatchLayout, batches
-from rmoe_megatron.data.remote_store import shard_store
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.store import ShardStore
+from rmoe_megatron.data.shards.bucketing import Bucketing
+from rmoe_megatron.data.storage.block_cache import BlockCache
+from rmoe_megatron.data.storage.remote_store import shard_store
+from rmoe_megatron.data.storage.store import ShardStore
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.engine.deepspeed.library import check_deepspeed
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.model.backend import check_backend
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.untrusted import OPEN, read_json
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
+from rmoe_megatron.model.precision.backend import check_backend
 from rmoe_megatron.pretrained.hub import present_folder
 from rmoe_megatron.pretrained.model_files import autoencoder_parts
 from rmoe_megatron.training.base_checks import check_base
 from rmoe_megatron.training.benchmarks import check_benchmark
 from rmoe_megatron.training.encoder_shapes import check_encoders_fit
-from rmoe_megatron.typed_files import OPEN, read_json
 
 
 @with_config(OPEN)
@@ -122,9 +122,9 @@ def check_files(config: RunConfig) -> None:
     if config.fine_tuning is not None:
         check_base(config)
     check_shards(config)
-    durable.check_writable(Path(config.run_dir), "run_dir")
+    atomic.check_writable(Path(config.run_dir), "run_dir")
     if config.data.cache is not None:
-        durable.check_writable(Path(config.data.cache), "data.cache")
+        atomic.check_writable(Path(config.data.cache), "data.cache")
     check_space(config)
 
 

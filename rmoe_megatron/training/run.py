@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rmoe_megatron import durable
 from rmoe_megatron.checkpoint.folders import (
     CheckpointFolder,
     begin_writing,
@@ -23,16 +22,17 @@ from rmoe_megatron.checkpoint.folders import (
 from rmoe_megatron.config.loading import load_config, to_yaml
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
-from rmoe_megatron.disk_errors import message_of, warned
+from rmoe_megatron.distributed.device import device_memory
+from rmoe_megatron.distributed.launch import job_id, rank, ranks_on_host, world_size
+from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import Interrupted, RunError, UserError
-from rmoe_megatron.launch import job_id, rank, ranks_on_host, world_size
-from rmoe_megatron.model.backend import resolve_precision
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.disk_errors import message_of, warned
+from rmoe_megatron.files.foreign_errors import reason
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import check_memory
-from rmoe_megatron.parallel import process_groups
-from rmoe_megatron.platform import device_memory
-from rmoe_megatron.refusal import reason
+from rmoe_megatron.model.precision.backend import resolve_precision
 from rmoe_megatron.training import preflight
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.fine_tuning import start_from_base
@@ -160,7 +160,7 @@ def _write_down(config: RunConfig, run_dir: Path) -> None:
     A job that SLURM starts again resumes only what one of its own starts has written there.
     """
     writer = f"job {job_id()}" if job_id() is not None else f"process {os.getpid()} on {socket.gethostname()}"
-    durable.write(run_dir / "config.yaml", f"# written by {writer}\n{to_yaml(config)}")
+    atomic.write(run_dir / "config.yaml", f"# written by {writer}\n{to_yaml(config)}")
 
 
 def _build(config: RunConfig, checkpoint: CheckpointFolder | None, device: torch.device) -> TrainingLoop:

@@ -22,13 +22,13 @@ from typing import TextIO
 
 from pydantic import TypeAdapter
 
-from rmoe_megatron import durable
-from rmoe_megatron.disk_errors import about
+from rmoe_megatron.distributed.launch import job_id, restart_count
 from rmoe_megatron.errors import RunError, UserError
-from rmoe_megatron.launch import job_id, restart_count
-from rmoe_megatron.regular_files import check_regular, check_subfolder, open_to_append
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.disk_errors import about
+from rmoe_megatron.files.regular import check_regular, check_subfolder, open_to_append
+from rmoe_megatron.files.untrusted import parse_json, read_json
 from rmoe_megatron.training.history import HISTORY
-from rmoe_megatron.typed_files import parse_json, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Fence:
     def raise_for_others(self) -> None:
         """Tell earlier starts of this job that their time is over."""
         if self.mine["job"] is not None and self.mine["restart"]:
-            durable.write(self.path, json.dumps(self.mine))
+            atomic.write(self.path, json.dumps(self.mine))
 
     def check(self) -> None:
         """Check that no later start of this job has taken over.

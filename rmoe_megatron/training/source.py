@@ -18,9 +18,9 @@ from rmoe_megatron.data.batch import Batch, Prompts, RawBatch, typed_batch
 from rmoe_megatron.data.loader import BatchLayout, Samples, batches
 from rmoe_megatron.data.mixture import Mixture
 from rmoe_megatron.data.order import Order
+from rmoe_megatron.distributed.launch import local_rank
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT, build_condition_encoder
-from rmoe_megatron.launch import local_rank
 from rmoe_megatron.training.bad_samples import BadSamples, warn
 from rmoe_megatron.training.draws import (
     FIRST_VALIDATION_DRAW,

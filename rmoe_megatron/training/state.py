@@ -24,10 +24,10 @@ from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
 from rmoe_megatron.checkpoint.unpickling import read_metadata
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.distributed.launch import job_id
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.errors import RunError, UserError
-from rmoe_megatron.launch import job_id
-from rmoe_megatron.refusal import refusal
+from rmoe_megatron.files.foreign_errors import refusal
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.preflight import checkpoint_bytes
 

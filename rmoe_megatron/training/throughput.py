@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch
+from rmoe_megatron.distributed.device import peak_flops, synchronize
 from rmoe_megatron.model.flops import training_flops_per_sample
-from rmoe_megatron.platform import peak_flops, synchronize
 
 
 class Throughput:

@@ -20,7 +20,7 @@ from rmoe_megatron.checkpoint.folders import (
     write_manifest,
 )
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.cli_options import read_prompts
+from rmoe_megatron.cli.options import read_prompts
 from rmoe_megatron.config.run import LoggingConfig
 from rmoe_megatron.conversion.export import export_run
 from rmoe_megatron.errors import UserError

@@ -19,9 +19,9 @@ from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.conversion.export import export_run
 from rmoe_megatron.conversion.weight_names import to_diffusers
+from rmoe_megatron.distributed.device import PARAMS_DTYPE
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentDiTTransformer2DModel, RecurrentSD3Transformer2DModel
-from rmoe_megatron.platform import PARAMS_DTYPE
 from tests.support.commands import rmoe
 from tests.support.configurations import one_rank, randomise
 from tests.support.diffusers_models import (

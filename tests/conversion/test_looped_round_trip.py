@@ -8,7 +8,7 @@ import torch
 from rmoe_megatron.config.model import LoopConfig
 from rmoe_megatron.conversion.export import export_run
 from rmoe_megatron.hf import RecurrentSD3Transformer2DModel
-from rmoe_megatron.sampling import load_pipeline
+from rmoe_megatron.inference.sampling import load_pipeline
 from tests.conversion.test_import_export import RECURRENCE_SETTINGS, assert_close, import_model, load_ours
 from tests.support.configurations import one_rank, randomise
 from tests.support.diffusers_models import SD3, in_memory, inputs, run_ours

@@ -203,7 +203,7 @@ def test_sit_is_a_rectified_flow(timestep: int, sit: Path) -> None:
 
 def test_an_exported_sit_draws(sit: Path, tmp_path: Path) -> None:
     """Euler's steps from noise, as SiT's own equation dx = v dt has them."""
-    from rmoe_megatron.sampling import load_pipeline
+    from rmoe_megatron.inference.sampling import load_pipeline
 
     pipeline = load_pipeline(sit / "exported")
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

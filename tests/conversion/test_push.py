@@ -161,7 +161,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub: Hub, export: Path) -> None:
 def test_a_dry_run_lists_the_files_and_sends_nothing(
     export: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rmoe_megatron.cli import app
+    from rmoe_megatron.cli.app import app
     from rmoe_megatron.conversion import push as pushing
 
     monkeypatch.setattr(pushing, "push", lambda *arguments: pytest.fail("it was sent"))

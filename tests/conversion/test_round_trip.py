@@ -28,7 +28,7 @@ from rmoe_megatron.conversion.export import at_stage_of, export_run
 from rmoe_megatron.conversion.importing import import_diffusers
 from rmoe_megatron.diffusion.rectified_flow import resolution_shift
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.sampling import load_pipeline, sample_images
+from rmoe_megatron.inference.sampling import load_pipeline, sample_images
 from tests.support.configurations import tiny_config
 from tests.support.diffusers_models import make_model
 from tests.support.runs import save_untrained

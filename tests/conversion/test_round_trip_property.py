@@ -18,8 +18,8 @@ from rmoe_megatron.conversion.importing import import_diffusers
 from rmoe_megatron.data.mazes.encoder import write_encoder
 from rmoe_megatron.encoders.text import load_text_encoder
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.inference.sampling import load_pipeline, sample_images
 from rmoe_megatron.model.checks import check_model
-from rmoe_megatron.sampling import load_pipeline, sample_images
 from tests.conversion.descriptions import Drawn, drawn_descriptions, refusal_of, said, with_folders
 from tests.conversion.test_round_trip import DESCRIPTIONS
 from tests.support.configurations import tiny_config

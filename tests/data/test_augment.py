@@ -13,9 +13,9 @@ from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import AugmentConfig
 from rmoe_megatron.counter_rng import Purpose
-from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.loader import BatchLayout, batches
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
+from rmoe_megatron.data.shards.bucketing import Bucketing
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.precompute.job import check_precompute
 from rmoe_megatron.training import run

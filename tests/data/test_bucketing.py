@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmoe_megatron.config.buckets import Bucket
-from rmoe_megatron.data.bucketing import NO_BUCKET, TOO_SMALL, BucketCounts, Bucketing
-from rmoe_megatron.data.decoding import View
-from rmoe_megatron.data.index import BLOCK, NO_PIECES, RECORD, Index, IndexedShard, Kind
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
+from rmoe_megatron.data.shards.bucketing import NO_BUCKET, TOO_SMALL, BucketCounts, Bucketing
+from rmoe_megatron.data.shards.decoding import View
+from rmoe_megatron.data.shards.index import BLOCK, NO_PIECES, RECORD, Index, IndexedShard, Kind
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.data.test_index import picture
 from tests.support.runs import array, write_shard

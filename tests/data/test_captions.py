@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rmoe_megatron.config.captions import CaptionSource, parse_captions
-from rmoe_megatron.data.samples import BadSample, SampleFormat, TrainingDataset
+from rmoe_megatron.data.training_dataset import BadSample, SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.data.test_shards import png
 from tests.support.runs import write_shard

@@ -11,8 +11,8 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from rmoe_megatron.config.buckets import Bucket
-from rmoe_megatron.data.decoding import decode_image
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.shards.decoding import decode_image
 from tests.support.runs import write_shard
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from tests.data.test_shards import png
 from tests.support.runs import write_shard
 

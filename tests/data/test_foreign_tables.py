@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from pyarrow import feather, parquet
 
-from rmoe_megatron.data.pack import pack
-from rmoe_megatron.data.pack_rows import Packed
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.packing.pack import pack
+from rmoe_megatron.data.packing.rows import Packed
+from rmoe_megatron.data.shards.dataset import ShardDataset
 from rmoe_megatron.errors import UserError
 from tests.support.runs import write_shard
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rmoe_megatron.data.archive import scan
-from rmoe_megatron.data.pack import pack
-from rmoe_megatron.data.shards import ShardDataset
-from rmoe_megatron.data.store import LocalStore
+from rmoe_megatron.data.packing.pack import pack
+from rmoe_megatron.data.shards.archive import scan
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.storage.store import LocalStore
 from rmoe_megatron.errors import UserError
 from tests.data.test_shards import png
 from tests.support.runs import write_members

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rmoe_megatron.config.sample_filter import SampleFilter
-from rmoe_megatron.data import index as index_module
-from rmoe_megatron.data import indexing
-from rmoe_megatron.data.index import (
+from rmoe_megatron.data.shards import build_index as indexing
+from rmoe_megatron.data.shards import index as index_module
+from rmoe_megatron.data.shards.build_index import build_index, index_shards, open_index
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.shards.index import (
     BLOCK,
     INDEX,
     MAX_KINDS,
@@ -28,9 +30,7 @@ from rmoe_megatron.data.index import (
     IndexWriter,
     Selection,
 )
-from rmoe_megatron.data.indexing import build_index, index_shards, open_index
-from rmoe_megatron.data.shards import ShardDataset
-from rmoe_megatron.data.store import LocalStore
+from rmoe_megatron.data.storage.store import LocalStore
 from rmoe_megatron.errors import UserError
 from tests.support.runs import array, write_shard
 
@@ -178,14 +178,14 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = tmp_path / "data"
     write_pictures(data / "a.tar", [(3, 5)])
-    writing = indexing.durable.writing
+    writing = indexing.atomic.writing
 
     def refuse(path: Path):  # type: ignore[no-untyped-def]  # root may write everywhere
         if data in path.parents or (tmp_path / "full") in path.parents:
             raise OSError(30, "Read-only file system")
         return writing(path)
 
-    monkeypatch.setattr(indexing.durable, "writing", refuse)
+    monkeypatch.setattr(indexing.atomic, "writing", refuse)
     open_index(LocalStore(data))
     assert [path.name for path in data.iterdir()] == ["a.tar"]
     (path,) = (tmp_path / "cache" / "rmoe_megatron" / "index").iterdir()
@@ -298,7 +298,7 @@ def test_too_many_kinds_are_refused(tmp_path: Path) -> None:
 BILLION = """
 import sys
 from pathlib import Path
-from rmoe_megatron.data.index import Selection, read_index
+from rmoe_megatron.data.shards.index import Selection, read_index
 from rmoe_megatron.data.order import GlobalOrder
 
 def resident():

@@ -11,7 +11,7 @@ from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.data.mazes.build import MazeSettings, build_mazes, make_maze
 from rmoe_megatron.data.mazes.grid import Cell, draw, from_text, solve, to_text
 from rmoe_megatron.data.mazes.sample import Task, spanning_tree
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.dataset import ShardDataset
 from rmoe_megatron.encoders.text import load_text_encoder
 from rmoe_megatron.errors import UserError
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.run import MixedDatasetConfig
-from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.mixture import Mixture, shares
 from rmoe_megatron.data.order import GlobalOrder, MixedOrder, Turns
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
+from rmoe_megatron.data.shards.bucketing import Bucketing
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.data.test_bucketing import write_raw
 from tests.data.test_index import picture

@@ -17,11 +17,11 @@ from pyarrow import parquet
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.captions import parse_captions
-from rmoe_megatron.data.bucketing import Bucketing
-from rmoe_megatron.data.pack import LEFT_OUT, pack
-from rmoe_megatron.data.pack_rows import Columns
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.packing.pack import LEFT_OUT, pack
+from rmoe_megatron.data.packing.rows import Columns
+from rmoe_megatron.data.shards.bucketing import Bucketing
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.support.commands import rmoe
 from tests.support.configurations import MODEL

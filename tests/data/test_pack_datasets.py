@@ -8,9 +8,9 @@ import pyarrow
 import pytest
 from pyarrow import ipc, parquet
 
-from rmoe_megatron.data.pack import pack
-from rmoe_megatron.data.pack_rows import Columns
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.packing.pack import pack
+from rmoe_megatron.data.packing.rows import Columns
+from rmoe_megatron.data.shards.dataset import ShardDataset
 from rmoe_megatron.errors import UserError
 from tests.data.test_pack import packed_captions, picture, write
 from tests.data.test_strange_archives import HOW, arranged, photographs

@@ -12,10 +12,10 @@ from PIL import Image
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.sample_filter import SampleFilter
-from rmoe_megatron.data.bucketing import Bucketing
 from rmoe_megatron.data.page import left_out, write_page
 from rmoe_megatron.data.report import inspect_shards, lines, write_report
-from rmoe_megatron.data.samples import SampleFormat
+from rmoe_megatron.data.shards.bucketing import Bucketing
+from rmoe_megatron.data.training_dataset import SampleFormat
 from rmoe_megatron.errors import UserError
 from tests.data.test_index import picture
 from tests.support.commands import rmoe

@@ -23,8 +23,8 @@ from PIL import Image
 from rmoe_megatron.data import loader
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.support.runs import array, write_shard
 

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from rmoe_megatron.data import block_cache, indexing, remote_store
-from rmoe_megatron.data.block_cache import BlockCache
-from rmoe_megatron.data.indexing import INDEX, open_index
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.remote_store import ATTEMPTS, RemoteStore, shard_store
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.shards import ShardDataset
-from rmoe_megatron.data.store import LocalStore
+from rmoe_megatron.data.shards import build_index
+from rmoe_megatron.data.shards.build_index import INDEX, open_index
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.storage import block_cache, remote_store
+from rmoe_megatron.data.storage.block_cache import BlockCache
+from rmoe_megatron.data.storage.remote_store import ATTEMPTS, RemoteStore, shard_store
+from rmoe_megatron.data.storage.store import LocalStore
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.data.test_index import picture
 from tests.support.commands import rmoe
@@ -95,7 +96,7 @@ def test_samples_of_an_object_store_are_those_of_the_folder(
     assert remote.shard(9) == f"{url}/1.tar"
     # Another machine takes the index that the first has put beside the shards.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    monkeypatch.setattr(indexing, "scan_shard", lambda *_: pytest.fail("the shards are scanned again"))
+    monkeypatch.setattr(build_index, "scan_shard", lambda *_: pytest.fail("the shards are scanned again"))
     assert_same_samples(ShardDataset(shard_store(url)), ShardDataset(folder))
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))

@@ -9,12 +9,12 @@ import pytest
 
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.sample_filter import SampleFilter
-from rmoe_megatron.data.indexing import index_shards, open_index
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.shards import ShardDataset
-from rmoe_megatron.data.store import LocalStore
+from rmoe_megatron.data.shards.build_index import index_shards, open_index
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.storage.store import LocalStore
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from tests.data.test_shards import png
 from tests.support.runs import write_members

@@ -1,4 +1,4 @@
-"""Every test here needs several ranks of gloo on this machine."""
+"""Tests of a job of several processes: most of them start ranks of gloo on this machine, and all have the marker for it."""
 
 from pathlib import Path
 

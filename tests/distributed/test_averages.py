@@ -50,9 +50,9 @@ CASES = {
 def movement(config: RunConfig) -> dict[str, dict[str, Tensor]]:
     """How far averages and parameters have moved after the steps, by name; the run is saved and resumed on the way."""
     from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
-    from rmoe_megatron.parallel import process_groups
     from rmoe_megatron.training.ema import ExponentialMovingAverage
 
     with process_groups(config) as device:

@@ -162,9 +162,9 @@ def finish(
 ) -> tuple[list[float], list[bool], dict[str, torch.Tensor]]:
     """Take four steps, before which one more may be spoilt on the last rank; norms, whether a step was left out, weights."""
     from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
-    from rmoe_megatron.parallel import process_groups
 
     norms, left_out = [], []
     with process_groups(config) as device:
@@ -212,9 +212,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_and_leaves_nothin
 def finite_at_the_start(config: RunConfig) -> bool:
     """Whether every rank's shards are finite if memory is as bad as it can be."""
     from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
-    from rmoe_megatron.parallel import process_groups
 
     # It fills memory that is not initialised with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)

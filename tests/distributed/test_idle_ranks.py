@@ -18,9 +18,9 @@ def resumed(config: RunConfig) -> tuple[int, list[float]]:
 
     from rmoe_megatron.checkpoint.folders import list_checkpoints
     from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
-    from rmoe_megatron.parallel import process_groups
     from rmoe_megatron.training.ema import ExponentialMovingAverage
     from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint, save_checkpoint
 

@@ -18,7 +18,7 @@ import sys, time
 from dataclasses import replace
 from rmoe_megatron import rank_watch
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.parallel import process_groups, rank, world_size
+from rmoe_megatron.distributed.process_groups import process_groups, rank, world_size
 from tests.support.configurations import tiny_config
 
 rank_watch.INTERVAL, rank_watch.SILENCE = 0.2, 5.0
@@ -42,7 +42,7 @@ BEFORE_MEETING = """import sys, time
 from rmoe_megatron import rank_watch
 from rmoe_megatron.cli import _end
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.parallel import process_groups, rank
+from rmoe_megatron.distributed.process_groups import process_groups, rank
 from tests.support.configurations import tiny_config
 
 rank_watch.INTERVAL = 0.2

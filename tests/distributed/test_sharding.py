@@ -53,8 +53,8 @@ class CollectiveCounter(TorchDispatchMode):
 def shares(config: RunConfig) -> dict[str, float]:
     """Which share of each parameter rank 0 holds."""
     from rmoe_megatron.checkpoint.model_state import full_state
+    from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.model.build import build_chunks
-    from rmoe_megatron.parallel import process_groups
 
     with process_groups(config):
         chunks = build_chunks(config)
@@ -69,8 +69,8 @@ def shares(config: RunConfig) -> dict[str, float]:
 def traffic(config: RunConfig) -> dict[str, int]:
     """Elements that collectives give to all ranks together in one forward pass."""
     from rmoe_megatron.diffusion.loss import model_arguments
+    from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.model.build import build_chunks
-    from rmoe_megatron.parallel import process_groups
 
     with process_groups(config):
         chunks = build_chunks(config)
@@ -156,8 +156,8 @@ def counts_per_module(steps: int, expert: int, ranks: int) -> int:
 def route_to_first_module(config: RunConfig) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Per rank: the output for a batch whose tokens all go to module 0, and the modules' gradients."""
     from rmoe_megatron.diffusion.loss import model_arguments
+    from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.model.build import build_chunks
-    from rmoe_megatron.parallel import process_groups
 
     with process_groups(config):
         chunks = build_chunks(config).eval()
@@ -195,9 +195,9 @@ def test_a_rank_whose_modules_get_no_tokens(tmp_path: Path) -> None:
 def graphs_kept(config: RunConfig) -> list[str]:
     """What the dispatchers of modules hold after a step that leads into its graph."""
     from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.engine.megatron.engine import MegatronEngine
     from rmoe_megatron.model.build import build_chunks
-    from rmoe_megatron.parallel import process_groups
 
     with process_groups(config):
         modules = build_chunks(config)

@@ -307,7 +307,7 @@ def test_a_run_is_exported_and_inspected_like_any_other(runs: Path) -> None:
 
 
 def describe(config: RunConfig) -> str:
-    from rmoe_megatron.model.backend import describe_kernels
+    from rmoe_megatron.model.precision.backend import describe_kernels
 
     return describe_kernels(config)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rmoe_megatron.data.batch import Batch
+from rmoe_megatron.distributed.device import use_cpu
 from rmoe_megatron.engine.prefetching import prefetched
-from rmoe_megatron.platform import use_cpu
 from tests.model.test_compile import make_batch
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from rmoe_megatron import cli
-from rmoe_megatron.cli_options import Bar
+from rmoe_megatron.cli.options import Bar
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation import generation
 from rmoe_megatron.evaluation.dpg.evaluate import Settings as DpgSettings

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from rmoe_megatron.distributed.processor import ProductSeconds
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.dpg.evaluate import _device
 from rmoe_megatron.evaluation.generation import (
@@ -27,8 +28,13 @@ from rmoe_megatron.evaluation.geneval.evaluate import Settings as GenEvalSetting
 from rmoe_megatron.evaluation.geneval.evaluate import _load_judges
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
 from rmoe_megatron.hf import PixelCodec
-from rmoe_megatron.processor import ProductSeconds
-from rmoe_megatron.sampling import _of_class, describe_place, open_pipeline, resolve_dtype, sample_images
+from rmoe_megatron.inference.sampling import (
+    _of_class,
+    describe_place,
+    open_pipeline,
+    resolve_dtype,
+    sample_images,
+)
 from tests.hf.test_pipelines import dit_pipeline, recurrent_dit
 from tests.support.sd3_pipeline import save_pipeline
 
@@ -147,8 +153,10 @@ def test_images_are_made_in_the_faster_data_type(
     expected: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr("rmoe_megatron.sampling.bf16_is_fast", lambda: bf16_is_fast)
-    monkeypatch.setattr("rmoe_megatron.sampling.product_seconds", lambda: ProductSeconds(fp32=0.25, bf16=7.0))
+    monkeypatch.setattr("rmoe_megatron.inference.sampling.bf16_is_fast", lambda: bf16_is_fast)
+    monkeypatch.setattr(
+        "rmoe_megatron.inference.sampling.product_seconds", lambda: ProductSeconds(fp32=0.25, bf16=7.0)
+    )
     assert resolve_dtype(name) == expected
     is_slow = name == "bf16"
     assert ("28 times as long as in fp32; --dtype auto would take fp32" in caplog.text) is is_slow

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from rmoe_megatron.data.shapes.build import build_shapes
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.dataset import ShardDataset
 from rmoe_megatron.evaluation.corebench import evaluate as corebench
 from rmoe_megatron.evaluation.corebench import judging
 from rmoe_megatron.evaluation.corebench.prompts import Prompt

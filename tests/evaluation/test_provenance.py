@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rmoe_megatron import durable
 from rmoe_megatron.encoders.fingerprint import sha256_of
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.comparison.result_files import read_entries
@@ -32,6 +31,7 @@ from rmoe_megatron.evaluation.geneval2.prompts import is_official as is_official
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.provenance import Product, differences, png_with, read_record, require_records
 from rmoe_megatron.evaluation.results import standard_error
+from rmoe_megatron.files import atomic
 from rmoe_megatron.pretrained.hub import is_of_the_hub
 from rmoe_megatron.versions import code_fingerprint, versions_of
 from tests.evaluation.test_dpg import TABLE
@@ -91,7 +91,7 @@ def test_a_file_never_has_the_record_of_another(tmp_path: Path, monkeypatch: pyt
     """Whatever is left when the process ends between record and file."""
     path = tmp_path / "a.json"
     write(path, {"steps": 1})
-    written, writing = [], durable.writing
+    written, writing = [], atomic.writing
 
     @contextmanager
     def interrupted(target: Path) -> Iterator[Path]:
@@ -101,7 +101,7 @@ def test_a_file_never_has_the_record_of_another(tmp_path: Path, monkeypatch: pyt
         with writing(target) as partial:
             yield partial
 
-    monkeypatch.setattr(durable, "writing", interrupted)
+    monkeypatch.setattr(atomic, "writing", interrupted)
     product = Product(path, lambda: {"steps": 2})
     with pytest.raises(KeyboardInterrupt):
         product.write(b"[]")

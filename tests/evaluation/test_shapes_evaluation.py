@@ -8,7 +8,7 @@ from PIL import Image
 
 from rmoe_megatron.data.shapes.build import build_shapes
 from rmoe_megatron.data.shapes.render import ShapeObject, render
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.dataset import ShardDataset
 from rmoe_megatron.evaluation.shapes import Detection, Verdict, detect, judge
 from rmoe_megatron.evaluation.shapes.detector import matches_scene
 from rmoe_megatron.evaluation.shapes.evaluate import image_requests, judge_pictures, read_scenes, score

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from rmoe_megatron.cli import main
-from rmoe_megatron.cli_evaluation import eval_app
+from rmoe_megatron.cli.evaluation import eval_app
 from rmoe_megatron.data.mazes.build import build_mazes
 from rmoe_megatron.data.shapes.build import build_shapes
 from rmoe_megatron.evaluation.imagenet import evaluate as imagenet

@@ -121,7 +121,7 @@ assert not any(name.split(".")[0] == "megatron" for name in sys.modules), "megat
 
 
 def test_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
-    from rmoe_megatron.sampling import sample_images
+    from rmoe_megatron.inference.sampling import sample_images
 
     pipeline = tiny_pipeline(tmp_path)
     pipeline.set_progress_bar_config(disable=True)

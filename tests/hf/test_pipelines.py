@@ -33,8 +33,8 @@ from rmoe_megatron.hf import (
     RecurrentDiTTransformer2DModel,
     RecurrentSD3Transformer2DModel,
 )
+from rmoe_megatron.inference.sampling import sample_images, set_scheduler
 from rmoe_megatron.pretrained.architecture import transformer_arguments, transformer_class
-from rmoe_megatron.sampling import sample_images, set_scheduler
 from tests.support.configurations import RECURRENCE, one_rank, randomise, tiny_config
 from tests.support.diffusers_models import ARCHITECTURES, make_model
 from tests.support.sd3_pipeline import TEXT_LENGTH, make_pipeline, save_pipeline
@@ -219,7 +219,7 @@ def test_pipeline_equals_the_training_model_along_a_trajectory(
     kind: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rmoe_megatron.model.build import build_transformer
-    from rmoe_megatron.training import samples
+    from rmoe_megatron.training import sample_grid
 
     config = trajectory_config(kind)
     config.training.sample_steps = 10
@@ -240,7 +240,7 @@ def test_pipeline_equals_the_training_model_along_a_trajectory(
             return model(latents, timestep, keys, **conditions.tensors())
 
         embedded = Prompts(prompts, encoder.encode_prompts(prompts), encoder.null)
-        ours_last = samples.sample_latents(recorded, embedded, config, *size)
+        ours_last = sample_grid.sample_latents(recorded, embedded, config, *size)
     pipeline = build_pipeline(config, transformer)
     inputs = {"prompt": prompts} if kind == "mmdit" else {"class_labels": [int(label) for label in prompts]}
     theirs = trajectory(pipeline, first[0], **inputs)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from rmoe_megatron.config.run import Backend, Device, Fp8Config, Fp8Recipe, Precision, RunConfig
 from rmoe_megatron.config.validation import validate
+from rmoe_megatron.distributed.processor import ProductSeconds
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.model import backend
-from rmoe_megatron.model.backend import (
+from rmoe_megatron.model.precision import backend
+from rmoe_megatron.model.precision.backend import (
     check_backend,
     describe_backend,
     describe_kernels,
@@ -23,9 +24,8 @@ from rmoe_megatron.model.backend import (
     warn_of_new_histories,
     warn_of_slow_precision,
 )
-from rmoe_megatron.model.layers import layers_of
+from rmoe_megatron.model.precision.layers import layers_of
 from rmoe_megatron.model.transformer_config import transformer_config
-from rmoe_megatron.processor import ProductSeconds
 from rmoe_megatron.training.preflight import check_device
 from tests.support.configurations import RECURRENCE, one_rank, tiny_config
 

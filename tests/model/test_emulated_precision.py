@@ -23,13 +23,13 @@ from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.registry import build_engine
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_chunks, build_transformer
-from rmoe_megatron.model.emulated_linear import (
+from rmoe_megatron.model.precision.emulated_linear import (
     EmulatedColumnParallelLinear,
     EmulatedExperts,
     EmulatedRowParallelLinear,
     rounded_output,
 )
-from rmoe_megatron.model.quantization import RECIPES
+from rmoe_megatron.model.precision.rounding import RECIPES
 from rmoe_megatron.model.transformer_config import transformer_config
 from tests.model.test_compile import make_batch
 from tests.support.configurations import HIDDEN, MODEL, RECURRENCE, one_rank, randomise, tiny_config

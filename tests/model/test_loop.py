@@ -302,7 +302,7 @@ def test_flops_of_every_number_of_latent_steps_are_those_of_the_blocks_that_run(
 
 @pytest.mark.parametrize("depth", ["last", "every", "drawn"])
 def test_calls_of_gates_are_counted(depth: str) -> None:
-    from rmoe_megatron.engine.routing import calls_of_gates
+    from rmoe_megatron.engine.router_metrics import calls_of_gates
     from rmoe_megatron.model.mmdit.transformer import MMDiT
     from rmoe_megatron.model.recurrence.gate import Gate
 

@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 def build_block(recurrence: RecurrenceConfig, qk_norm: bool, layer: int, exclusive: bool = False):  # type: ignore[no-untyped-def]
     from megatron.core.transformer.spec_utils import build_module
 
-    from rmoe_megatron.model.layer_specs import block_spec
+    from rmoe_megatron.model.block_specs import block_spec
     from rmoe_megatron.model.mmdit.block import joint_block
     from rmoe_megatron.model.transformer_config import transformer_config
 
@@ -226,7 +226,7 @@ def test_the_load_balancing_loss_is_that_of_the_switch_transformer(scale: float)
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from rmoe_megatron.engine.routing import forget_routing
+    from rmoe_megatron.engine.router_metrics import forget_routing
     from rmoe_megatron.model.recurrence.gate import Gate
     from rmoe_megatron.model.transformer_config import transformer_config
 

@@ -49,7 +49,7 @@ def take_step(config: RunConfig, count: int) -> Any:
 
 def messages(config: RunConfig) -> Counter[Collective]:
     """Return what rank 0 of a real run sends in its second step."""
-    from rmoe_megatron.parallel import process_groups
+    from rmoe_megatron.distributed.process_groups import process_groups
 
     with process_groups(config):
         micro_batches = config.training.global_batch_size // (

@@ -11,13 +11,13 @@ from scipy import stats
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.run import Latents, PrecomputeConfig, Storage
-from rmoe_megatron.data.bucketing import Bucketing
-from rmoe_megatron.data.index import LATENTS, LOG_VARIANCE
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.mixture import Mixture
 from rmoe_megatron.data.order import GlobalOrder
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.bucketing import Bucketing
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.shards.index import LATENTS, LOG_VARIANCE
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.precompute.shard import ShardEncoder
 from tests.support.commands import rmoe

@@ -12,11 +12,11 @@ from PIL import Image
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.run import Latents, PrecomputeConfig, Storage
-from rmoe_megatron.data.bucketing import Bucketing
-from rmoe_megatron.data.index import LATENTS, SHARED
 from rmoe_megatron.data.mixture import Mixture
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.bucketing import Bucketing
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.shards.index import LATENTS, SHARED
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf.caption_encoder import TextEmbeddings
 from rmoe_megatron.hf.pixel_codec import PixelCodec

@@ -11,14 +11,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from rmoe_megatron.cli_options import parse_part
+from rmoe_megatron.cli.options import parse_part
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.config.model import DiffusionConfig, Objective
 from rmoe_megatron.config.run import PrecomputeConfig, RunConfig, Storage
-from rmoe_megatron.data.bucketing import Bucketing
-from rmoe_megatron.data.index import LATENTS
-from rmoe_megatron.data.samples import SampleFormat, TrainingDataset
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.bucketing import Bucketing
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.shards.index import LATENTS
+from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.encoders.autoencoder import encode_images
 from rmoe_megatron.encoders.text import TextEmbeddings
 from rmoe_megatron.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 
 from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.config.run import Latents, RunConfig, Storage
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.dataset import ShardDataset
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.precompute.job import check_precompute, precompute
 from rmoe_megatron.precompute.shard import ShardEncoder
@@ -168,7 +168,7 @@ def test_a_process_killed_while_it_publishes_loses_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rmoe_megatron.durable.put_in_place", killed)
+        patch.setattr("rmoe_megatron.files.atomic.put_in_place", killed)
         with pytest.raises(KeyboardInterrupt):
             precompute(config, source, out)
     assert labels(out) == [1] * 6  # the old set is whole

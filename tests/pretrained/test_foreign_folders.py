@@ -24,9 +24,9 @@ from rmoe_megatron.encoders.text import encode_captions, load_text_encoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.hf import RecurrentSD3Pipeline
 from rmoe_megatron.hf.pixel_codec import PixelCodec
+from rmoe_megatron.inference.sampling import load_pipeline, sample_images
 from rmoe_megatron.pretrained.architecture import read_architecture
 from rmoe_megatron.pretrained.safetensors_folder import check_tensors
-from rmoe_megatron.sampling import load_pipeline, sample_images
 from tests.conversion.test_import_export import RECURRENCE_SETTINGS, facebook_state
 from tests.hf.test_pipelines import recurrent_dit, recurrent_sd3
 from tests.support.configurations import randomise, tiny_config

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiTTransformer2DModel, Transformer2DModel
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.inference.sampling import load_pipeline, sample_images
 from rmoe_megatron.pretrained.architecture import read_architecture
-from rmoe_megatron.sampling import load_pipeline, sample_images
 from tests.hf.test_pipelines import recurrent_dit
 from tests.support.diffusers_models import inputs, save_model
 

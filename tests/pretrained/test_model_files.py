@@ -283,7 +283,7 @@ def cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_a_cached_repository_stands_wherever_a_folder_does(cache: Path, folder: Path, tmp_path: Path) -> None:
     from rmoe_megatron.config.run import ParallelConfig
     from rmoe_megatron.conversion.importing import import_diffusers
-    from rmoe_megatron.sampling import load_pipeline
+    from rmoe_megatron.inference.sampling import load_pipeline
 
     assert load_autoencoder("owner/sd3", CPU).config.latent_channels == 4
     assert load_text_encoder(EncodersConfig(text_encoder="owner/sd3"), TEXT_LENGTH, CPU).encode(["a"])

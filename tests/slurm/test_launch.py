@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rmoe_megatron.launch import first_host, tasks_per_node
+from rmoe_megatron.distributed.launch import first_host, tasks_per_node
 from tests.support.commands import rmoe
 from tests.support.local_slurm import ROOT, LocalSlurm
 from tests.support.runs import losses, make_run

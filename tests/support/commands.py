@@ -24,7 +24,7 @@ from torch.distributed import TCPStore
 
 PRELOADED = [
     "rmoe_megatron.cli", "rmoe_megatron.training.run", "rmoe_megatron.conversion.importing", "rmoe_megatron.conversion.export",
-    "rmoe_megatron.sampling", "rmoe_megatron.precompute.job", "rmoe_megatron.training.preflight",
+    "rmoe_megatron.inference.sampling", "rmoe_megatron.precompute.job", "rmoe_megatron.training.preflight",
     "rmoe_megatron.evaluation.geneval.evaluate", "rmoe_megatron.evaluation.geneval2.evaluate", "rmoe_megatron.evaluation.dpg.evaluate",
     "rmoe_megatron.evaluation.corebench.evaluate", "rmoe_megatron.evaluation.imagenet.evaluate",
     "rmoe_megatron.evaluation.preference.evaluate",

@@ -54,7 +54,7 @@ def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.2) -> None:
 @contextmanager
 def one_rank(config: RunConfig) -> Iterator[torch.device]:
     """Process groups of a single rank, without a port."""
-    from rmoe_megatron.parallel import process_groups
+    from rmoe_megatron.distributed.process_groups import process_groups
 
     with process_groups(config) as device:
         yield device

@@ -127,9 +127,9 @@ def train(config: RunConfig, gradients: bool = True, resumes: bool = False) -> R
         resumes: after half of the steps the run is saved, thrown away, built anew from other weights and loaded.
     """
     from rmoe_megatron.diffusion.loss import DiffusionLoss
+    from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
-    from rmoe_megatron.parallel import process_groups
     from rmoe_megatron.training.ema import ExponentialMovingAverage
 
     result = Result()

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rmoe_megatron.config.run import Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.distributed.device import use_cpu
 from rmoe_megatron.engine.megatron.engine import MegatronEngine
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.model.recurrence.experts import Experts
-from rmoe_megatron.platform import use_cpu
 from tests.support.configurations import one_rank
 
 CPU = torch.device("cpu")

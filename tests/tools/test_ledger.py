@@ -10,7 +10,7 @@ from ledger import Record
 from pydantic import TypeAdapter
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import check_value
+from rmoe_megatron.files.untrusted import check_value
 
 CODE = '''"""A module."""
 

@@ -18,7 +18,7 @@ from rmoe_megatron.data.mazes.build import build_mazes
 from rmoe_megatron.data.shapes.build import make_scene
 from rmoe_megatron.data.shapes.render import render
 from rmoe_megatron.data.shapes.vocabulary import HELDOUT_PAIRS
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.dataset import ShardDataset
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.evaluation.geneval.evaluate import Judges
 from rmoe_megatron.evaluation.geneval.rules import Detection

@@ -18,11 +18,11 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from rmoe_megatron import stop_signals
 from rmoe_megatron.checkpoint.folders import PENDING, list_checkpoints, pending_of, read_state
 from rmoe_megatron.config.loading import load_config
+from rmoe_megatron.distributed import stop_signals
 from rmoe_megatron.errors import Interrupted
-from rmoe_megatron.show_run import show_run
+from rmoe_megatron.inspection.run import show_run
 from rmoe_megatron.training import run
 from rmoe_megatron.training.history import read_history
 from rmoe_megatron.training.interruption import Interruption, StopRequest

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.dataset import ShardDataset
 from tests.support.commands import finish, kill, rmoe, start
 from tests.support.runs import CONFIG, losses, write_shard
 
@@ -179,7 +179,7 @@ def test_a_stage_may_have_data_of_its_own(config: Path) -> None:
 def shown(run_dir: Path, draw: int) -> str:
     from typer.testing import CliRunner
 
-    from rmoe_megatron.cli import app
+    from rmoe_megatron.cli.app import app
 
     result = CliRunner().invoke(app, ["data", "show", str(run_dir), "--draw", str(draw)])
     assert result.exit_code == 0, result.output

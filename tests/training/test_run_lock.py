@@ -16,8 +16,8 @@ import torch.distributed as dist
 from rmoe_megatron.checkpoint.folders import CheckpointFolder, list_checkpoints, remove_old
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import LoggingConfig, RunConfig
+from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.errors import RunError, UserError
-from rmoe_megatron.parallel import process_groups
 from rmoe_megatron.training import run, run_lock
 from rmoe_megatron.training.history import count_restarts, read_history, record
 from rmoe_megatron.training.logging import RunLogger

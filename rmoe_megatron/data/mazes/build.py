@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rmoe_megatron import durable
 from rmoe_megatron.data.mazes.grid import draw, to_text
 from rmoe_megatron.data.mazes.sample import Maze, Request, Task, sample_maze
-from rmoe_megatron.data.shard_writer import open_shard
+from rmoe_megatron.data.shards.writer import open_shard
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files import atomic
 
 SAMPLES_PER_SHARD = 1000
 SPLITS = ("train", "val", "test")  # the position enters the random seed
@@ -81,12 +81,12 @@ def build_mazes(
     from rmoe_megatron.data.mazes.encoder import write_encoder  # imports transformers
 
     _check(settings, counts)
-    durable.require_empty(out, "The output")
+    atomic.require_empty(out, "The output")
     done, total = 0, sum(counts.values())
     description: dict[str, Any] = {
         "name": "mazes", "toy": True, "seed": seed, **json.loads(json.dumps(asdict(settings))), "samples": counts,
     }  # fmt: skip
-    with durable.building(out) as partial:
+    with atomic.building(out) as partial:
         for split in SPLITS:
             (partial / split).mkdir()
             for start in range(0, counts[split], SAMPLES_PER_SHARD):

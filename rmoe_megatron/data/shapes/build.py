@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rmoe_megatron import durable
 from rmoe_megatron.data.shapes.render import render
 from rmoe_megatron.data.shapes.scene import Scene, sample_scene, seen_pairs
 from rmoe_megatron.data.shapes.vocabulary import COLOR_SKILLS, COLORS, HELDOUT_PAIRS, SHAPES, Pair, Skill
-from rmoe_megatron.data.shard_writer import open_shard
+from rmoe_megatron.data.shards.writer import open_shard
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files import atomic
 
 SAMPLES_PER_SHARD = 1000
 SPLITS = ("train", "val", "val_heldout")  # the position enters the random seed
@@ -85,7 +85,7 @@ def build_shapes(
         "splits": splits,
         "heldout_pairs": [list(pair) for pair in heldout],
     }
-    with durable.building(out) as partial:
+    with atomic.building(out) as partial:
         for split, samples in counts.items():
             (partial / split).mkdir()
             shards = []
@@ -117,7 +117,7 @@ def _check_request(out: Path, train: int, val: int, seed: int, heldout: Sequence
     seen = seen_pairs(frozenset(heldout))
     if {shape for _, shape in seen} != set(SHAPES) or {color for color, _ in seen} != set(COLORS):
         raise UserError("The held-out pairs leave a shape or color out of training; hold out fewer pairs.")
-    durable.require_empty(out, "The output")
+    atomic.require_empty(out, "The output")
 
 
 def _write_shard(path: Path, seed: int, split: str, indices: range, heldout: frozenset[Pair]) -> None:

@@ -18,10 +18,10 @@ from rmoe_megatron.engine.deepspeed.expert_groups import known_to_deepspeed, mar
 from rmoe_megatron.engine.deepspeed.library import deepspeed_config, import_deepspeed
 from rmoe_megatron.engine.deepspeed.optimizer import build_adam, create_adam_state
 from rmoe_megatron.engine.deepspeed.state import ZeroState
+from rmoe_megatron.engine.lr_schedule import build_schedule
 from rmoe_megatron.engine.prefetching import prefetched
 from rmoe_megatron.engine.protocol import MainWeight, StepResult
-from rmoe_megatron.engine.routing import forget_routing, load_balancing_loss, module_shares
-from rmoe_megatron.engine.schedule import build_schedule
+from rmoe_megatron.engine.router_metrics import forget_routing, load_balancing_loss, module_shares
 from rmoe_megatron.engine.suspects import find_suspects
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.require import require
 from rmoe_megatron.config.run import EngineName, Precision, RunConfig
+from rmoe_megatron.distributed.device import runs_on_cuda
+from rmoe_megatron.distributed.launch import local_rank
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.launch import local_rank
-from rmoe_megatron.model.backend import is_installed
-from rmoe_megatron.platform import runs_on_cuda
+from rmoe_megatron.model.precision.backend import is_installed
 
 INSTALL = "DS_BUILD_OPS=0 pip install 'rmoe-megatron[deepspeed]'"
 # What of DeepSpeed's section zero_optimization a run may set, and at which stages: how it communicates and where things lie, not

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.engine.deepspeed.expert_groups import is_module
-from rmoe_megatron.engine.schedule import decays, group_of, own_rates
+from rmoe_megatron.engine.lr_schedule import decays, group_of, own_rates
 
 
 def build_adam(config: RunConfig, parameters: Mapping[str, Tensor]) -> torch.optim.AdamW:

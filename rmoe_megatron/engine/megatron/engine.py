@@ -21,6 +21,7 @@ from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
 from rmoe_megatron.engine.megatron.chunks import ModelChunks, data_parallelism
+from rmoe_megatron.engine.megatron.fp8_state import load_scales, sharded_scales
 from rmoe_megatron.engine.megatron.gradient_norm import clip_gradients, gradient_norm
 from rmoe_megatron.engine.megatron.optimizer import (
     OPTIMIZER_FORMAT,
@@ -29,10 +30,9 @@ from rmoe_megatron.engine.megatron.optimizer import (
     load_optimizer,
     main_weights,
 )
-from rmoe_megatron.engine.megatron.scales import load_scales, sharded_scales
 from rmoe_megatron.engine.prefetching import prefetched
 from rmoe_megatron.engine.protocol import MainWeight, StepResult
-from rmoe_megatron.engine.routing import forget_routing, load_balancing_loss, module_shares
+from rmoe_megatron.engine.router_metrics import forget_routing, load_balancing_loss, module_shares
 from rmoe_megatron.engine.suspects import find_suspects
 from rmoe_megatron.model.sequence import num_shards, padded_length
 

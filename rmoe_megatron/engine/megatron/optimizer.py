@@ -19,11 +19,11 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rmoe_megatron.config.run import GroupLearningRates, Precision, RunConfig
+from rmoe_megatron.distributed.device import PARAMS_DTYPE
+from rmoe_megatron.engine.lr_schedule import build_schedule, decays, group_of, own_rates
 from rmoe_megatron.engine.megatron.chunks import ModelChunks
 from rmoe_megatron.engine.megatron.gradient_norm import parts
 from rmoe_megatron.engine.protocol import MainWeight
-from rmoe_megatron.engine.schedule import build_schedule, decays, group_of, own_rates
-from rmoe_megatron.platform import PARAMS_DTYPE
 
 # Megatron-Core's format that can be loaded under any other parallel layout.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rmoe_megatron import durable
 from rmoe_megatron.evaluation.comparison.published import ROWS, Published
 from rmoe_megatron.evaluation.comparison.result_files import METRICS, Entry, Metric, read_entries
 from rmoe_megatron.evaluation.comparison.significance import PairedDifference, compare_by_prompt
 from rmoe_megatron.evaluation.results import markdown_table
+from rmoe_megatron.files import atomic
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ def compare(paths: Sequence[Path], out: Path) -> str:
     groups = group_by_benchmark([entry for path in paths for entry in read_entries(path)])
     text = "\n".join(table(group) for group in groups)
     described = json.dumps([_described(group) for group in groups], indent=1) + "\n"
-    with durable.filling(out):
-        durable.write(out / "comparison.png", plot(groups))
-        durable.write(out / "comparison.json", described)
-        durable.write(out / "comparison.md", text)
+    with atomic.filling(out):
+        atomic.write(out / "comparison.png", plot(groups))
+        atomic.write(out / "comparison.json", described)
+        atomic.write(out / "comparison.md", text)
     return text
 
 

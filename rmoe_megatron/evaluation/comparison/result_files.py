@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.comparison.significance import PromptScores
-from rmoe_megatron.typed_files import OPEN, read_json, shown
+from rmoe_megatron.files.untrusted import OPEN, read_json, shown
 
 RESULTS = "results.json"
 Name = Annotated[str, Field(min_length=1, max_length=200)]

@@ -9,7 +9,7 @@ from typing import Annotated, TypedDict
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import OPEN, parse_json, read_text
+from rmoe_megatron.files.untrusted import OPEN, parse_json, read_text
 
 COMPOSITION = ("C-MI", "C-MA", "C-MR", "C-TR")
 REASONING = ("R-LR", "R-BR", "R-HR", "R-PR", "R-GR", "R-AR", "R-CR", "R-RR")

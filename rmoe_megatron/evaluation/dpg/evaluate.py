@@ -10,6 +10,8 @@ from typing import Any
 from PIL import Image
 from pydantic import TypeAdapter
 
+from rmoe_megatron.distributed.device import inference_device
+from rmoe_megatron.distributed.launch import local_rank, rank
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.dpg.answering import MPLUG, YesOrNo, load_answerer
 from rmoe_megatron.evaluation.dpg.questions import NUM_PROMPTS, Item
@@ -42,12 +44,10 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
-from rmoe_megatron.launch import local_rank, rank
-from rmoe_megatron.pictures import open_picture
-from rmoe_megatron.platform import inference_device
+from rmoe_megatron.files.images import open_picture
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.model_files import judge_parts
-from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.versions import INFERENCE, versions_of
 
 ANSWERS = TypeAdapter(list[dict[str, str]])

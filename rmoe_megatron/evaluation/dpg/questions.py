@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.regular_files import read_bytes
-from rmoe_megatron.typed_files import lines_of, read_text
+from rmoe_megatron.files.regular import read_bytes
+from rmoe_megatron.files.untrusted import lines_of, read_text
 
 NUM_PROMPTS = 1065  # of the published set
 PUBLISHED_BLOB = (

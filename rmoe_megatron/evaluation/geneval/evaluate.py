@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 
-from rmoe_megatron import durable
+from rmoe_megatron.distributed.device import inference_device
+from rmoe_megatron.distributed.launch import local_rank, rank
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.early_judge import EarlyJudge
 from rmoe_megatron.evaluation.fingerprints import model_digest
@@ -46,12 +47,11 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
-from rmoe_megatron.launch import local_rank, rank
-from rmoe_megatron.pictures import open_picture
-from rmoe_megatron.platform import inference_device
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import open_picture
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.model_files import judge_parts
-from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.versions import INFERENCE, versions_of
 
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS = 0.3, 0.9, 16  # of scores; objects per class
@@ -148,7 +148,7 @@ def evaluate_geneval(
     generate([(sampling, pictures)], out / "claims" / "images", progress("sample"))
     if rank() == 0 and not sampling.is_given:
         for number in numbers:
-            durable.write(out / "images" / f"{number:05d}" / METADATA_FILE, json.dumps(prompts[number]))
+            atomic.write(out / "images" / f"{number:05d}" / METADATA_FILE, json.dumps(prompts[number]))
     judged = judge_all(prompts, pictures, verdicts, settings, judges, progress("judge"))
     if rank() == 0:
         results = summarise(judged, prompts, identity, sampling, settings)

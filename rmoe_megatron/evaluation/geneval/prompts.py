@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import OPEN, lines_of, parse_json, read_text
+from rmoe_megatron.files.untrusted import OPEN, lines_of, parse_json, read_text
 
 # COCO's classes in their order, as GenEval's prompts call them.
 CLASSES = (

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import ImageOps
 from pydantic import TypeAdapter
 
+from rmoe_megatron.distributed.device import inference_device
+from rmoe_megatron.distributed.launch import local_rank, rank
 from rmoe_megatron.evaluation.early_judge import EarlyJudge
 from rmoe_megatron.evaluation.fingerprints import model_digest
 from rmoe_megatron.evaluation.generation import (
@@ -44,12 +46,10 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
-from rmoe_megatron.launch import local_rank, rank
-from rmoe_megatron.pictures import open_picture
-from rmoe_megatron.platform import inference_device
+from rmoe_megatron.files.images import open_picture
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.hub import is_of_the_hub, model_folder
 from rmoe_megatron.pretrained.model_files import judge_parts
-from rmoe_megatron.typed_files import read_json
 from rmoe_megatron.versions import INFERENCE, versions_of
 
 SCORES = TypeAdapter(list[float])

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.typed_files import OPEN, lines_of, parse_json, read_text
+from rmoe_megatron.files.untrusted import OPEN, lines_of, parse_json, read_text
 
 # Of geneval2_data.jsonl in github.com/facebookresearch/GenEval2.
 PUBLISHED_SHA256 = "09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43"

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.untrusted import read_json
+from rmoe_megatron.inference.sampling import load_sampler, seeded_steps
 from rmoe_megatron.pretrained.architecture import read_architecture
 from rmoe_megatron.pretrained.config_files import OBJECT
 from rmoe_megatron.pretrained.pipeline_folder import MODEL_INDEX, PIPELINES
-from rmoe_megatron.sampling import load_sampler, seeded_steps
-from rmoe_megatron.typed_files import read_json
 
 GUIDED_CHANNELS = 3
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rmoe_megatron import durable
+from rmoe_megatron.distributed.device import inference_device
+from rmoe_megatron.distributed.launch import local_rank, rank, speaks
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.fingerprints import file_digest
 from rmoe_megatron.evaluation.generation import (
@@ -44,12 +45,11 @@ from rmoe_megatron.evaluation.imagenet.reference import Reference, StoredImages,
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.provenance import Product, Record, digest
 from rmoe_megatron.evaluation.results import markdown_table, write_results
-from rmoe_megatron.launch import local_rank, rank, speaks
-from rmoe_megatron.pictures import labelled_grid, png
-from rmoe_megatron.platform import inference_device
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import labelled_grid, png
+from rmoe_megatron.files.regular import check_regular, open_regular
+from rmoe_megatron.inference.sampling import describe_place, sample_images
 from rmoe_megatron.pretrained.architecture import read_architecture
-from rmoe_megatron.regular_files import check_regular, open_regular
-from rmoe_megatron.sampling import describe_place, sample_images
 from rmoe_megatron.versions import INFERENCE, versions_of
 
 NUM_IMAGES, NUM_CLASSES = 50_000, 1000  # of FID-50K
@@ -165,7 +165,7 @@ def evaluate_imagenet(
         write_results(out, results, table(results), [])
         shown = _load(paths[0])[:SHOWN]
         names = [str(each) for each in (classes if given is None else np.arange(len(shown)))[: len(shown)]]
-        durable.write(out / "gallery.png", png(labelled_grid(shown, names)))
+        atomic.write(out / "gallery.png", png(labelled_grid(shown, names)))
 
 
 def _paths(products: list[Product]) -> list[Path]:
@@ -409,7 +409,7 @@ def write_npz(path: Path, parts: list[Path], number: int) -> None:
     description = {"descr": "|u1", "fortran_order": False, "shape": (number, *shape[1:])}
     np.lib.format.write_array_header_1_0(header, description)
     with (
-        durable.writing(path) as partial,
+        atomic.writing(path) as partial,
         zipfile.ZipFile(partial, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as member,
     ):

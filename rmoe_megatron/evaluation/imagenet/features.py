@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rmoe_megatron.refusal import refusal
+from rmoe_megatron.files.foreign_errors import refusal
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity publishes them
 WEIGHTS_SHA256 = "6726825d"  # the first digits, which their name says

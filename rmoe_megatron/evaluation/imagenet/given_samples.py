@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.imagenet.reference import StoredImages, open_images
 from rmoe_megatron.evaluation.provenance import content_digest
-from rmoe_megatron.pictures import open_picture
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.images import open_picture
 from rmoe_megatron.pretrained.pipeline_folder import MODEL_INDEX
-from rmoe_megatron.refusal import refusal
 
 
 @dataclass(frozen=True)

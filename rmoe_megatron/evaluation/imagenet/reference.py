@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.fingerprints import file_digest
 from rmoe_megatron.evaluation.imagenet.metrics import Gaussian
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.regular_files import check_regular
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.regular import check_regular
 
 
 @dataclass(frozen=True)

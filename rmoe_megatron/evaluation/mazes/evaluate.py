@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, with_config
 
-from rmoe_megatron import durable
 from rmoe_megatron.data.mazes.grid import Cells, from_text
-from rmoe_megatron.data.shards import ShardDataset
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.distributed.launch import rank
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.fingerprints import file_digest
 from rmoe_megatron.evaluation.generation import (
@@ -32,9 +32,9 @@ from rmoe_megatron.evaluation.generation import (
 from rmoe_megatron.evaluation.mazes.judge import is_right
 from rmoe_megatron.evaluation.provenance import Record, digest
 from rmoe_megatron.evaluation.results import markdown_table, prompt_key, standard_error, with_error
-from rmoe_megatron.launch import rank
-from rmoe_megatron.pictures import labelled_grid, open_picture, png, stacked
-from rmoe_megatron.typed_files import OPEN, read_json
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import labelled_grid, open_picture, png, stacked
+from rmoe_megatron.files.untrusted import OPEN, read_json
 from rmoe_megatron.versions import versions_of
 
 SHOWN = 12  # pictures of the gallery, right and wrong ones each
@@ -252,8 +252,8 @@ def _write(
         if chosen:
             labels = [f"{grids[index].steps} steps, side {grids[index].side}" for index in chosen]
             galleries[title] = labelled_grid(pictures[chosen], labels, columns=6)
-    durable.write(out / "gallery.png", png(stacked(galleries)))
+    atomic.write(out / "gallery.png", png(stacked(galleries)))
     text = table(results)
-    durable.write(out / "results.md", text)
-    durable.write(out / "results.json", json.dumps(results) + "\n")
+    atomic.write(out / "results.md", text)
+    atomic.write(out / "results.json", json.dumps(results) + "\n")
     print(text, end="")

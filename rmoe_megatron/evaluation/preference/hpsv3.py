@@ -20,12 +20,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.early_checks import SCORERS
 from rmoe_megatron.evaluation.question_answering import AFTER, BEFORE, IMAGE, load_image_processor
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.untrusted import read_json, read_text
 from rmoe_megatron.pretrained.config_files import OBJECT, check_unknown_keys
 from rmoe_megatron.pretrained.loading import load_tokenizer
 from rmoe_megatron.pretrained.model_files import Parts
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder, list_problems
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.typed_files import read_json, read_text
 
 WEIGHTS, BASE = SCORERS["hpsv3"]
 FILE = "HPSv3.safetensors"

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from rmoe_megatron.evaluation.early_checks import SCORERS
+from rmoe_megatron.files.foreign_errors import refusal
+from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.config_files import OBJECT, check_unknown_keys
 from rmoe_megatron.pretrained.loading import load_judge, load_tokenizer
-from rmoe_megatron.refusal import refusal
-from rmoe_megatron.typed_files import read_json
 
 WEIGHTS, BASE = SCORERS["pickscore"]
 TEXT_LENGTH = 77  # tokens; what is longer is cut

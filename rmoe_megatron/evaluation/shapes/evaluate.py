@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from rmoe_megatron.data.shapes.vocabulary import Skill
-from rmoe_megatron.data.shards import ShardDataset
-from rmoe_megatron.data.store import LocalStore
+from rmoe_megatron.data.shards.dataset import ShardDataset
+from rmoe_megatron.data.storage.store import LocalStore
+from rmoe_megatron.distributed.launch import rank
 from rmoe_megatron.evaluation.fingerprints import file_digest
 from rmoe_megatron.evaluation.generation import (
     ImageRequest,
@@ -30,8 +31,7 @@ from rmoe_megatron.evaluation.results import prompt_key, standard_error
 from rmoe_megatron.evaluation.shapes.detector import detect, matches_scene
 from rmoe_megatron.evaluation.shapes.report import JudgedImage, write_report
 from rmoe_megatron.evaluation.shapes.rules import judge
-from rmoe_megatron.launch import rank
-from rmoe_megatron.pictures import open_picture
+from rmoe_megatron.files.images import open_picture
 from rmoe_megatron.versions import versions_of
 
 SPLITS = {"seen": "val", "heldout": "val_heldout"}

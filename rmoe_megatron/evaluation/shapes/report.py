@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rmoe_megatron import durable
 from rmoe_megatron.evaluation.shapes.rules import Verdict
-from rmoe_megatron.pictures import labelled_grid, png, stacked
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import labelled_grid, png, stacked
 
 PER_SKILL = 3  # right and wrong examples each
 
@@ -33,10 +33,10 @@ def write_report(results: dict[str, Any], judged: Sequence[JudgedImage], out: Pa
     """Write the results to ``out`` and print the table."""
     out.mkdir(parents=True, exist_ok=True)
     picture = examples(judged)
-    durable.write(out / "examples.png", png(picture))
+    atomic.write(out / "examples.png", png(picture))
     text = table(results)
-    durable.write(out / "results.md", text)
-    durable.write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    atomic.write(out / "results.md", text)
+    atomic.write(out / "results.json", json.dumps(results, indent=1) + "\n")
     print(text, end="")
 
 

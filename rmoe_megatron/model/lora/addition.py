@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rmoe_megatron.config.model import LoraConfig, ModelConfig
-from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.require import require
 from rmoe_megatron.model.addition import Addition, Join
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.model.attention import JointAttention, Positions, SelfAttention
 from rmoe_megatron.model.block import Block, BlockSettings, BlockSubmodules
-from rmoe_megatron.model.layers import Layers
 from rmoe_megatron.model.modulation import Modulation, modulate
+from rmoe_megatron.model.precision.layers import Layers
 from rmoe_megatron.model.sequence import num_shards, padded_length
 
 

@@ -1,7 +1,7 @@
 """MM-DiT without its layers: keys, FLOPs, parameters, names of weights."""
 
 from rmoe_megatron.config.model import ModelConfig, ModelDescription
-from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.require import require
 from rmoe_megatron.model.family import (
     TIMESTEP_CHANNELS,
     Family,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rmoe_megatron.config.model import ModelConfig, RecurrenceConfig
-from rmoe_megatron.config.requirements import require
+from rmoe_megatron.config.require import require
 from rmoe_megatron.model.addition import Addition
 from rmoe_megatron.model.family import attention_multiply_adds, linear_parameters
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from rmoe_megatron.config.model import RecurrenceConfig
-from rmoe_megatron.model.backend import fits_grouped_mm
+from rmoe_megatron.model.precision.backend import fits_grouped_mm
 
 
 def grouped_product(tokens: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""The command line of plans: ``rmoe plan``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmoe_megatron.cli.options import Bar, Overrides
+from rmoe_megatron.distributed import launch
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.files import atomic
+
+
+def plan_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, max=65536, help="Accelerators of the run.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="The kind of accelerator: a100, h100, h200, b200 or mi300x.")
+    ] = "h100",
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, max=128, help="Accelerators that share a node's links.")
+    ] = 8,
+    hardware: Annotated[
+        Path | None, typer.Option(help="A JSON file of rates and shares that take the place of the table's.")
+    ] = None,
+    samples: Annotated[
+        float | None,
+        typer.Option(
+            min=1, max=1e15, help="Samples to train on, for the cost; default is the run's own steps."
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, max=1e6, help="Price of one accelerator for an hour.")
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Try every layout that fits the model, and plan the fastest one.")
+    ] = False,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="With --search: a YAML file to write the fastest layout's configuration to."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="A file to write all figures to.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="A PNG file to draw memory and time into.")] = None,
+) -> None:
+    """Say what a layout needs before any GPU is booked: memory of a rank, messages, time of a step.
+
+    The run's own code takes a step on tensors without values, so that this works on a laptop for any number of GPUs. Memory and
+    messages are counted; time is an estimate.
+    """
+    launch.require_one_rank("rmoe plan")
+    from rmoe_megatron.config.loading import load_config, to_yaml
+    from rmoe_megatron.config.validation import validate
+    from rmoe_megatron.planning.hardware import find_hardware
+    from rmoe_megatron.planning.plan import figures, make_plan
+    from rmoe_megatron.planning.report import compare, describe, draw
+    from rmoe_megatron.planning.search import search as search_layouts
+
+    found = find_hardware(gpu, hardware)
+    settings = load_config(config, overrides or [])
+    if search:
+        plans, misfits = search_layouts(settings, gpus, found, gpus_per_node, Bar("layouts", "layout"))
+        typer.echo(compare(plans, misfits) + "\n")
+        if not plans:
+            raise UserError(f"No layout fits {gpus} x {found.name}; take more GPUs, or larger ones.")
+        plan = plans[0]
+        if write is not None:
+            atomic.write(write, to_yaml(plan.config))
+    else:
+        if write is not None:
+            raise UserError("--write goes with --search; add it.")
+        validate(settings, gpus)
+        plan = make_plan(settings, gpus, found, gpus_per_node)
+    training = settings.training
+    typer.echo(describe(plan, samples or training.steps * training.global_batch_size, price))
+    if json_file is not None:
+        atomic.write(json_file, json.dumps(figures(plan), indent=1) + "\n")
+    if picture is not None:
+        with atomic.writing(picture) as partial:
+            draw(plan, partial)

@@ -1,0 +1,1 @@
+"""Shards from folders and tables of the user's own."""

@@ -1,0 +1,1 @@
+"""Tar shards: archives, their index, decoding, reading and writing."""

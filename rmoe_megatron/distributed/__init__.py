@@ -1,0 +1,1 @@
+"""Processes and devices: ranks, groups, signals, and Megatron-Core on the CPU."""

@@ -1,0 +1,100 @@
+"""Process groups and seeds of a run."""
+
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import rendezvous
+
+from rmoe_megatron.config.loading import to_yaml
+from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.distributed.device import communication_backend, select_device
+from rmoe_megatron.distributed.launch import local_rank, rank, rendezvous_url, world_size
+from rmoe_megatron.distributed.rank_watch import watch_ranks
+from rmoe_megatron.errors import UserError
+from rmoe_megatron.versions import code_fingerprint
+
+
+@contextmanager
+def process_groups(config: RunConfig) -> Iterator[torch.device]:
+    """Set up torch.distributed and Megatron-Core's groups for the duration of a run; yields this rank's device.
+
+    Rank, world size and rendezvous come from torchrun's or srun's variables (:mod:`rmoe_megatron.distributed.launch`); without them
+    the run has one rank and needs no port. With several ranks, the end of one is the end of all.
+
+    Raises:
+        UserError: the ranks have different configurations or code.
+    """
+    device = select_device(config.device, local_rank())
+    with _torch_distributed(communication_backend(device)):
+        check_ranks_agree(config)
+        parallel, virtual = config.parallel, config.parallel.virtual_pipeline_model_parallel_size
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=1,  # a module lives whole on its rank; expert ranks fold over tensor ranks
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+        yield device
+
+
+@contextmanager
+def _torch_distributed(backend: str) -> Iterator[None]:
+    if world_size() == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            _destroy_groups()
+        return
+    store, _, _ = next(rendezvous(rendezvous_url()))
+    with watch_ranks(store, rank(), world_size()):  # before the ranks meet: one that has failed does not come
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+        yield
+    _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    parallel_state.destroy_model_parallel()
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None and comm.cdb is not None:
+        comm.destroy_process_group()  # DeepSpeed keeps groups of its own
+    else:
+        dist.destroy_process_group()
+
+
+def check_ranks_agree(config: RunConfig) -> None:
+    """Compare configuration, code and libraries of all ranks.
+
+    Raises:
+        UserError: names the first rank that differs from rank 0, and in what.
+    """
+    if dist.get_world_size() == 1:
+        return
+    mine = [
+        *to_yaml(config).splitlines(),
+        f"code of rmoe_megatron: {code_fingerprint()}",
+        *(f"{name} {version(name)}" for name in ("torch", "megatron-core")),
+    ]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), mine))
+    for number, (host, theirs) in enumerate(everyone):
+        pairs = zip_longest(theirs, everyone[0][1], fillvalue="nothing")
+        difference = next(
+            (f"{other!r} instead of {first!r}" for other, first in pairs if other != first), None
+        )
+        if difference is not None:
+            raise UserError(
+                f"Rank {number} on {host} differs from rank 0: it has {difference}; start all ranks with the same "
+                "command, configuration and installation."
+            )

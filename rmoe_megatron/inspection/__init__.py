@@ -1,0 +1,1 @@
+"""What a run, a draw, a node or a precision holds."""
