@@ -196,7 +196,7 @@ check_training() { # check_training ARGUMENTS...: of rmoe train; sets run_dir
     [[ $most_nodes =~ ^[1-9][0-9]*$ && $tasks_per_node =~ ^[1-9][0-9]*$ ]] ||
         fail "--nodes=$nodes --ntasks-per-node=$tasks_per_node are no numbers; nothing is submitted."
     run_dir=''
-    report=$(rmoe_on_login_node train "$@" --check --ranks $((most_nodes * tasks_per_node))) || code=$?
+    report=$(rmoe_on_login_node train "$@" --check --ranks $((most_nodes * tasks_per_node)) ${SITE_GPU_MODEL:+--gpu "$SITE_GPU_MODEL"}) || code=$?
     if [[ $code == 127 ]]; then
         echo "not checked: there is no rmoe on this node (SITE_VENV, SITE_CONTAINER_RUNTIME); the job checks first." >&2
     elif [[ $code != 0 ]]; then
@@ -204,6 +204,7 @@ check_training() { # check_training ARGUMENTS...: of rmoe train; sets run_dir
         exit "$code"
     else
         run_dir=$(sed -n 's/^# run folder: //p' <<< "$report")
+        sed -n 's/^# \(memory of .*\)/\1/p' <<< "$report" >&2
     fi
 }
 

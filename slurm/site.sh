@@ -11,6 +11,7 @@
 : "${SITE_EXCLUDE=}"          # --exclude: nodes that are known to be bad
 : "${SITE_GPUS_PER_NODE=8}"   # GPUs of a node; a training job has one task for each. 0: no GPU, SITE_TASKS_PER_NODE tasks
 : "${SITE_GPU_TYPE=}"         # --gpus-per-node=TYPE:N where nodes have several types
+: "${SITE_GPU_MODEL=}"        # a100, h100, h200, b200 or mi300x: the check counts memory against it; empty: it does not
 : "${SITE_TASKS_PER_NODE=$((SITE_GPUS_PER_NODE > 0 ? SITE_GPUS_PER_NODE : 1))}"
 : "${SITE_CPUS_PER_TASK=}"    # --cpus-per-task; empty: 1. Data loading takes data.num_workers of them
 : "${SITE_MEMORY_PER_NODE=}"  # --mem; empty: the cluster's default. 0 is all of a node

@@ -156,6 +156,13 @@ def train(
         int | None,
         typer.Option(min=1, max=launch.MAX_RANKS, help="With --check, say how many ranks the job will have."),
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="With --check, count memory against that of this accelerator: a100, h100, h200, b200 or mi300x. The default is the GPU of this machine, if it has one.",
+            show_default=False,
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Say which kernels the run uses, and why not others.")
     ] = False,
@@ -164,8 +171,10 @@ def train(
     arguments = arguments or []
     if ranks is not None and not check:
         raise UserError("--ranks is for --check; torchrun or srun start the ranks of a run.")
+    if gpu is not None and not check:
+        raise UserError("--gpu is for --check; a run takes the GPUs that it finds.")
     if check:
-        _check_training(arguments, resume, ranks or launch.world_size())
+        _check_training(arguments, resume, ranks or launch.world_size(), gpu)
         return
     stop_signals.listen()
     if verbose:
@@ -196,14 +205,17 @@ def train(
         run.train(config)
 
 
-def _check_training(arguments: list[str], resume: Path | None, ranks: int) -> None:
-    """Check a run of ``ranks`` ranks, new or resumed, and print its configuration and layout."""
+def _check_training(arguments: list[str], resume: Path | None, ranks: int, gpu: str | None) -> None:
+    """Check a run of ``ranks`` ranks, new or resumed, and print its configuration, its layout and its memory on a GPU, if one is known."""
     from rmoe_megatron.checkpoint.folders import list_checkpoints
     from rmoe_megatron.config.layout_checks import data_parallel_size
     from rmoe_megatron.config.loading import load_config, to_yaml
+    from rmoe_megatron.distributed.device import runs_on_cuda
+    from rmoe_megatron.planning.hardware import find_hardware
     from rmoe_megatron.training import preflight
     from rmoe_megatron.training.resuming import read_resumed
 
+    hardware = find_hardware(gpu) if gpu is not None else None
     if resume is not None and list_checkpoints(resume):
         config, _ = read_resumed(resume, arguments)
     elif resume is not None:
@@ -218,6 +230,12 @@ def _check_training(arguments: list[str], resume: Path | None, ranks: int) -> No
     else:
         raise UserError("train --check needs a configuration file, or --resume RUN.")
     preflight.check_submission(config, ranks)
+    memory = "memory is not counted: this machine has no GPU, so name that of the run with --gpu"
+    if hardware is not None or runs_on_cuda(config.device):  # importing Megatron-Core takes seconds
+        from rmoe_megatron.planning.fit import check_fit, hardware_here
+
+        if (found := hardware or hardware_here(config.device)) is not None:
+            memory = check_fit(config, ranks, found, Bar("layouts", "layout"))
     layout = config.parallel
     print(to_yaml(config), end="")
     print(
@@ -225,6 +243,7 @@ def _check_training(arguments: list[str], resume: Path | None, ranks: int) -> No
         f"x context {layout.context_parallel_size} x pipeline {layout.pipeline_model_parallel_size};"
     )
     print(f"# experts spread over {layout.expert_model_parallel_size} ranks of a pipeline stage")
+    print(f"# {memory}")
     print(f"# a checkpoint takes {preflight.checkpoint_bytes(config) / 1e9:.4g} GB")
     print(f"# run folder: {Path(config.run_dir).absolute()}")
 

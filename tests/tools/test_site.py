@@ -67,6 +67,19 @@ def test_apptainer_in_jobs_and_on_the_login_node(tmp_path: Path) -> None:
     ]
 
 
+def test_the_check_counts_memory_against_the_gpu_of_the_site(tmp_path: Path) -> None:
+    check = 'nodes=2 tasks_per_node=4; check_training c.yaml || true; cat "$HOME/calls"'
+    rmoe = 'rmoe_on_login_node() { echo "$@" >> "$HOME/calls"; echo "# memory of a rank"; echo "# run folder: /r"; }; '
+    for model, expected in (
+        ("h100", "train c.yaml --check --ranks 8 --gpu h100"),
+        ("", "train c.yaml --check --ranks 8"),
+    ):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        done = call(tmp_path, rmoe + check, HOME=str(tmp_path), SITE_GPU_MODEL=model)
+        assert done.stdout.splitlines()[-1] == expected, done.stderr
+        assert "memory of a rank" in done.stderr.splitlines()
+
+
 def test_enroot_gets_the_variables_of_the_task(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -43,6 +43,10 @@ def test_the_check_needs_no_gpu_and_no_megatron_core(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "# 2 ranks = data 2 x tensor 1 x context 1 x pipeline 1;" in done.stdout
     assert done.stdout.endswith(f"# run folder: {tmp_path}/run\n")
+    assert (
+        "# memory is not counted: this machine has no GPU, so name that of the run with --gpu\n"
+        in done.stdout
+    )
     assert not (tmp_path / "run").exists()
     assert load_config(config, []).seed == 0
     resolved = tmp_path / "resolved.yaml"
