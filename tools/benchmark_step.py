@@ -1,11 +1,12 @@
 """Times a training step against diffusers and against the FLOP count; prints ratios.
 
-    python tools/benchmark_step.py [CONFIG] [--batch 32] [--repeats 10]
+    python tools/benchmark_step.py [CONFIG] [--batch 32] [--repeats 10] [--muon]
 
-Two questions, answered in one process with interleaved measurements, medians over repeats:
+Three questions, answered in one process with interleaved measurements, medians over repeats:
 1. Is a step of the dense model (forward, backward, AdamW) as fast as the same step of diffusers'
    SD3Transformer2DModel of the same size with PyTorch's AdamW, in the same precision?
 2. Does recurrence (M=5, T=2) cost what its FLOPs say?
+3. With ``--muon``: what does Muon add to a step of the dense model with AdamW?
 
 Beside them the rate of one matrix product alone: a ratio that holds where another library's speed changes. The goals are those of ``tools/benchmark_goals.py`` for this processor.
 """
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.model import Prediction, RecurrenceConfig
-from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.config.run import OptimizerName, RunConfig
 from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.data.batch import Batch, TextConditions
 from rmoe_megatron.diffusion.build import build_objective
@@ -155,6 +156,7 @@ def figures_of(
         **{f"{step}_ms": seconds * 1e3 for step, seconds in medians.items()},
         "dense_over_diffusers": medians["dense"] / medians["diffusers"],
         "flop_ratio": flop_ratio,
+        **({"muon_over_adamw": medians["muon"] / medians["dense"]} if "muon" in medians else {}),
         "over_flops": medians["recurrent"] / medians["dense"] / flop_ratio,
         "dense_over_products": medians["dense"] * rate / (flops * batch),
     }
@@ -168,6 +170,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/shapes_tiny.yaml"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--muon", action="store_true", help="measure the dense model with Muon, too")
     ledger.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", help="key=value settings")
     arguments = parser.parse_intermixed_args()
@@ -180,17 +183,17 @@ def main() -> None:
     velocity = replace(config.diffusion, prediction=Prediction.velocity)  # diffusers' model has no other
     dense = replace(config, training=training, recurrence=None, diffusion=velocity)
     recurrent = replace(dense, recurrence=recurrence)
+    muon = replace(dense.optimizer, name=OptimizerName.muon, distributed_optimizer=False)
     with process_groups(config) as device:
         rate = product_rate(dense, device, arguments.repeats)
-        medians = measure(
-            {
-                "diffusers": diffusers_step(dense, device),
-                "dense": megatron_step(dense, device),
-                "recurrent": megatron_step(recurrent, device),
-            },
-            arguments.repeats,
-            device,
-        )
+        steps = {
+            "diffusers": diffusers_step(dense, device),
+            "dense": megatron_step(dense, device),
+            "recurrent": megatron_step(recurrent, device),
+        }
+        if arguments.muon:
+            steps["muon"] = megatron_step(replace(dense, optimizer=muon), device)
+        medians = measure(steps, arguments.repeats, device)
         rate = max(rate, product_rate(dense, device, arguments.repeats))
     found = figures_of(medians, dense, recurrent, rate)
     report(found, config, device)
@@ -202,7 +205,7 @@ def report(found: dict[str, float], config: RunConfig, device: torch.device) -> 
     print(
         f"{describe_processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, {config.precision.value}"
     )
-    for step in ("diffusers", "dense", "recurrent"):
+    for step in ("diffusers", "dense", "recurrent", *(["muon"] if "muon_ms" in found else [])):
         milliseconds = found[f"{step}_ms"]
         print(f"  {step:10} {milliseconds:8.1f} ms  {found['batch'] / milliseconds * 1e3:7.1f} samples/s")
     width, is_cpu = config.model.hidden_size, device.type == "cpu"
@@ -212,6 +215,8 @@ def report(found: dict[str, float], config: RunConfig, device: torch.device) -> 
     print(
         f"recurrent / dense: {found['flop_ratio']:.3f} in FLOPs; over what FLOPs predict in time: {over_flops}"
     )
+    if "muon_over_adamw" in found:
+        print(f"dense with Muon / dense with AdamW: {found['muon_over_adamw']:.3f}")
     print(f"dense / its FLOPs at the rate of the MLP's product alone: {found['dense_over_products']:.3f}")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rmoe_megatron.config.model import DepthLoss
 from rmoe_megatron.config.require import require
-from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Recompute, RunConfig
+from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, OptimizerName, Recompute, RunConfig
 
 ZERO_STAGES = (1, 2, 3)
 
@@ -35,6 +35,10 @@ RULES = (
         "overlapped communication by Megatron-Core", "parallel.overlap_grad_reduce",
         lambda config: config.parallel.overlap_grad_reduce or config.parallel.overlap_param_gather,
         "DeepSpeed has its own (deepspeed.engine_options.overlap_comm)",
+    ),
+    Rule(
+        "Muon", "optimizer.name=muon", lambda config: config.optimizer.name is OptimizerName.muon,
+        "ZeRO cuts parameters flat, and Muon needs whole matrices",
     ),
     Rule(
         "a replicated optimizer", "optimizer.distributed_optimizer=false", lambda config: not config.optimizer.distributed_optimizer,

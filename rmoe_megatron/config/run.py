@@ -67,6 +67,16 @@ class EngineName(Enum):
     deepspeed = "deepspeed"
 
 
+class OptimizerName(Enum):
+    """What updates the weights.
+
+    ``muon``: Muon for the matrices of blocks, AdamW for all else.
+    """
+
+    adamw = "adamw"
+    muon = "muon"
+
+
 class LearningRateDecay(Enum):
     """How the learning rate falls from its peak after the warm-up to ``min_learning_rate`` at the last step.
 
@@ -233,10 +243,14 @@ class GroupLearningRates:
     gate: float | None = number(None, above=0, most=1000)
 
 
+MUON_MOMENTUM = 0.95
+
+
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up and a decay of the learning rate, and an exponential moving average of the weights."""
+    """The optimizer, linear warm-up and a decay of the learning rate, and an exponential moving average of the weights."""
 
+    name: OptimizerName = OptimizerName.adamw
     learning_rate: float = number(MISSING, above=0, most=1000)
     group_learning_rates: GroupLearningRates = field(default_factory=GroupLearningRates)
     min_learning_rate: float = number(0.0, least=0, most=1000)
@@ -245,7 +259,8 @@ class OptimizerConfig:
     # the last steps of the run, in which the learning rate falls; for lr_decay_style=wsd, which needs it
     wsd_decay_steps: int | None = number(None, least=1, most=10**9)
     weight_decay: float = number(0.0, least=0, most=1000)
-    beta1: float = number(0.9, least=0, below=1)
+    muon_momentum: float = number(MUON_MOMENTUM, least=0, below=1)
+    beta1: float = number(0.9, least=0, below=1)  # this, beta2 and eps are AdamW's
     beta2: float = number(0.999, least=0, below=1)
     eps: float = number(1.0e-8, above=0, most=1)
     clip_grad: float = number(1.0, least=0, most=1.0e9)

@@ -10,7 +10,14 @@ from rmoe_megatron.config.engine_checks import check_engine
 from rmoe_megatron.config.layout_checks import check_batch, check_layout
 from rmoe_megatron.config.precision_checks import check_precision
 from rmoe_megatron.config.require import require, require_blocks, require_divides
-from rmoe_megatron.config.run import FineTuningConfig, LearningRateDecay, RunConfig, Trainable
+from rmoe_megatron.config.run import (
+    MUON_MOMENTUM,
+    FineTuningConfig,
+    LearningRateDecay,
+    OptimizerName,
+    RunConfig,
+    Trainable,
+)
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.errors import UserError
 
@@ -25,6 +32,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     """
     check_bounds(config)
     _check_schedule(config)
+    _check_muon(config)
     if config.fine_tuning is not None:
         _check_fine_tuning(config, config.fine_tuning)
     _check_data(config)
@@ -77,6 +85,31 @@ def _check_schedule(config: RunConfig) -> None:
         f"optimizer.wsd_decay_steps ({falls_in}) must not exceed training.steps ({training.steps}) without the "
         f"{optimizer.warmup_steps} steps of warm-up.",
     )
+
+
+def _check_muon(config: RunConfig) -> None:
+    """Muon moves whole matrices of float32 or bf16, and is proved where all of a model is trained."""
+    optimizer, fine_tuning = config.optimizer, config.fine_tuning
+    if optimizer.name is not OptimizerName.muon:
+        require(
+            optimizer.muon_momentum == MUON_MOMENTUM,
+            "optimizer.muon_momentum is for optimizer.name=muon; leave it out.",
+        )
+        return
+    require(
+        not optimizer.distributed_optimizer,
+        "optimizer.name=muon needs its matrices whole on every data-parallel rank; set optimizer.distributed_optimizer=false.",
+    )
+    refused = {
+        f"precision={config.precision.value}": config.precision.is_below_bf16,
+        "lora": config.lora is not None,
+        "frozen weights; set fine_tuning.trainable=all": (
+            fine_tuning is not None and fine_tuning.trainable is not Trainable.all
+        ),
+        "training.compile=true": config.training.compile,
+    }
+    for what, is_set in refused.items():
+        require(not is_set, f"optimizer.name=muon is not for {what}; or take optimizer.name=adamw.")
 
 
 def _check_data(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, ClassConditions, TextConditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.megatron.engine import MegatronEngine
-from rmoe_megatron.engine.megatron.optimizer import create_adam_state
+from rmoe_megatron.engine.megatron.optimizer import create_state
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.planning.fake_ranks import fake_rank
 from rmoe_megatron.planning.listening import Collective, Listener, Operation
@@ -89,7 +89,7 @@ def dry_run(config: RunConfig, rank: int, world_size: int) -> RankUsage:
             finalize(*arguments, **settings)
 
         engine.model.config.finalize_model_grads_func = reduce_gradients
-        create_adam_state(engine.optimizer)  # which the first update of a run makes
+        create_state(engine.optimizer)  # which the first update of a run makes
         listener.begin()
         batches = [_batch(config, number, device) for number in range(taken)]
         engine.step(batches, partial(averages.update, 1))

@@ -16,7 +16,7 @@ from rmoe_megatron.config.buckets import Bucket, build_buckets
 from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.require import require
-from rmoe_megatron.config.run import Device, RunConfig, Trainable
+from rmoe_megatron.config.run import Device, OptimizerName, RunConfig, Trainable
 from rmoe_megatron.config.sample_filter import SampleFilter
 from rmoe_megatron.config.stages import Stage, stages_of
 from rmoe_megatron.config.validation import validate
@@ -32,7 +32,7 @@ from rmoe_megatron.files import atomic
 from rmoe_megatron.files.untrusted import OPEN, read_json
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.model.parameters import dense_parameters, module_parameters
-from rmoe_megatron.model.precision.backend import check_backend
+from rmoe_megatron.model.precision.backend import check_backend, is_installed
 from rmoe_megatron.pretrained.hub import present_folder
 from rmoe_megatron.pretrained.model_files import autoencoder_parts
 from rmoe_megatron.training.base_checks import check_base
@@ -63,6 +63,7 @@ def check(config: RunConfig, world_size: int) -> None:
     validate(config, world_size)
     check_device(config)
     check_deepspeed(config, world_size)
+    check_muon(config)
     check_files(config)
     check_buckets(config)
     check_evaluations(config)
@@ -93,6 +94,7 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     check_model(config)
     validate(config, world_size)
     check_deepspeed(config, world_size)
+    check_muon(config)
     check_files(config)
     check_buckets(config)
     check_evaluations(config)
@@ -111,6 +113,16 @@ def check_device(config: RunConfig) -> None:
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("device is cuda but PyTorch finds no GPU here; set device=cpu or device=auto.")
     check_backend(config)
+
+
+def check_muon(config: RunConfig) -> None:
+    """Check that the package that has Muon's arithmetic is here, which Megatron-Core does not ask for.
+
+    Raises:
+        ModuleNotFoundError: it is not; the command line says which extra brings it.
+    """
+    if config.optimizer.name is OptimizerName.muon and not is_installed("emerging_optimizers"):
+        raise ModuleNotFoundError("No module named 'emerging_optimizers'", name="emerging_optimizers")
 
 
 def check_files(config: RunConfig) -> None:

@@ -41,6 +41,7 @@ def _check_goes_on(config: RunConfig, saved: RunConfig, checkpoint: CheckpointFo
             )
     for key, asked, kept in (
         ("engine", config.engine, saved.engine),
+        ("optimizer.name", config.optimizer.name, saved.optimizer.name),
         ("precision", config.precision, saved.precision),
         ("diffusion.objective", config.diffusion.objective, saved.diffusion.objective),
         ("diffusion.prediction", config.diffusion.prediction, saved.diffusion.prediction),

@@ -10,7 +10,7 @@ import torch
 from tensor_memory import peak_tensor_bytes
 
 from rmoe_megatron.config.model import LoraConfig
-from rmoe_megatron.config.run import Precision, Recompute, RunConfig
+from rmoe_megatron.config.run import OptimizerName, Precision, Recompute, RunConfig
 from rmoe_megatron.model import core_attention
 from rmoe_megatron.model.softmax_attention import Way
 from rmoe_megatron.planning.dry_run import RankUsage, dry_run
@@ -110,6 +110,9 @@ LARGER = replace(
 )  # fmt: skip
 
 
+MUON = replace(tiny_config().optimizer, name=OptimizerName.muon, distributed_optimizer=False)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -117,8 +120,10 @@ LARGER = replace(
         {"precision": Precision.bf16},
         {"model": replace(DIT, hidden_size=128, sample_size=16)},
         {"lora": LoraConfig(layers=[0, 2], rank=4)},
+        {"optimizer": MUON},
+        {"optimizer": MUON, "precision": Precision.bf16},
     ],
-    ids=["fp32", "bf16", "dit", "lora"],
+    ids=["fp32", "bf16", "dit", "lora", "muon", "muon-bf16"],
 )
 def test_the_fullest_moment_is_that_of_a_real_step(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch

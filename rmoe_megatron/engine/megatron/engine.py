@@ -26,7 +26,7 @@ from rmoe_megatron.engine.megatron.gradient_norm import clip_gradients, gradient
 from rmoe_megatron.engine.megatron.optimizer import (
     OPTIMIZER_FORMAT,
     build_optimizer,
-    create_adam_state,
+    create_state,
     load_optimizer,
     main_weights,
 )
@@ -145,7 +145,7 @@ class MegatronEngine:
     def sharded_state(self, averages: dict[str, Tensor], is_loading: bool) -> dict[str, Any]:
         """Describe weights, averages, optimizer, schedule and histories of scales so that any parallel layout can load them."""
         model = model_state(self.modules)
-        create_adam_state(self.optimizer)  # before the first update, or after steps that were all left out
+        create_state(self.optimizer)  # before the first update, or after steps that were all left out
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
         for part in optimizer.values():
             # What a rank without parameters of a part has of their moments: Megatron-Core would take it for state of all ranks.

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and what a checkpoint holds of them, from Megatron-Core's parts."""
+"""AdamW and Muon, their schedule, and what a checkpoint holds of them, from Megatron-Core's parts."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -18,11 +18,17 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from rmoe_megatron.config.run import GroupLearningRates, Precision, RunConfig
+from rmoe_megatron.config.run import GroupLearningRates, OptimizerName, Precision, RunConfig
 from rmoe_megatron.distributed.device import PARAMS_DTYPE
 from rmoe_megatron.engine.lr_schedule import build_schedule, decays, group_of, own_rates
 from rmoe_megatron.engine.megatron.chunks import ModelChunks
 from rmoe_megatron.engine.megatron.gradient_norm import parts
+from rmoe_megatron.engine.megatron.muon import (
+    is_muon,
+    mark_main_weights,
+    mark_parameters,
+    muon_settings,
+)
 from rmoe_megatron.engine.protocol import MainWeight
 
 # Megatron-Core's format that can be loaded under any other parallel layout.
@@ -49,10 +55,11 @@ WITHOUT_PARAMETERS: Any = "without parameters"
 def build_optimizer(
     config: RunConfig, model: ModelChunks
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Return AdamW with float32 main parameters and the schedule of its learning rate, counted in steps."""
+    """Return AdamW, or Muon with AdamW, with float32 main parameters, and the schedule of the learning rate, counted in steps."""
     optimizer = config.optimizer
+    has_muon = optimizer.name is OptimizerName.muon
     settings = OptimizerConfig(
-        optimizer="adam",
+        optimizer="muon" if has_muon else "adam",
         lr=optimizer.learning_rate,
         min_lr=optimizer.min_learning_rate,
         weight_decay=optimizer.weight_decay,
@@ -64,7 +71,10 @@ def build_optimizer(
         params_dtype=PARAMS_DTYPE[config.precision],
         use_distributed_optimizer=optimizer.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        **(muon_settings(config) if has_muon else {}),
     )
+    if has_muon:
+        mark_parameters(model.modules.named_parameters(), model.config.kv_channels)
     # A main weight that autograd knows of keeps, through the hooks of data parallelism, the model and the optimizer itself alive,
     # in a circle that Python cannot see.
     with torch.no_grad():
@@ -73,6 +83,7 @@ def build_optimizer(
         )
     for part in parts(megatron_optimizer):
         _detach_main_weights(part)
+        mark_main_weights(part)
     for adam in _adam_optimizers(megatron_optimizer):
         if isinstance(adam, torch.optim.Adam):  # neither Transformer Engine's nor Apex's is here
             for group in adam.param_groups:
@@ -116,9 +127,13 @@ def _detach_main_weights(part: MegatronOptimizer) -> None:
 
 
 def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], scheduler: dict[str, Any]) -> None:
-    """Load moments and counters; learning rates, betas and eps stay those of the configuration."""
+    """Load moments and counters; learning rates, betas, eps and momentum stay those of the configuration."""
     configured = [
-        {name: group[name] for name in ("max_lr", "min_lr", "betas", "eps", *FUSED) if name in group}
+        {
+            name: group[name]
+            for name in ("max_lr", "min_lr", "betas", "eps", "momentum", *FUSED)
+            if name in group
+        }
         for group in optimizer.param_groups
     ]
     rates = {
@@ -134,8 +149,10 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], schedule
     for group, values in zip(optimizer.param_groups, configured, strict=True):
         group.update(values)
     for adam in _adam_optimizers(optimizer):
+        if any(group["params"] for group in adam.param_groups):
+            adam.state.pop(WITHOUT_PARAMETERS, None)  # of the rank that saved, which had none
         for parameter, state in adam.state.items():
-            if parameter is WITHOUT_PARAMETERS:
+            if not torch.is_tensor(parameter):
                 continue
             # Megatron-Core gives all parameters the same counter, which each of them would then advance, on the host.
             state["step"] = state["step"].to(parameter.device, copy=True)
@@ -179,12 +196,15 @@ def _sharing_ranks(parameter: torch.Tensor) -> torch.distributed.ProcessGroup:
     return parallel_state.get_expert_data_parallel_group()
 
 
-def create_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give PyTorch's Adam the state it makes at its first update: Megatron-Core saves and loads what is there.
+def create_state(optimizer: MegatronOptimizer) -> None:
+    """Give PyTorch's Adam and Muon the state they make at their first update: Megatron-Core saves and loads what is there.
 
     An optimizer of no parameter of this rank (a pipeline stage without modules, a shard that is padding only) gets the counter of
     updates alone: Megatron-Core asks every rank for it, and saves that of the first. A collective.
     """
+    for part in parts(optimizer):
+        if is_muon(part.optimizer):
+            part.init_state_fn(part.optimizer, part.config)
     adams = _adam_optimizers(optimizer)
     for adam in adams:
         for group in adam.param_groups:
@@ -195,9 +215,7 @@ def create_adam_state(optimizer: MegatronOptimizer) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
-    counters = [
-        state["step"] for adam in adams for key, state in adam.state.items() if key is not WITHOUT_PARAMETERS
-    ]
+    counters = [state["step"] for adam in adams for key, state in adam.state.items() if torch.is_tensor(key)]
     updates = torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device())
     if counters:
         updates += counters[0].to(updates.device)
@@ -208,4 +226,4 @@ def create_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _adam_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    return [part.optimizer for part in parts(optimizer)]
+    return [part.optimizer for part in parts(optimizer) if not is_muon(part.optimizer)]
