@@ -19,6 +19,14 @@ class TrainingExample:
 class TrainingObjective(Protocol):
     """Rectified flow or DDPM."""
 
+    def drawn_time(self, keys: Tensor) -> Tensor:
+        """Return float32 [B] in [0, 1): the random share of the way to noise from which a sample's timestep follows, and grows with.
+
+        Args:
+            keys: int64 [B], one per sample.
+        """
+        ...
+
     def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> TrainingExample:
         """Draw timesteps and noise for latents [B, C, H, W] from one int64 key per sample, [B].
 

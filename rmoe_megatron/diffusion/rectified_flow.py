@@ -50,13 +50,17 @@ class RectifiedFlow:
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
 
+    def drawn_time(self, keys: Tensor) -> Tensor:
+        """Return sigma before the shift, float32 [B], for samples' keys int64 [B]."""
+        return draw_sigma(self.config, keys)
+
     def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> TrainingExample:
         """Draw sigma and noise for latents float32 [B, C, H, W]; keys are int64 [B], one per sample.
 
         A time that is given is sigma itself: no density and no shift is applied to it.
         """
         if time is None:
-            sigma = draw_sigma(self.config, keys)
+            sigma = self.drawn_time(keys)
             shift = resolution_shift(self.config, *latents.shape[2:])
             sigma = shift * sigma / (1 + (shift - 1) * sigma)
         else:

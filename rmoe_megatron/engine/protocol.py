@@ -52,7 +52,10 @@ class Engine(Protocol):
     parameters: dict[str, Tensor]
 
     def step(
-        self, micro_batches: list[Batch], before_update: Callable[[], None] = lambda: None
+        self,
+        micro_batches: list[Batch],
+        before_update: Callable[[], None] = lambda: None,
+        watches_gates: bool = False,
     ) -> StepResult:
         """Update the weights by this rank's micro-batches of one step, as many as every other data-parallel rank's.
 
@@ -61,6 +64,7 @@ class Engine(Protocol):
                 them of one size.
             before_update: called when the gradients are there. Only then are the parameters of the previous update
                 surely here; they may arrive during the forward pass.
+            watches_gates: what they decide is put down for :meth:`routing_metrics`; every rank says the same.
         """
         ...
 
@@ -84,7 +88,10 @@ class Engine(Protocol):
         ...
 
     def routing_metrics(self) -> dict[str, float]:
-        """Return what the gates of the last step report; every rank takes part, and waits for it."""
+        """Return the load-balancing loss of the last step, and if its gates were watched what they decided.
+
+        Every rank takes part, and waits for it.
+        """
         ...
 
     def keys(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the gates report of a step: their load-balancing loss, by Megatron-Core's tracker, and the share of tokens of every module."""
+"""What is known of the gates of a step: begins with an empty record, and ends with their load-balancing loss by Megatron-Core's tracker."""
 
 import torch
 import torch.distributed as dist
@@ -9,16 +9,18 @@ from torch import nn
 from rmoe_megatron.config.model import DepthLoss
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.model.recurrence.gate import Gate
+from rmoe_megatron.model.recurrence.gate_watch import GateWatch
 
 
-def forget_routing(modules: nn.Module) -> None:
-    """Begin a step with an empty tracker and empty counts.
+def begin_step(modules: nn.Module, watch: GateWatch | None) -> None:
+    """Begin a step with an empty tracker, and give the gates what they put down in it.
 
     Megatron-Core's tracker adds up and is the process's, as long as the first model that used it is deep.
     """
     destroy_moe_metrics_tracker()
-    for gate in _gates(modules):
-        gate.tokens_of_module.zero_()
+    for module in modules.modules():
+        if isinstance(module, Gate):
+            module.watch = watch
 
 
 def calls_of_gates(config: RunConfig) -> int:
@@ -34,30 +36,6 @@ def calls_of_gates(config: RunConfig) -> int:
         for layer in recurrence.layers
     ]
     return recurrence.steps * sum(passes)
-
-
-def module_shares(config: RunConfig, modules: nn.Module, device: torch.device) -> dict[str, float]:
-    """Return which share of the last step's tokens, of all latent steps, each module of each layer was picked for.
-
-    The names are ``module_share_LAYER_MODULE``, numbered as the configuration numbers them. Every rank takes part.
-    """
-    recurrence = config.recurrence
-    if recurrence is None:
-        return {}
-    counts = torch.zeros(config.model.num_layers, recurrence.num_modules, device=device, dtype=torch.int64)
-    for gate in _gates(modules):
-        counts[gate.layer_number - 1] += gate.tokens_of_module
-    dist.all_reduce(counts)  # ranks that have the same tokens have the same counts
-    rows = counts.tolist()
-    return {
-        f"module_share_{layer}_{module}": count / max(sum(rows[layer]), 1)
-        for layer in recurrence.layers
-        for module, count in enumerate(rows[layer])
-    }
-
-
-def _gates(modules: nn.Module) -> list[Gate]:
-    return [module for module in modules.modules() if isinstance(module, Gate)]
 
 
 def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch.device) -> dict[str, float]:

@@ -14,11 +14,14 @@ MAX_BYTES = 1 << 30  # some million records
 MAX_STEP = 100_000_000
 RECORD = TypeAdapter(dict[str, float | None])
 
-PANELS = {
+PANELS: dict[tuple[str, ...], str] = {
     ("loss", "validation_loss"): "log",
     ("grad_norm", "learning_rate"): "log",
     ("samples_per_second",): "linear",
 }
+GATES = (
+    "gate_entropy", "gate_switch_rate", "gate_by_timestep", "gate_by_text", "gate_by_token", "module_share_least", "module_share_most",
+)  # fmt: skip
 
 
 def read_records(metrics: Path) -> list[tuple[int, dict[str, float | None]]]:
@@ -48,13 +51,18 @@ def read_records(metrics: Path) -> list[tuple[int, dict[str, float | None]]]:
 
 
 def draw_curves(metrics: Path) -> bytes:
-    """Draw ``metrics.jsonl`` over the optimizer steps, one panel for each group of ``PANELS``; returns a PNG.
+    """Draw ``metrics.jsonl`` over the optimizer steps, one panel for each group of ``PANELS``, and one of the gates of a model that has some.
+
+    Returns a PNG.
 
     Values that were not finite are null in the file and gaps in the picture.
     """
     records = read_records(metrics)
-    figure = Figure(figsize=(5 * len(PANELS), 4), layout="constrained")
-    for axes, (names, scale) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+    panels = dict(PANELS)
+    if any(name in record for _, record in records for name in GATES):
+        panels[GATES] = "linear"
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (names, scale) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:
             points = [(step, record[name]) for step, record in records if record.get(name) is not None]
             if points:

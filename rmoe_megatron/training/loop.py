@@ -31,6 +31,7 @@ from rmoe_megatron.model.precision.backend import (
 )
 from rmoe_megatron.training.benchmarks import open_benchmark
 from rmoe_megatron.training.evaluations import Evaluation
+from rmoe_megatron.training.gate_alarms import GateAlarms
 from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.interruption import Interruption, StopRequest
 from rmoe_megatron.training.logging import RunLogger, describe_run
@@ -67,6 +68,7 @@ class TrainingLoop:
     averages_due: int | None = None
     saved: tuple[int, list[str]] = (0, [])
     waited: float = 0.0
+    gate_alarms: GateAlarms | None = None
 
     def run(self) -> str | None:
         """Train from ``state.progress`` to the last step; returns None, or why it stopped before and saved."""
@@ -94,6 +96,8 @@ class TrainingLoop:
             prompts = self.source.encode_prompts(training.sample_prompts)
             self.grid = SampleGrid(self.config, prompts, self.source.autoencoder)
         self.evaluations = {f"evaluation {each.name}": self.prepare(each) for each in training.evaluations}
+        if self.config.recurrence is not None:
+            self.gate_alarms = GateAlarms(self.config.recurrence.num_modules)
         health = Health(run_dir, engine, self.source.locate, training.max_skipped_steps)
         self.throughput = Throughput(self.config, self.device)
         self.forget_what_is_not_configured()
@@ -119,7 +123,8 @@ class TrainingLoop:
     def step(self, micro_batches: list[Batch]) -> StepResult:
         """Take one optimizer step, log it, and put down what is to follow it."""
         training, progress, engine = self.config.training, self.state.progress, self.state.engine
-        result = engine.step(micro_batches, before_update=self.update_averages)
+        is_logged = self.is_due(training.log_every, progress.step + 1)
+        result = engine.step(micro_batches, before_update=self.update_averages, watches_gates=is_logged)
         if result.suspects is None:
             self.averages_due = progress.step
         progress.step += 1
@@ -129,7 +134,7 @@ class TrainingLoop:
         progress.skipped_steps += result.suspects is not None
         self.throughput.count(micro_batches, self.source.waited - self.waited)
         self.waited = self.source.waited
-        if not self.is_due(training.log_every):
+        if not is_logged:
             self.log.show_step(progress.step, result.loss, self.remaining())
         else:
             metrics = (
@@ -139,6 +144,8 @@ class TrainingLoop:
                 | self.source.bad_samples.check()
             )
             self.log.log_metrics(progress.step, metrics, self.remaining())
+            if self.gate_alarms is not None and (alarm := self.gate_alarms.line(metrics)) is not None:
+                self.log.announce(f"step {progress.step}: {alarm}")
         progress.pending = [kind for kind, every in self.pauses().items() if self.is_due(every)]
         return result
 
@@ -196,9 +203,9 @@ class TrainingLoop:
             with warned(f"A run that is resumed from step {step} does {kind} again"):
                 write_pending(Path(self.config.run_dir), step, left)
 
-    def is_due(self, every: int) -> bool:
-        """Whether it is time for what happens every so many steps and after the last."""
-        step = self.state.progress.step
+    def is_due(self, every: int, step: int | None = None) -> bool:
+        """Whether what happens every so many steps and after the last does so after a step, or after the last that was taken."""
+        step = self.state.progress.step if step is None else step
         return step % every == 0 or step == self.config.training.steps
 
     def metrics(self, result: StepResult) -> dict[str, float]:

@@ -39,7 +39,7 @@ def logged(config: RunConfig) -> dict[float, dict[str, float]]:
                 for micro_batches in list(batches(config))[
                     :2
                 ]:  # the second step's has nothing of the first's
-                    engine.step(micro_batches)
+                    engine.step(micro_batches, watches_gates=True)
                 found[favourite] = engine.routing_metrics()
     finally:
         Gate.gating = original  # type: ignore[method-assign]
@@ -55,15 +55,18 @@ LAYOUTS = {
 
 def test_even_is_one_and_collapsed_is_the_number_of_modules(tmp_path: Path) -> None:
     model = configuration(MMDIT, recurrent=True)
-    names = {f"module_share_{layer}_{module}" for layer in model.recurrence.layers for module in range(4)}
+    places = [f"{layer}_{step}" for layer in model.recurrence.layers for step in (1, 2, 3)]
+    names = {f"module_share_{place}_{module}" for place in places for module in range(4)}
     one = run_on_ranks(1, {"one": model}, tmp_path, logged)["one"]
     cases = {name: replace(model, parallel=parallel) for name, parallel in LAYOUTS.items()}
     for name, found in {"one": one, **run_on_ranks(2, cases, tmp_path, logged)}.items():
         losses = {favourite: metrics.pop("load_balancing_loss") for favourite, metrics in found.items()}
         assert losses == pytest.approx({EVEN: 1.0, COLLAPSED: 4.0}, rel=1e-5), name
-        assert found[COLLAPSED] == {each: float(each.endswith("_2")) for each in names}, name
-        for layer in model.recurrence.layers:
-            shares = [found[EVEN][f"module_share_{layer}_{module}"] for module in range(4)]
+        assert {each: found[COLLAPSED][each] for each in names} == {
+            each: float(each.endswith("_2")) for each in names
+        }, name
+        for place in places:
+            shares = [found[EVEN][f"module_share_{place}_{module}"] for module in range(4)]
             assert sum(shares) == pytest.approx(1), name
             assert all(0.1 < share < 0.4 for share in shares), (
                 name,

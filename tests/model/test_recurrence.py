@@ -198,7 +198,7 @@ def test_straight_through_gradient_equals_autograd_of_the_closed_form() -> None:
             transformer_config(config), config.recurrence, 1, ProcessGroupCollection.use_mpu_process_groups()
         )
         noise = gate.draw_noise(keys, len(state), 1)[0] if gate.training else None
-        weights, routing_map = gate(state, conditioning, noise)
+        weights, routing_map = gate(state, conditioning, noise, 1, keys)
         # Dispatch hands on the weight of the picked module alone.
         (weights.masked_select(routing_map) * values.masked_select(routing_map)).sum().backward()
     noise = gumbel(derive(keys, Purpose.gumbel, 1, 0), 24).view(2, 6, 4).transpose(0, 1).double()
@@ -226,7 +226,7 @@ def test_the_load_balancing_loss_is_that_of_the_switch_transformer(scale: float)
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from rmoe_megatron.engine.router_metrics import forget_routing
+    from rmoe_megatron.engine.router_metrics import begin_step
     from rmoe_megatron.model.recurrence.gate import Gate
     from rmoe_megatron.model.transformer_config import transformer_config
 
@@ -240,10 +240,11 @@ def test_the_load_balancing_loss_is_that_of_the_switch_transformer(scale: float)
             transformer_config(config), config.recurrence, 1, ProcessGroupCollection.use_mpu_process_groups()
         )
         randomise(gate, seed=2, std=0.5)
-        noise = gate.draw_noise(sample_keys(0, torch.arange(2)), len(state), 1)[0]
-        forget_routing(torch.nn.Module())
+        keys = sample_keys(0, torch.arange(2))
+        noise = gate.draw_noise(keys, len(state), 1)[0]
+        begin_step(torch.nn.Module(), None)
         MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), scale))
-        weights, routing_map = gate(state, conditioning, noise)
+        weights, routing_map = gate(state, conditioning, noise, 1, keys)
         (weights * 0).sum().backward()  # nothing but the loss has a gradient
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
         value = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum().item()

@@ -73,6 +73,19 @@ def test_curves_are_drawn_in_every_panel(tmp_path: Path) -> None:
         assert (panel > 0).any()
 
 
+def test_gates_have_a_panel_of_their_own(tmp_path: Path) -> None:
+    log = RunLogger(tmp_path, LoggingConfig(tensorboard=False), 10, 0, is_rank0=True)
+    for metrics, panels in (
+        ({"loss": 0.5}, 3),
+        ({"loss": 0.4, "gate_entropy": 0.9, "gate_entropy_0_1": 0.9}, 4),
+    ):
+        log.log_metrics(panels - 2, metrics)
+        log.draw_curves()
+        with Image.open(tmp_path / CURVES) as picture:
+            assert picture.size == (500 * panels, 400)
+    log.close()
+
+
 def test_images_reach_tensorboard(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 6, 3), 200, dtype=np.uint8)).save(tmp_path / "grid.png")
     log = RunLogger(tmp_path, LoggingConfig(tensorboard=True), 10, 0, is_rank0=True)

@@ -18,11 +18,13 @@ from rmoe_megatron.engine.deepspeed.expert_groups import known_to_deepspeed, mar
 from rmoe_megatron.engine.deepspeed.library import deepspeed_config, import_deepspeed
 from rmoe_megatron.engine.deepspeed.optimizer import build_adam, create_adam_state
 from rmoe_megatron.engine.deepspeed.state import ZeroState
+from rmoe_megatron.engine.gate_health import gate_health
 from rmoe_megatron.engine.lr_schedule import build_schedule
 from rmoe_megatron.engine.prefetching import prefetched
 from rmoe_megatron.engine.protocol import MainWeight, StepResult
-from rmoe_megatron.engine.router_metrics import forget_routing, load_balancing_loss, module_shares
+from rmoe_megatron.engine.router_metrics import begin_step, load_balancing_loss
 from rmoe_megatron.engine.suspects import find_suspects
+from rmoe_megatron.model.recurrence.gate_watch import GateWatch
 
 
 class DeepSpeedEngine:
@@ -41,6 +43,7 @@ class DeepSpeedEngine:
         self.device = loss.null_conditions.device
         self.partitions_parameters = config.deepspeed.zero_stage == 3
         self.num_micro_batches = 0  # of the last step
+        self.watch: GateWatch | None = None  # of the last step
         (model,) = modules
         expert_ranks = config.parallel.expert_model_parallel_size
         mark_modules(model.parameters(), expert_ranks)
@@ -66,11 +69,15 @@ class DeepSpeedEngine:
         self.deepspeed.train()
 
     def step(
-        self, micro_batches: list[Batch], before_update: Callable[[], None] = lambda: None
+        self,
+        micro_batches: list[Batch],
+        before_update: Callable[[], None] = lambda: None,
+        watches_gates: bool = False,
     ) -> StepResult:
         """Update the weights by the micro-batches of one step; see the protocol."""
         self.num_micro_batches = len(micro_batches)
-        forget_routing(self.modules)
+        self.watch = GateWatch() if watches_gates else None
+        begin_step(self.modules, self.watch)
         # As Megatron-Core's schedule does: the gate's losses enter the backward pass with the scale of the loss.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.device) / len(micro_batches))
         learning_rate = self.scheduler.get_lr({})  # of groups without one of their own
@@ -117,9 +124,12 @@ class DeepSpeedEngine:
         """Return at once: a step ends with the parameters of its update where they belong."""
 
     def routing_metrics(self) -> dict[str, float]:
-        """Return load-balancing loss and shares of the modules in the last step; the host waits for them."""
-        balance = load_balancing_loss(self.config, self.num_micro_batches, self.device)
-        return balance | module_shares(self.config, self.modules, self.device)
+        """Return what the gates of the last step report; the host waits for it."""
+        metrics = load_balancing_loss(self.config, self.num_micro_batches, self.device)
+        if self.watch is not None:
+            drawn_time = self.loss.objective.drawn_time
+            metrics |= gate_health(self.config, self.watch.calls, drawn_time, self.device)
+        return metrics
 
     def _loss(self, batch: Batch) -> Tensor:
         question = self.loss.ask(batch)

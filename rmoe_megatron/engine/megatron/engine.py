@@ -20,6 +20,7 @@ from rmoe_megatron.checkpoint.model_state import (
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
+from rmoe_megatron.engine.gate_health import gate_health
 from rmoe_megatron.engine.megatron.chunks import ModelChunks, data_parallelism
 from rmoe_megatron.engine.megatron.fp8_state import load_scales, sharded_scales
 from rmoe_megatron.engine.megatron.gradient_norm import clip_gradients, gradient_norm
@@ -32,8 +33,9 @@ from rmoe_megatron.engine.megatron.optimizer import (
 )
 from rmoe_megatron.engine.prefetching import prefetched
 from rmoe_megatron.engine.protocol import MainWeight, StepResult
-from rmoe_megatron.engine.router_metrics import forget_routing, load_balancing_loss, module_shares
+from rmoe_megatron.engine.router_metrics import begin_step, load_balancing_loss
 from rmoe_megatron.engine.suspects import find_suspects
+from rmoe_megatron.model.recurrence.gate_watch import GateWatch
 from rmoe_megatron.model.sequence import num_shards, padded_length
 
 
@@ -53,17 +55,22 @@ class MegatronEngine:
             name: parameter for name, parameter in modules.named_parameters() if parameter.requires_grad
         }
         self.num_micro_batches = 0  # of the last step
+        self.watch: GateWatch | None = None  # of the last step
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = get_forward_backward_func()
         self.model.train()
 
     def step(
-        self, micro_batches: list[Batch], before_update: Callable[[], None] = lambda: None
+        self,
+        micro_batches: list[Batch],
+        before_update: Callable[[], None] = lambda: None,
+        watches_gates: bool = False,
     ) -> StepResult:
         """Update the weights by the micro-batches of one step; see the protocol."""
         self.num_micro_batches = len(micro_batches)
-        forget_routing(self.modules)
+        self.watch = GateWatch() if watches_gates else None
+        begin_step(self.modules, self.watch)
         learning_rate = self.scheduler.get_lr({})  # of groups without one of their own
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -134,9 +141,12 @@ class MegatronEngine:
         self.model.gather_parameters()
 
     def routing_metrics(self) -> dict[str, float]:
-        """Return load-balancing loss and shares of the modules in the last step; the host waits for them."""
-        balance = load_balancing_loss(self.config, self.num_micro_batches, self.device)
-        return balance | module_shares(self.config, self.modules, self.device)
+        """Return what the gates of the last step report; the host waits for it."""
+        metrics = load_balancing_loss(self.config, self.num_micro_batches, self.device)
+        if self.watch is not None:
+            drawn_time = self.loss.objective.drawn_time
+            metrics |= gate_health(self.config, self.watch.calls, drawn_time, self.device)
+        return metrics
 
     def keys(self) -> dict[str, str]:
         """Return the names in the whole model of what this rank has."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.counter_rng import Purpose, derive, gumbel
 from rmoe_megatron.model.recurrence.addition import TOKEN_INPUTS
+from rmoe_megatron.model.recurrence.gate_watch import GateWatch
 from rmoe_megatron.model.sequence import mark_partial, shard_index
 
 
@@ -32,10 +33,8 @@ class Gate(TopKRouter):
     Every rank holds all weights and gates its own part of the sequence.
 
     Attributes:
-        tokens_of_module: int64 [M], of how many of this rank's tokens a module was picked in training, since it was set to zero.
+        watch: what the decisions of training are put down in; None puts nothing down.
     """
-
-    tokens_of_module: Tensor
 
     def __init__(
         self,
@@ -57,9 +56,7 @@ class Gate(TopKRouter):
                 torch.empty(config.num_moe_experts, config.hidden_size, dtype=config.params_dtype)
             )
             config.init_method(self.conditioning_weight)
-        self.register_buffer(
-            "tokens_of_module", torch.zeros(config.num_moe_experts, dtype=torch.int64), persistent=False
-        )
+        self.watch: GateWatch | None = None
         mark_partial(self, config)
 
     @torch.compiler.disable  # integers that wrap are not what the compiler writes fast code for
@@ -86,13 +83,17 @@ class Gate(TopKRouter):
             logits.append(F.linear(conditioning.float(), self.conditioning_weight.float()))
         return sum(logits[1:], start=logits[0]).expand(*input.shape[:-1], self.num_experts)
 
-    def forward(self, input: Tensor, conditioning: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, conditioning: Tensor, noise: Tensor | None, latent_step: int, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Pick a module for every token.
 
         Args:
             input: this rank's token states [S, B, H].
             conditioning: [1, B, H], after SiLU.
             noise: in training float32 [S, B, M], a latent step of :meth:`draw_noise`.
+            latent_step: from 1.
+            keys: int64 [B], the samples' keys of the counter-based random numbers.
 
         Returns:
             Weights float32 [S * B, M] and the routing map bool [S * B, M], both zero where a module is not picked.
@@ -109,5 +110,9 @@ class Gate(TopKRouter):
             weights = weights + (probability - probability.detach())
         if self.training and torch.is_grad_enabled():
             weights = self._apply_aux_loss(weights, torch.softmax(logits, dim=-1), routing_map)
-            self.tokens_of_module += routing_map.sum(dim=0)
+        if self.training and self.watch is not None:
+            by_sample = (*input.shape[:-1], self.num_experts)
+            self.watch.see(
+                self.layer_number - 1, latent_step, keys, logits.view(by_sample), routing_map.view(by_sample)
+            )
         return weights, routing_map

@@ -107,7 +107,9 @@ class Recurrence(MegatronModule):
         shared = (conditioning, scale, shift, to_gate)
 
         def latent_step(step: int, state: Tensor, *inputs: Tensor | None) -> Tensor:
-            module_qkv = self.apply_modules(attention, state, noise[step], *inputs[: len(shared)])
+            module_qkv = self.apply_modules(
+                attention, state, noise[step], step + 1, keys, *inputs[: len(shared)]
+            )
             text = inputs[len(shared) :]
             text_qkv = QueryKeyValue(*text) if text else None  # type: ignore[arg-type]
             return attention.attend_vision(module_qkv, text_qkv, positions)
@@ -120,7 +122,7 @@ class Recurrence(MegatronModule):
             else:
                 attended = latent_step(step, *inputs)
             state = vision + attended
-        module_qkv = self.apply_modules(attention, state, noise[-1], *shared)
+        module_qkv = self.apply_modules(attention, state, noise[-1], steps, keys, *shared)
         return attention(module_qkv + attention.project_vision(vision), text_qkv, positions)
 
     @torch.compiler.disable  # how many tokens a module gets is known on the host only
@@ -129,6 +131,8 @@ class Recurrence(MegatronModule):
         attention: Attention,
         state: Tensor,
         noise: Tensor | None,
+        latent_step: int,
+        keys: Tensor,
         conditioning: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
@@ -141,12 +145,14 @@ class Recurrence(MegatronModule):
 
         Args:
             noise: Gumbel noise that the gate adds in this latent step, float32 [S, B, M]; None in evaluation.
+            latent_step: from 1.
+            keys: int64 [B], the samples' keys of the counter-based random numbers.
             conditioning: [1, B, H], after SiLU.
             scale: step modulation [1, B, H], as shift; None without it.
             to_gate: [S, B, H], what the gate sees beside the state; None is the state alone.
         """
         seen = state if to_gate is None else state + to_gate
-        weights, routing_map = self.gate(seen, conditioning, noise)
+        weights, routing_map = self.gate(seen, conditioning, noise, latent_step, keys)
         tokens = layer_norm(state) if scale is None or shift is None else modulate(state, shift, scale)
         projected = self.dispatcher.apply(self.experts, tokens, routing_map, weights)
         return split_heads(sequence_to_heads(projected), attention.head_dim)
