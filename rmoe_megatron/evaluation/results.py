@@ -1,7 +1,7 @@
 """What is left of an evaluation: results.json, a table beside it, and a gallery of judged images."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,18 @@ def standard_error(scores: Mapping[str, Mapping[str, float]]) -> float | None:
     def mean_of_means(*tasks: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
         return np.mean([task.mean(axis=axis) for task in tasks], axis=0)
 
+    return bootstrap_error([np.asarray(group, dtype=np.float64) for group in groups], mean_of_means)
+
+
+def bootstrap_error(samples: Sequence[NDArray[Any]], statistic: Callable[..., NDArray[np.float64]]) -> float:
+    """Return the standard error of a statistic: its deviation when every sample is drawn anew with replacement, each by itself.
+
+    Args:
+        samples: [n] each, of their own sizes.
+        statistic: takes the samples, with any number of leading dimensions, and ``axis``, the one that is drawn along.
+    """
     drawn = bootstrap(
-        tuple(np.asarray(group, dtype=np.float64) for group in groups), mean_of_means, n_resamples=RESAMPLES, batch=500,
-        vectorized=True, method="percentile", rng=np.random.default_rng(0),
+        tuple(samples), statistic, n_resamples=RESAMPLES, batch=500, vectorized=True, method="percentile",
+        rng=np.random.default_rng(0),
     )  # fmt: skip
     return float(drawn.standard_error)

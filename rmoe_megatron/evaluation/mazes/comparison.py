@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-DRAWS = 10_000
+from rmoe_megatron.evaluation.results import bootstrap_error
+
 CLAIMED = ("loop + supervision", "paper + supervision")
 
 # Whether each test grid is right, bool [grids], by seed.
@@ -34,23 +35,20 @@ class Difference:
         return self.error is not None and self.mean > 2 * self.error
 
 
-def difference(arm: Verdicts, reference: Verdicts, seed: int = 0) -> Difference | None:
-    """Return the mean difference over the seeds that both have, paired by seed and grid; None without such a seed.
-
-    Args:
-        seed: the seed of the bootstrap's draws.
-    """
+def difference(arm: Verdicts, reference: Verdicts) -> Difference | None:
+    """Return the mean difference over the seeds that both have, paired by seed and grid; None without such a seed."""
     common = sorted(set(arm) & set(reference))
     if not common:
         return None
     paired = np.stack([arm[each].astype(np.float64) - reference[each] for each in common])
     if len(common) < 2:
         return Difference(float(paired.mean()), None, 1)
-    rng, (seeds, grids) = np.random.default_rng(seed), paired.shape
-    of_grids = rng.multinomial(grids, np.full(grids, 1 / grids), size=DRAWS) / grids
-    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS) / seeds
-    drawn = ((of_grids @ paired.T) * of_seeds).sum(axis=1)
-    return Difference(float(paired.mean()), float(drawn.std(ddof=1)), seeds)
+
+    def mean(seeds: NDArray[np.int64], grids: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
+        return paired[seeds[..., :, None], grids[..., None, :]].mean(axis=(-2, -1))
+
+    error = bootstrap_error([np.arange(size) for size in paired.shape], mean)
+    return Difference(float(paired.mean()), error, len(common))
 
 
 def verdict(differences: Mapping[str, Difference | None]) -> str:
