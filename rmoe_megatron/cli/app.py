@@ -13,7 +13,6 @@ from rmoe_megatron.cli import standard_streams
 from rmoe_megatron.cli.conversion import convert_app
 from rmoe_megatron.cli.data import data_app
 from rmoe_megatron.cli.diagnosis import diagnose_app
-from rmoe_megatron.cli.missing_extra import PACKAGE, extra_of
 from rmoe_megatron.cli.options import (
     Bar,
     BatchSize,
@@ -106,6 +105,11 @@ def main() -> None:
     except Interrupted as interruption:
         _end(f"interrupted: {interruption}", interruption.code)
     except ModuleNotFoundError as error:
+        from rmoe_megatron.cli.missing_extra import (  # reading requirements takes a tenth of `rmoe --help`
+            PACKAGE,
+            extra_of,
+        )
+
         found = extra_of(error.name or "")
         if found is None:
             raise

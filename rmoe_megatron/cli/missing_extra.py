@@ -1,11 +1,11 @@
 """Which extra of this package a missing module belongs to, read from what the installed package says of itself."""
 
 import importlib.metadata
-import re
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 PACKAGE = "rmoe-megatron"
-# A requirement of an extra as wheels state it, for instance: megatron-core<0.20,>=0.19.2; extra == "train"
-_REQUIREMENT = re.compile(r"""(?P<name>[\w.-]+)(?:.*;.*\bextra == ["'](?P<extra>[\w-]+)["'])?""")
 
 
 def extra_of(module: str) -> tuple[str, str] | None:
@@ -15,19 +15,25 @@ def extra_of(module: str) -> tuple[str, str] | None:
         module: dotted name, as ``ModuleNotFoundError.name`` has it. A distribution is called like its top-level module,
             with dashes for underscores, or adds a word to it (``megatron-core``).
     """
-    top = module.partition(".")[0].replace("_", "-").lower()
+    top = canonicalize_name(module.partition(".")[0])
     try:
-        requirements = importlib.metadata.requires(PACKAGE) or []
+        package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:  # run from its folder without being installed
         return None
-    matches = [match for each in requirements if (match := _REQUIREMENT.match(each)) is not None]
-    if any(
-        match["name"] == top for match in matches if match["extra"] is None
-    ):  # torch is not torch-fidelity
+    requirements = [Requirement(text) for text in package.requires or []]
+    if any(_is_of(each, "") and each.name == top for each in requirements):  # torch is not torch-fidelity
         return None
-    for match in matches:
-        if match["extra"] is None or match["name"] == PACKAGE:  # the dev extra brings the train extra by name
-            continue
-        if match["name"] == top or match["name"].startswith(f"{top}-"):
-            return match["extra"], match["name"]
+    for extra in package.metadata.get_all("Provides-Extra") or []:
+        for each in requirements:
+            name = canonicalize_name(each.name)
+            # The dev extra brings the train extra by this package's own name.
+            if name == PACKAGE or not _is_of(each, extra) or _is_of(each, ""):
+                continue
+            if top and (name == top or name.startswith(f"{top}-")):
+                return extra, each.name
     return None
+
+
+def _is_of(requirement: Requirement, extra: str) -> bool:
+    """Return whether an installation with an extra, or with none, has a requirement."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})

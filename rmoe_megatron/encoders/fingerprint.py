@@ -1,23 +1,19 @@
 """Which frozen encoders made the embeddings of a set, so that no run trains on those of others."""
 
 import hashlib
-import os
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rmoe_megatron.config.model import ModelDescription
-from rmoe_megatron.encoders.text import MINILM_BLOCKS, minilm_folder
+from rmoe_megatron.encoders.minilm import MINILM_BLOCKS, minilm_folder
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.files import atomic
-from rmoe_megatron.files.regular import open_regular, read_bytes
+from rmoe_megatron.files.sha256 import sha256_of
 from rmoe_megatron.pretrained.config_files import AUTOENCODERS, read_config
 from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.model_files import autoencoder_parts, text_encoder_parts, weight_files
 
 DATASET = "dataset.json"  # beside precomputed shards
-SETTLED = 2.0  # seconds: the coarsest clock of a file system's times
 
 
 def describe_autoencoder(name: str) -> dict[str, Any]:
@@ -85,26 +81,3 @@ def _sha256(files: list[Path]) -> str:
     for file in files:
         digest.update(bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()
-
-
-def sha256_of(file: Path) -> str:
-    """Return a file's SHA-256, which is kept in the user's cache: some files have gigabytes.
-
-    That of a file of this moment is not: it can change again within what the file system's clock tells apart.
-    """
-    found = file.stat()
-    identity = f"{file.resolve()} {found.st_size} {found.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    kept = cache / "rmoe_megatron" / "sha256" / hashlib.sha256(identity.encode()).hexdigest()
-    if kept.is_file() and len(text := read_bytes(kept, 64).decode()) == 64:
-        return text
-    with open_regular(file) as stream:
-        text = hashlib.file_digest(stream, "sha256").hexdigest()
-    if time.time() - found.st_mtime < SETTLED:
-        return text
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(kept, text)
-    except OSError:
-        pass  # it is only slower the next time
-    return text

