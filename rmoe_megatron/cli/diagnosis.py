@@ -1,13 +1,24 @@
-"""The command line of diagnoses: ``rmoe diagnose precision / nodes``. Thin: every command calls one function."""
+"""The command line of diagnoses: ``rmoe diagnose precision / routing / nodes``. Thin: every command calls one function."""
 
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
-from rmoe_megatron.cli.options import Bar, Overrides, require_run
-from rmoe_megatron.errors import RunError
+from rmoe_megatron.cli.options import (
+    Bar,
+    Depth,
+    Dtype,
+    Guidance,
+    Overrides,
+    Seed,
+    Steps,
+    check_guidance,
+    read_prompts,
+    require_run,
+)
+from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.files import atomic
 
 diagnose_app = typer.Typer(
@@ -51,6 +62,55 @@ def diagnose_precision(
             errors = "  ".join(f"{name.replace('_', ' ')} {getattr(each, name):.2%}" for name in PRODUCTS)
             print(f"  block {each.block:>3}  {each.layer:<34}{errors}")
     print(f"all of them: {out / 'precision.png'}")
+
+
+@diagnose_app.command(
+    "routing",
+    epilog="Example: rmoe diagnose routing models/shapes_tiny --prompts-file configs/shapes_prompts.txt",
+)
+def diagnose_routing(
+    model: Annotated[
+        Path, typer.Argument(help="Name the folder of a training run or an exported diffusers folder.")
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Draw this prompt, or this class label of a DiT. The option can be given several times."
+        ),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="Draw the prompts of this text file, one a line.")
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="Write index.html, routing.json and the pictures to this folder."),
+    ] = Path("routing"),
+    images_per_prompt: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Make so many images of every prompt, each with a seed of its own."),
+    ] = 4,
+    steps: Steps = 25,
+    guidance: Guidance = 2.0,
+    seed: Seed = 0,
+    depth: Depth = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Draw which module of a recurrence painted which patch, when and for which words, and how states and attention move."""
+    check_guidance(guidance)
+    prompts = read_prompts(prompt or [], prompts_file)
+    if not model.is_dir():
+        raise UserError(f"There is no folder {model}; give a training run's or an exported model's.")
+    from rmoe_megatron.inference.sampling import resolve_dtype
+    from rmoe_megatron.inspection.routing import RoutingSettings
+    from rmoe_megatron.inspection.routing import diagnose_routing as diagnose
+
+    settings = RoutingSettings(prompts, images_per_prompt, steps, guidance, seed, resolve_dtype(dtype), depth)
+    for place in diagnose(model, out, settings, Bar("routing", "image")):
+        shares = " ".join(f"{share:.2f}" for share in cast("list[float]", place["usage"]))
+        print(
+            f"block {place['block']}  pass {place['pass']}  latent step {place['latent_step']}  shares {shares}"
+        )
+    print(f"all of it: {out / 'index.html'}")
 
 
 @diagnose_app.command(

@@ -1,6 +1,5 @@
 """A page to look at a folder of raw shards: ``rmoe data show``. It is one HTML file, which loads nothing from elsewhere."""
 
-import base64
 from html import escape
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rmoe_megatron.data.shards.bucketing import NO_BUCKET, TOO_SMALL, Bucketing
 from rmoe_megatron.data.shards.index import LEFT_OUT
 from rmoe_megatron.data.training_dataset import SampleFormat
 from rmoe_megatron.files import atomic
-from rmoe_megatron.files.images import png
+from rmoe_megatron.files.images import embedded, png
 
 SHOWN = 100  # samples
 LISTED = 200  # entries of a list, at most
@@ -40,7 +39,7 @@ def write_page(
         f"<pre>{escape(chr(10).join(lines(report)))}</pre>",
     ]
     if report.sizes:
-        parts.append(f"<img src='{_embedded(draw_histograms(report))}' alt='histograms'>")
+        parts.append(f"<img src='{embedded(draw_histograms(report))}' alt='histograms'>")
     if text_length is not None:
         parts.append(f"<h2>Captions and text_length</h2><p>{escape(_against(report, text_length))}</p>")
     parts.append(f"<h2>Left out</h2>{_listed(left_out(report, sample_format), 'Nothing is left out.')}")
@@ -109,11 +108,7 @@ def _figure(sample: Shown, text_length: int | None) -> str:
         said += f", {sample.tokens} tokens"
     is_cut = text_length is not None and sample.tokens is not None and sample.tokens > text_length
     return (
-        f"<figure><img loading=lazy src='{_embedded(png(Image.fromarray(sample.thumbnail)))}' alt=''>"
+        f"<figure><img loading=lazy src='{embedded(png(Image.fromarray(sample.thumbnail)))}' alt=''>"
         f"<figcaption{' class=cut' if is_cut else ''}>{escape(sample.caption)}<br>"
         f"<small>{escape(sample.place)}<br>{escape(said)}</small></figcaption></figure>"
     )
-
-
-def _embedded(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"

@@ -1,5 +1,6 @@
 """PNG files and labelled grids."""
 
+import base64
 import io
 import textwrap
 from pathlib import Path
@@ -33,6 +34,11 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="png")
     return buffer.getvalue()
+
+
+def embedded(content: bytes) -> str:
+    """Return the bytes of a PNG file as an address that an HTML page carries in itself."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def stacked(grids: dict[str, Image.Image]) -> Image.Image:

@@ -30,6 +30,10 @@ class Gate(nn.Module):
 
     def forward(self, state: Tensor, conditioning: Tensor) -> Tensor:
         """Return the index of a module for every token [B, S], int64."""
+        return self.logits(state, conditioning).argmax(dim=-1)
+
+    def logits(self, state: Tensor, conditioning: Tensor) -> Tensor:
+        """Return float32 logits [B, S, M] from token states [B, S, H] and the conditioning vector [B, H]."""
         logits: Tensor | float = 0.0
         if self.token is not None:
             logits = logits + F.linear(state.float(), self.token.weight.float())
@@ -37,7 +41,7 @@ class Gate(nn.Module):
             from_conditioning = F.linear(conditioning.float(), self.conditioning.weight.float()).unsqueeze(1)
             logits = logits + from_conditioning.expand(-1, state.shape[1], -1)
         assert isinstance(logits, Tensor)
-        return logits.argmax(dim=-1)
+        return logits
 
 
 class ModuleWeight(nn.Module):

@@ -265,7 +265,9 @@ def test_time_is_up_in_the_middle_of_a_save(site: Site, whole: dict[int, float],
     if told == "by a signal":
         assert events == ["started", "interrupted", "resumed", "finished"]
         assert history[1]["why"] == "SIGUSR1"
-    elif told == "by its limit":  # a slow machine may be told by the signal before its first save, and start anew
+    elif (
+        told == "by its limit"
+    ):  # a slow machine may be told by the signal before its first save, and start anew
         assert (events[0], *events[-2:]) == ("started", "resumed", "finished")
     else:
         assert events == ["started", "resumed", "finished"]
