@@ -212,6 +212,7 @@ def train(
 def _check_training(arguments: list[str], resume: Path | None, ranks: int, gpu: str | None) -> None:
     """Check a run of ``ranks`` ranks, new or resumed, and print its configuration, its layout and its memory on a GPU, if one is known."""
     from rmoe_megatron.checkpoint.folders import list_checkpoints
+    from rmoe_megatron.checkpoint.size import checkpoint_bytes
     from rmoe_megatron.config.layout_checks import data_parallel_size
     from rmoe_megatron.config.loading import load_config, to_yaml
     from rmoe_megatron.distributed.device import runs_on_cuda
@@ -248,7 +249,7 @@ def _check_training(arguments: list[str], resume: Path | None, ranks: int, gpu: 
     )
     print(f"# experts spread over {layout.expert_model_parallel_size} ranks of a pipeline stage")
     print(f"# {memory}")
-    print(f"# a checkpoint takes {preflight.checkpoint_bytes(config) / 1e9:.4g} GB")
+    print(f"# a checkpoint takes {checkpoint_bytes(config) / 1e9:.4g} GB")
     print(f"# run folder: {Path(config.run_dir).absolute()}")
 
 

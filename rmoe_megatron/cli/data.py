@@ -305,7 +305,7 @@ def _show_shards(
     from rmoe_megatron.data.report import inspect_shards
     from rmoe_megatron.data.training_dataset import SampleFormat
     from rmoe_megatron.encoders.token_counts import token_counter
-    from rmoe_megatron.training.preflight import sample_format
+    from rmoe_megatron.input_pipeline.settings import sample_format
 
     if (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is a run: name one of its draws with --draw, or the folder of its shards.")

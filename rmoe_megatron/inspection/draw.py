@@ -14,7 +14,7 @@ from rmoe_megatron.encoders.autoencoder import decode_latents, load_autoencoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.images import png
-from rmoe_megatron.training.draws import locate, open_draws
+from rmoe_megatron.input_pipeline.draws import locate, open_draws
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ from rmoe_megatron.distributed.launch import require_one_rank
 from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
+from rmoe_megatron.input_pipeline.batches import TrainingSource
 from rmoe_megatron.inspection.watched_products import ALL_RECIPES, watch_products
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.training import preflight
 from rmoe_megatron.training.logging import json_text
-from rmoe_megatron.training.source import TrainingSource
 
 PRODUCTS = ("output", "input_gradient", "weight_gradient")
 HISTORY = 32

@@ -25,6 +25,7 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.disk_errors import sentence
 from rmoe_megatron.files.untrusted import read_json
+from rmoe_megatron.input_pipeline.settings import buckets_of, sample_format
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.precompute.captions import CaptionCache, require_storable
 from rmoe_megatron.precompute.shard import DTYPES, ShardEncoder
@@ -38,7 +39,6 @@ from rmoe_megatron.precompute.sources import (
     remove_records,
 )
 from rmoe_megatron.precompute.stored_captions import StoredCaptions, remove_places
-from rmoe_megatron.training.preflight import buckets_of, sample_format
 
 logger = logging.getLogger(__name__)
 

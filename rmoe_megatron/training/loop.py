@@ -23,6 +23,7 @@ from rmoe_megatron.engine.protocol import StepResult
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.disk_errors import warned
 from rmoe_megatron.files.images import png
+from rmoe_megatron.input_pipeline.batches import TrainingSource
 from rmoe_megatron.model.precision.backend import (
     describe_backend,
     describe_kernels,
@@ -36,7 +37,6 @@ from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.interruption import Interruption, StopRequest
 from rmoe_megatron.training.logging import RunLogger, describe_run
 from rmoe_megatron.training.sample_grid import SampleGrid
-from rmoe_megatron.training.source import TrainingSource
 from rmoe_megatron.training.state import TrainingState, save_checkpoint
 from rmoe_megatron.training.throughput import Throughput
 

@@ -6,50 +6,35 @@ Megatron-Core is not imported: these checks also take place where a job is submi
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypedDict
 
 import torch
-from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.checkpoint.folders import list_checkpoints
-from rmoe_megatron.config.buckets import Bucket, build_buckets
-from rmoe_megatron.config.captions import parse_captions
-from rmoe_megatron.config.model import ModelConfig
+from rmoe_megatron.checkpoint.size import checkpoint_bytes
 from rmoe_megatron.config.require import require
-from rmoe_megatron.config.run import Device, OptimizerName, RunConfig, Trainable
-from rmoe_megatron.config.sample_filter import SampleFilter
+from rmoe_megatron.config.run import Device, OptimizerName, RunConfig
 from rmoe_megatron.config.stages import Stage, stages_of
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.data.loader import BatchLayout, batches
-from rmoe_megatron.data.shards.bucketing import Bucketing
-from rmoe_megatron.data.storage.block_cache import BlockCache
-from rmoe_megatron.data.storage.remote_store import shard_store
 from rmoe_megatron.data.storage.store import ShardStore
-from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
+from rmoe_megatron.data.training_dataset import TrainingDataset
 from rmoe_megatron.engine.deepspeed.library import check_deepspeed
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
-from rmoe_megatron.files.untrusted import OPEN, read_json
+from rmoe_megatron.input_pipeline.settings import (
+    buckets_of,
+    check_shapes,
+    folders_of,
+    latent_sizes,
+    pixels_per_latent,
+    sample_format,
+)
 from rmoe_megatron.model.checks import check_model
-from rmoe_megatron.model.parameters import dense_parameters, module_parameters
 from rmoe_megatron.model.precision.backend import check_backend, is_installed
-from rmoe_megatron.pretrained.hub import present_folder
-from rmoe_megatron.pretrained.model_files import autoencoder_parts
 from rmoe_megatron.training.base_checks import check_base
 from rmoe_megatron.training.benchmarks import check_benchmark
 from rmoe_megatron.training.encoder_shapes import check_encoders_fit
 
-
-@with_config(OPEN)
-class AutoencoderConfig(TypedDict):
-    """What of an AutoencoderKL's ``config.json`` is needed: channels of its blocks, each but the last halves the side."""
-
-    block_out_channels: Annotated[list[int], Field(min_length=1, max_length=16)]
-
-
-AUTOENCODER = TypeAdapter(AutoencoderConfig)
-# Of an average, a main parameter and Adam's two moments, in float32.
-STATE_BYTES = 4 * 4
 LOOKED_AT = 16  # samples of a set that a check loads, at most
 
 
@@ -151,19 +136,6 @@ def check_shards(config: RunConfig) -> None:
             folder.shards()
 
 
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Return what a checkpoint takes: weights, and of what is trained their average, main parameters and moments.
-
-    With ``fine_tuning.trainable=added`` it is of the additions alone; with ``blocks`` an upper bound.
-    """
-    dense, modules = dense_parameters(config), module_parameters(config)
-    if config.fine_tuning is not None and config.fine_tuning.trainable is Trainable.added:
-        dense = (
-            0  # the gate, the modulation and LoRA are small beside the modules, or there is nothing larger
-        )
-    return (dense + modules) * (STATE_BYTES + config.precision.parameter_bytes)
-
-
 def check_space(config: RunConfig) -> None:
     """Check that the disk of ``run_dir`` can take the checkpoints that are kept and the one that is being written.
 
@@ -183,34 +155,6 @@ def check_space(config: RunConfig) -> None:
             f"{checkpoint_bytes(config) / 1e9:.4g} GB are to come (checkpoint.keep_last, and one while it is written); "
             "make room or choose another run_dir."
         )
-
-
-def pixels_per_latent(autoencoder: str) -> int:
-    """Return how many pixels of an image's side one of its latents' stands for.
-
-    Raises:
-        UserError: the autoencoder is not here, or its configuration cannot be read.
-    """
-    if autoencoder == "pixel":
-        return 1
-    folder = present_folder(autoencoder, "encoders.autoencoder", autoencoder_parts)
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    described = read_json(folder / "config.json", AUTOENCODER)
-    return 2 ** (len(described["block_out_channels"]) - 1)
-
-
-def folders_of(config: RunConfig, stage: Stage) -> list[ShardStore]:
-    """Return the shard folders of a stage."""
-    names = [*(dataset.path for dataset in stage.datasets), *filter(None, [stage.validation])]
-    return [store_of(config, name) for name in names]
-
-
-def store_of(config: RunConfig, location: str) -> ShardStore:
-    """Return the store of a folder or URL; what is remote goes through the run's cache."""
-    data, cache = config.data, None
-    if data.cache is not None:
-        cache = BlockCache(Path(data.cache), int(data.cache_gigabytes * 1e9))
-    return shard_store(location, cache)
 
 
 def check_first_batch(config: RunConfig, folder: ShardStore, stage: Stage) -> None:
@@ -244,27 +188,6 @@ class InTurn:
 
     def __getitem__(self, draw: int) -> int:
         return draw % self.count
-
-
-def buckets_of(config: RunConfig, sample_size: int) -> tuple[Bucket, ...]:
-    """Return the sizes of a run's pictures, in pixels: its buckets, or one square.
-
-    Args:
-        sample_size: of a side of the square latents.
-
-    Raises:
-        UserError: a bucket is none, or the autoencoder is not here, or its configuration cannot be read.
-    """
-    side = sample_size * pixels_per_latent(config.encoders.autoencoder)
-    if config.data.buckets is None:
-        return (Bucket(side, side),)
-    return build_buckets(config.data.buckets, side)
-
-
-def latent_sizes(config: RunConfig, sample_size: int) -> list[tuple[int, int]]:
-    """Return height and width of the latents of each bucket."""
-    scale = pixels_per_latent(config.encoders.autoencoder)
-    return [(bucket.height // scale, bucket.width // scale) for bucket in buckets_of(config, sample_size)]
 
 
 def check_evaluations(config: RunConfig) -> None:
@@ -306,56 +229,4 @@ def check_buckets(config: RunConfig) -> None:
                 width * height % shards == 0,
                 f"data.buckets has {bucket}, whose {width * height} patches cannot be spread over tensor_model_parallel_size x "
                 f"context_parallel_size = {shards} ranks; raise data.buckets.multiple, or choose other sizes.",
-            )
-
-
-def sample_format(config: RunConfig, sample_size: int | None = None) -> SampleFormat:
-    """Return what the model of a configuration takes of samples.
-
-    Args:
-        sample_size: of a side of the square latents, if it is not the model's.
-
-    Raises:
-        UserError: the autoencoder is not here, or its configuration cannot be read.
-    """
-    buckets = buckets_of(config, sample_size or config.model.sample_size)
-    return SampleFormat(
-        config.model.num_classes,
-        Bucketing(buckets, config.data.upscale),
-        config.data.buckets is not None,
-        pixels_per_latent(config.encoders.autoencoder),
-        parse_captions(config.data.captions),
-        config.seed,
-        SampleFilter(config.data.filter) if config.data.filter is not None else None,
-        config.data.augment,
-    )
-
-
-def check_shapes(
-    shapes: dict[str, tuple[int, ...]],
-    model: ModelConfig,
-    size: tuple[int, int],
-    folder: str,
-    precomputed: bool,
-) -> None:
-    """Check the shapes of a sample, encoded, against what a model takes.
-
-    Args:
-        size: height and width of the latents.
-        folder: of the sample.
-        precomputed: it lies there encoded.
-
-    Raises:
-        UserError: one differs.
-    """
-    expected: dict[str, tuple[int, ...]] = {"latents": (model.in_channels, *size)}
-    if not model.is_class_conditional:
-        expected["text_hidden_states"] = (model.text_length, model.text_hidden_size)
-        expected["text_pooled"] = (model.pooled_size,)
-    remedy = "precompute the data again with" if precomputed else "use data and encoders that fit"
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise UserError(
-                f"{name} from {folder} has shape {shapes[name]} but the model of this configuration needs {shape}; "
-                f"{remedy} this configuration."
             )

@@ -30,6 +30,7 @@ from rmoe_megatron.errors import Interrupted, RunError, UserError
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.disk_errors import message_of, warned
 from rmoe_megatron.files.foreign_errors import reason
+from rmoe_megatron.input_pipeline.batches import TrainingSource
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import check_memory
 from rmoe_megatron.model.precision.backend import resolve_precision
@@ -40,7 +41,6 @@ from rmoe_megatron.training.history import EventName, count_restarts, read_histo
 from rmoe_megatron.training.loop import TrainingLoop, finished
 from rmoe_megatron.training.resuming import read_resumed
 from rmoe_megatron.training.run_lock import exclusive
-from rmoe_megatron.training.source import TrainingSource
 from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint
 
 logger = logging.getLogger(__name__)

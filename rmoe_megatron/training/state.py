@@ -21,6 +21,7 @@ from rmoe_megatron.checkpoint.folders import (
     remove_old,
 )
 from rmoe_megatron.checkpoint.saving import new_checkpoint, save_sharded
+from rmoe_megatron.checkpoint.size import checkpoint_bytes
 from rmoe_megatron.checkpoint.unpickling import read_metadata
 from rmoe_megatron.config.loading import save_config
 from rmoe_megatron.config.run import RunConfig
@@ -29,7 +30,6 @@ from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.files.foreign_errors import refusal
 from rmoe_megatron.training.ema import ExponentialMovingAverage
-from rmoe_megatron.training.preflight import checkpoint_bytes
 
 
 @dataclass

@@ -17,9 +17,9 @@ from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.shards.bucketing import Bucketing
 from rmoe_megatron.data.training_dataset import SampleFormat, TrainingDataset
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.input_pipeline.draws import open_draws
 from rmoe_megatron.precompute.job import check_precompute
 from rmoe_megatron.training import run
-from rmoe_megatron.training.draws import open_draws
 from tests.support.runs import losses, make_run, write_shard
 
 SIDE, LONG = 4, 12

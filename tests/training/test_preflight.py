@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rmoe_megatron.checkpoint.folders import checkpoint_path, list_checkpoints
+from rmoe_megatron.checkpoint.size import checkpoint_bytes
 from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.training import preflight
@@ -165,7 +166,7 @@ def test_a_checkpoint_takes_what_is_said(tmp_path: Path) -> None:
     assert rmoe("train", str(config), *settings)[0] == 0
     newest = list_checkpoints(tmp_path / "run")[0].path
     size = sum(file.stat().st_size for file in newest.iterdir())
-    assert size == pytest.approx(preflight.checkpoint_bytes(load_config(config, settings)), rel=0.1)
+    assert size == pytest.approx(checkpoint_bytes(load_config(config, settings)), rel=0.1)
     assert check(str(config), *settings).returncode == 2  # the folder holds a run
     done = check("--resume", str(tmp_path / "run"), "training.steps=9")
     assert done.returncode == 0, done.stderr
@@ -174,7 +175,7 @@ def test_a_checkpoint_takes_what_is_said(tmp_path: Path) -> None:
 
 def test_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(make_run(tmp_path), ["checkpoint.keep_last=2", "checkpoint.every=5"])
-    size = preflight.checkpoint_bytes(config)
+    size = checkpoint_bytes(config)
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: Usage(0, 0, 3 * size)
     )  # two kept, one being written

@@ -21,8 +21,8 @@ from rmoe_megatron.data.order import Order
 from rmoe_megatron.distributed.launch import local_rank
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT, build_condition_encoder
-from rmoe_megatron.training.bad_samples import BadSamples, warn
-from rmoe_megatron.training.draws import (
+from rmoe_megatron.input_pipeline.bad_samples import BadSamples, warn
+from rmoe_megatron.input_pipeline.draws import (
     FIRST_VALIDATION_DRAW,
     StageDraws,
     check_continues,
@@ -30,7 +30,7 @@ from rmoe_megatron.training.draws import (
     locate,
     open_draws,
 )
-from rmoe_megatron.training.preflight import check_shapes
+from rmoe_megatron.input_pipeline.settings import check_shapes
 
 
 def _open_in_turn(config: RunConfig) -> list[StageDraws]:
