@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rmoe_megatron.checkpoint.folders import write_pending
+from rmoe_megatron.checkpoint.run_checkpoint import save_checkpoint
 from rmoe_megatron.checkpoint.saving import NotSavedError
 from rmoe_megatron.config.run import EvaluationConfig, RunConfig
 from rmoe_megatron.data.batch import Batch
@@ -37,7 +38,7 @@ from rmoe_megatron.training.health import Health
 from rmoe_megatron.training.interruption import Interruption, StopRequest
 from rmoe_megatron.training.logging import RunLogger, describe_run
 from rmoe_megatron.training.sample_grid import SampleGrid
-from rmoe_megatron.training.state import TrainingState, save_checkpoint
+from rmoe_megatron.training.state import TrainingState
 from rmoe_megatron.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from rmoe_megatron.checkpoint.folders import (
     read_state,
     verify,
 )
+from rmoe_megatron.checkpoint.run_checkpoint import Progress, load_checkpoint
 from rmoe_megatron.config.loading import load_config, to_yaml
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.diffusion.loss import DiffusionLoss
@@ -41,7 +42,7 @@ from rmoe_megatron.training.history import EventName, count_restarts, read_histo
 from rmoe_megatron.training.loop import TrainingLoop, finished
 from rmoe_megatron.training.resuming import read_resumed
 from rmoe_megatron.training.run_lock import exclusive
-from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint
+from rmoe_megatron.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,13 @@ def resumed(config: RunConfig) -> tuple[int, list[float]]:
     import torch.distributed as dist
 
     from rmoe_megatron.checkpoint.folders import list_checkpoints
+    from rmoe_megatron.checkpoint.run_checkpoint import Progress, load_checkpoint, save_checkpoint
     from rmoe_megatron.diffusion.loss import DiffusionLoss
     from rmoe_megatron.distributed.process_groups import process_groups
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
     from rmoe_megatron.training.ema import ExponentialMovingAverage
-    from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint, save_checkpoint
+    from rmoe_megatron.training.state import TrainingState
 
     with process_groups(config) as device:
         folders = [tempfile.mkdtemp()]

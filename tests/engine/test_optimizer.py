@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rmoe_megatron.checkpoint.folders import list_checkpoints
+from rmoe_megatron.checkpoint.run_checkpoint import Progress, load_checkpoint, save_checkpoint
 from rmoe_megatron.data.batch import ClassConditions, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss
 from rmoe_megatron.engine.deepspeed.expert_groups import mark_modules
@@ -17,7 +18,7 @@ from rmoe_megatron.engine.megatron.engine import MegatronEngine
 from rmoe_megatron.engine.megatron.optimizer import _adam_optimizers
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.training.ema import ExponentialMovingAverage
-from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint, save_checkpoint
+from rmoe_megatron.training.state import TrainingState
 from tests.model.test_compile import make_batch
 from tests.support.configurations import one_rank, randomise, tiny_config
 from tests.support.ranks import DIT

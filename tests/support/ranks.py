@@ -180,10 +180,11 @@ def train(config: RunConfig, gradients: bool = True, resumes: bool = False) -> R
 def saved_and_resumed(engine: Any, ema: Any, config: RunConfig) -> tuple[Any, Any, Any]:
     """Save a run and load it into one of other weights; returns its engine, averages and places."""
     from rmoe_megatron.checkpoint.folders import list_checkpoints
+    from rmoe_megatron.checkpoint.run_checkpoint import Progress, load_checkpoint, save_checkpoint
     from rmoe_megatron.engine.registry import build_engine
     from rmoe_megatron.model.build import build_chunks
     from rmoe_megatron.training.ema import ExponentialMovingAverage
-    from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint, save_checkpoint
+    from rmoe_megatron.training.state import TrainingState
 
     folders = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folders)

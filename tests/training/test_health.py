@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rmoe_megatron.checkpoint.folders import list_checkpoints
+from rmoe_megatron.checkpoint.run_checkpoint import Progress, load_checkpoint, save_checkpoint
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.run import CheckpointConfig
 from rmoe_megatron.data.batch import TextConditions
@@ -24,7 +25,7 @@ from rmoe_megatron.errors import RunError
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.training.ema import ExponentialMovingAverage
 from rmoe_megatron.training.health import Health
-from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint, save_checkpoint
+from rmoe_megatron.training.state import TrainingState
 from tests.support.commands import rmoe
 from tests.support.configurations import one_rank, tiny_config
 from tests.support.runs import losses, make_run
