@@ -49,6 +49,7 @@ DEPENDS_ON = (
     "rmoe_megatron/engine",
     "rmoe_megatron/model",
     "rmoe_megatron/distributed/device.py",
+    "rmoe_megatron/distributed/megatron_on_cpu.py",
     "tools/benchmark_step.py",
 )
 

@@ -1,7 +1,7 @@
 """Does a device compute what the CPU computes: a training step, and the products of the modules.
 
 The reference step runs in a process of its own, which sees no GPU: what makes Megatron-Core run on the CPU replaces calls of
-``torch.cuda`` for the whole process (:func:`rmoe_megatron.distributed.device.use_cpu`).
+``torch.cuda`` for the whole process (:func:`rmoe_megatron.distributed.megatron_on_cpu.use_cpu`).
 """
 
 import argparse

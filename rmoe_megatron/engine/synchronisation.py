@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ALLOWED = {
     "rmoe_megatron.engine.megatron.engine:MegatronEngine.step": "loss and norm: a step that is not finite must not touch the weights",
     "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu": "modules on several ranks: sizes of the all-to-all",
-    "rmoe_megatron.distributed.device:_patch_megatron_core.<locals>.maybe_move_tensor_to_cpu": "the same, on the CPU",
+    "rmoe_megatron.distributed.megatron_on_cpu:_patch_megatron_core.<locals>.maybe_move_tensor_to_cpu": "the same, on the CPU",
     "megatron.core.transformer.moe.moe_utils:sort_chunks_by_idxs": "the same numbers, which are on the host by then",
     "rmoe_megatron.model.recurrence.experts:Packing.__init__": "the longest group: batched products, where grouped_mm can't be had",
 }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rmoe_megatron.config.run import Device
-from rmoe_megatron.distributed import device
+from rmoe_megatron.distributed import device, megatron_on_cpu
 from rmoe_megatron.errors import UserError
 
 
@@ -20,8 +20,8 @@ def test_kernels_of_cuda_alone_are_not_taken_on_the_cpu(monkeypatch: pytest.Monk
     flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
     for name in flags:
         monkeypatch.setattr(distrib_optimizer, name, True)
-    device.use_cpu()  # does nothing if it has been called before
-    device._use_pytorch_optimizer()
+    megatron_on_cpu.use_cpu()  # does nothing if it has been called before
+    megatron_on_cpu._use_pytorch_optimizer()
     assert optimizers.Adam is torch.optim.AdamW
     assert not any(getattr(distrib_optimizer, name) for name in flags)  # or checkpoints would lack the steps
     copied = torch.zeros(2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rmoe_megatron.data.batch import Batch
-from rmoe_megatron.distributed.device import use_cpu
+from rmoe_megatron.distributed.megatron_on_cpu import use_cpu
 from rmoe_megatron.engine.prefetching import prefetched
 from tests.model.test_compile import make_batch
 

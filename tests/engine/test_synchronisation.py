@@ -22,7 +22,9 @@ from tests.support.ranks import layout, run_on_ranks
 
 STEP = "rmoe_megatron.engine.megatron.engine:MegatronEngine.step"
 BATCHED_PRODUCTS = "rmoe_megatron.model.recurrence.experts:Packing.__init__"
-SIZES_ON_CPU = "rmoe_megatron.distributed.device:_patch_megatron_core.<locals>.maybe_move_tensor_to_cpu"
+SIZES_ON_CPU = (
+    "rmoe_megatron.distributed.megatron_on_cpu:_patch_megatron_core.<locals>.maybe_move_tensor_to_cpu"
+)
 SIZES = "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu"
 SPLITS = "megatron.core.transformer.moe.moe_utils:sort_chunks_by_idxs"
 

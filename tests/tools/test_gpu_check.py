@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rmoe_megatron.config.run import Fp8Recipe, Precision, RunConfig
-from rmoe_megatron.distributed.device import use_cpu
+from rmoe_megatron.distributed.megatron_on_cpu import use_cpu
 from rmoe_megatron.engine.megatron.engine import MegatronEngine
 from rmoe_megatron.model.flops import training_flops_per_sample
 from rmoe_megatron.model.recurrence.experts import Experts

@@ -159,7 +159,7 @@ def _attention(config: RunConfig, cuda: bool) -> str:
 
 
 def _adam(config: RunConfig, cuda: bool) -> str:
-    """Say whose Adam the engine takes, and why not another's; see :func:`rmoe_megatron.distributed.device.use_cpu`."""
+    """Say whose Adam the engine takes, and why not another's; see :func:`rmoe_megatron.distributed.megatron_on_cpu.use_cpu`."""
     if config.engine is EngineName.deepspeed:
         where = " on the host" if config.deepspeed.offload_optimizer else ""
         return f"PyTorch's{where} on the flat shards of DeepSpeed's ZeRO {config.deepspeed.zero_stage}"
