@@ -11,8 +11,8 @@ ROOT = Path(rmoe_megatron.__file__).parent
 # Folders and files at the top, each after all that it imports from.
 ORDER = [
     "errors", "counter_rng", "versions", "hf", "files", "config", "distributed", "data", "diffusion", "model", "pretrained",
-    "encoders", "checkpoint", "engine", "inference", "evaluation", "sample_folder", "input_pipeline", "precompute", "training",
-    "conversion", "inspection", "planning", "cli", "__main__",
+    "encoders", "checkpoint", "engine", "inference", "evaluation", "input_pipeline", "precompute", "training", "conversion",
+    "inspection", "planning", "cli", "__main__",
 ]  # fmt: skip
 
 

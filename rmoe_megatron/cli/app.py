@@ -322,9 +322,9 @@ def sample(
     prompts = read_prompts(prompt or [], prompts_file)
     require_pipeline(str(model))
     atomic.check_writable(out, "--out")
-    from rmoe_megatron.evaluation.generation import Sampling
+    from rmoe_megatron.inference.generation import Sampling
+    from rmoe_megatron.inference.sample_folder import fill_folder
     from rmoe_megatron.inference.sampling import resolve_dtype
-    from rmoe_megatron.sample_folder import fill_folder
 
     sampling = Sampling(
         str(model), steps, guidance, seed, batch_size, guidance_interval, scheduler,

@@ -117,8 +117,8 @@ def eval_shapes(
     atomic.check_writable(out, "--out")
     require_set(data / "val", f"rmoe data build-shapes {data}")
     require_pipeline(str(model))
-    from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.shapes import Settings, evaluate_shapes
+    from rmoe_megatron.inference.generation import Sampling
     from rmoe_megatron.inference.sampling import resolve_dtype
 
     sampling = Sampling(str(model), steps, guidance, seed, batch_size, dtype=resolve_dtype(dtype))
@@ -153,8 +153,8 @@ def eval_mazes(
     atomic.check_writable(out, "--out")
     require_set(data / "test", f"rmoe data build-mazes {data}")
     require_pipeline(str(model))
-    from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.mazes.evaluate import Settings, evaluate_mazes
+    from rmoe_megatron.inference.generation import Sampling
     from rmoe_megatron.inference.sampling import resolve_dtype
 
     sampling = Sampling(str(model), counts[0], 1.0, seed, batch_size, dtype=resolve_dtype(dtype))
@@ -220,9 +220,9 @@ def eval_imagenet(
         require_model(model)
     require_published(reference, "--reference", IMAGENET_REFERENCE)
     require_published(inception, "--inception", INCEPTION)
-    from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.imagenet.dit_sampling import Mode
     from rmoe_megatron.evaluation.imagenet.evaluate import Settings, evaluate_imagenet
+    from rmoe_megatron.inference.generation import Sampling
     from rmoe_megatron.inference.sampling import resolve_dtype
 
     if sampling not in ("dit", "pipeline"):

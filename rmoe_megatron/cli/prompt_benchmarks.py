@@ -85,10 +85,10 @@ def eval_geneval(
     require_model(model)
     require_judge(detector, "--detector")
     require_judge(clip, "--clip")
-    from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
     from rmoe_megatron.evaluation.geneval.prompts import make_prompts, read_metadata
     from rmoe_megatron.evaluation.limits import take_in_turn
+    from rmoe_megatron.inference.generation import Sampling
     from rmoe_megatron.inference.sampling import resolve_dtype
 
     prompts = make_prompts() if metadata is None else read_metadata(metadata)
@@ -143,10 +143,10 @@ def eval_geneval2(
     require_model(model)
     require_published(data, "--data", GENEVAL2_PROMPTS)
     require_judge(answerer, "--answerer")
-    from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
     from rmoe_megatron.evaluation.geneval2.prompts import read_prompts
     from rmoe_megatron.evaluation.limits import take_in_turn
+    from rmoe_megatron.inference.generation import Sampling
     from rmoe_megatron.inference.sampling import resolve_dtype
 
     sampling = Sampling(
@@ -208,8 +208,8 @@ def eval_dpg(
     require_mplug() if answerer == "mplug" else require_judge(answerer, "--answerer")
     from rmoe_megatron.evaluation.dpg.evaluate import Settings, evaluate_dpg
     from rmoe_megatron.evaluation.dpg.questions import is_published, read_items
-    from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.limits import take_in_turn
+    from rmoe_megatron.inference.generation import Sampling
     from rmoe_megatron.inference.sampling import resolve_dtype
 
     if images_per_prompt not in (None, 1, 4):
@@ -282,8 +282,8 @@ def eval_corebench(
     from rmoe_megatron.evaluation.corebench.evaluate import Settings, evaluate_corebench
     from rmoe_megatron.evaluation.corebench.judging import read_wording
     from rmoe_megatron.evaluation.corebench.prompts import read_prompts
-    from rmoe_megatron.evaluation.generation import Sampling
     from rmoe_megatron.evaluation.limits import take_in_turn
+    from rmoe_megatron.inference.generation import Sampling
     from rmoe_megatron.inference.sampling import resolve_dtype
 
     rules = protocol_of(protocol)

@@ -19,11 +19,11 @@ from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.data.packing import pack as packing
 from rmoe_megatron.data.packing.pack import pack
 from rmoe_megatron.errors import Interrupted
-from rmoe_megatron.evaluation import generation
-from rmoe_megatron.evaluation.generation import Sampling
-from rmoe_megatron.evaluation.provenance import read_record
 from rmoe_megatron.files import atomic
-from rmoe_megatron.sample_folder import fill_folder
+from rmoe_megatron.inference import generation
+from rmoe_megatron.inference.generation import Sampling
+from rmoe_megatron.inference.provenance import read_record
+from rmoe_megatron.inference.sample_folder import fill_folder
 from tests.hf.test_pipelines import recurrent_dit
 from tests.support.commands import finish, kill, rmoe, start
 from tests.support.runs import make_run

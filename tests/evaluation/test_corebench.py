@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation import generation
 from rmoe_megatron.evaluation.corebench.evaluate import Settings, differences, evaluate_corebench, rules
 from rmoe_megatron.evaluation.corebench.judging import (
     JUDGES,
@@ -25,9 +24,10 @@ from rmoe_megatron.evaluation.corebench.judging import (
     verdict,
 )
 from rmoe_megatron.evaluation.corebench.prompts import DIMENSIONS, Prompt, is_official, read_prompts
-from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import Qwen3VL, thinks
+from rmoe_megatron.inference import generation
+from rmoe_megatron.inference.generation import Sampling
 from tests.support.commands import rmoe
 from tests.support.judges import save_answerer
 from tests.support.sd3_pipeline import save_pipeline

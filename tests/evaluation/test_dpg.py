@@ -15,8 +15,8 @@ from rmoe_megatron.evaluation.dpg.answering import MPLUG, Mplug, Spoken, load_an
 from rmoe_megatron.evaluation.dpg.evaluate import Settings, evaluate_dpg, grid, tiles
 from rmoe_megatron.evaluation.dpg.questions import Item, read_items
 from rmoe_megatron.evaluation.dpg.scoring import score, worth
-from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.inference.generation import Sampling
 from tests.support.judges import save_answerer
 from tests.support.sd3_pipeline import save_pipeline
 

@@ -13,18 +13,18 @@ from PIL import Image
 from rmoe_megatron import cli
 from rmoe_megatron.cli.options import Bar
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation import generation
 from rmoe_megatron.evaluation.dpg.evaluate import Settings as DpgSettings
 from rmoe_megatron.evaluation.dpg.evaluate import _examples as dpg_examples
 from rmoe_megatron.evaluation.dpg.evaluate import evaluate_dpg
 from rmoe_megatron.evaluation.dpg.questions import Item, Proposition
 from rmoe_megatron.evaluation.early_judge import EarlyJudge
-from rmoe_megatron.evaluation.generation import ImageRequest, Picture, Sampling
 from rmoe_megatron.evaluation.geneval.evaluate import Settings as GenEvalSettings
 from rmoe_megatron.evaluation.geneval.evaluate import _examples, evaluate_geneval
 from rmoe_megatron.evaluation.geneval.prompts import make_prompts
 from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
 from rmoe_megatron.evaluation.results import Box, Example, gallery
+from rmoe_megatron.inference import generation
+from rmoe_megatron.inference.generation import ImageRequest, Picture, Sampling
 from tests.evaluation.test_picture_folder import prompts
 from tests.support.judges import save_clip, save_detector
 from tests.support.sd3_pipeline import save_pipeline

@@ -14,7 +14,6 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.geneval.colors import TEXTS, ColorClassifier, central_square, crop
 from rmoe_megatron.evaluation.geneval.detector import MEAN, STD, Detector, instances
 from rmoe_megatron.evaluation.geneval.evaluate import Settings, evaluate_geneval
@@ -33,6 +32,7 @@ from rmoe_megatron.evaluation.geneval.rules import (
     relations,
 )
 from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.inference.generation import Sampling
 from tests.support.judges import save_clip, save_detector
 from tests.support.local_slurm import ROOT
 from tests.support.sd3_pipeline import save_pipeline

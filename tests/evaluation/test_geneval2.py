@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.generation import ImageRequest, Picture, Sampling
 from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2, means
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt, read_prompts
 from rmoe_megatron.evaluation.geneval2.soft_tifa import (
@@ -24,6 +23,7 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
 from rmoe_megatron.evaluation.qwen_pixels import QwenPixels
+from rmoe_megatron.inference.generation import ImageRequest, Picture, Sampling
 from tests.support.commands import rmoe
 from tests.support.judges import save_answerer
 from tests.support.sd3_pipeline import save_pipeline

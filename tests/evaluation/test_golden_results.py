@@ -18,7 +18,6 @@ from rmoe_megatron.evaluation.corebench.prompts import Prompt
 from rmoe_megatron.evaluation.dpg import evaluate as dpg
 from rmoe_megatron.evaluation.dpg.questions import Item, Proposition
 from rmoe_megatron.evaluation.dpg.scoring import QUIRKS as DPG_QUIRKS
-from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.geneval import evaluate as geneval
 from rmoe_megatron.evaluation.geneval.rules import QUIRKS as GENEVAL_QUIRKS
 from rmoe_megatron.evaluation.geneval.rules import Detection
@@ -26,8 +25,9 @@ from rmoe_megatron.evaluation.geneval2 import evaluate as geneval2
 from rmoe_megatron.evaluation.geneval2.soft_tifa import QUIRKS as GENEVAL2_QUIRKS
 from rmoe_megatron.evaluation.imagenet import evaluate as imagenet
 from rmoe_megatron.evaluation.imagenet.features import Features
-from rmoe_megatron.evaluation.provenance import png_with
 from rmoe_megatron.evaluation.shapes import evaluate as shapes
+from rmoe_megatron.inference.generation import Sampling
+from rmoe_megatron.inference.provenance import png_with
 
 OF_THE_MACHINE = ("sampling", "judge", "model", "prompt_set")  # digests, paths, devices and versions
 

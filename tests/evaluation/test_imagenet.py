@@ -12,7 +12,6 @@ from PIL import Image
 from scipy import linalg, stats
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.imagenet.dit_sampling import Mode
 from rmoe_megatron.evaluation.imagenet.evaluate import (
     Settings,
@@ -29,6 +28,7 @@ from rmoe_megatron.evaluation.imagenet.metrics import (
     precision_and_recall,
 )
 from rmoe_megatron.evaluation.imagenet.reference import open_reference
+from rmoe_megatron.inference.generation import Sampling
 from tests.hf.test_pipelines import recurrent_dit
 from tests.support.sd3_pipeline import save_pipeline
 

@@ -21,7 +21,6 @@ from rmoe_megatron.evaluation.corebench.prompts import read_prompts
 from rmoe_megatron.evaluation.dpg.evaluate import Settings as DpgSettings
 from rmoe_megatron.evaluation.dpg.evaluate import evaluate_dpg
 from rmoe_megatron.evaluation.dpg.questions import read_items
-from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.geneval.evaluate import Settings as GenEvalSettings
 from rmoe_megatron.evaluation.geneval.evaluate import evaluate_geneval
 from rmoe_megatron.evaluation.geneval.prompts import make_prompts
@@ -36,6 +35,7 @@ from rmoe_megatron.evaluation.preference.evaluate import Settings as PreferenceS
 from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.shapes.evaluate import Settings as ShapesSettings
 from rmoe_megatron.evaluation.shapes.evaluate import evaluate_shapes
+from rmoe_megatron.inference.generation import Sampling
 from tests.data.test_mazes import REGION
 from tests.evaluation.test_corebench import save_tables
 from tests.evaluation.test_dpg import TABLE

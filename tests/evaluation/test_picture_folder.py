@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt
 from rmoe_megatron.evaluation.limits import of_a_part, take_in_turn
 from rmoe_megatron.evaluation.picture_folder import inspect_folder, require_pictures
+from rmoe_megatron.inference.generation import Sampling
 from tests.support.judges import save_answerer
 
 

@@ -17,7 +17,7 @@ from rmoe_megatron.evaluation.preference.captioned_folder import read_pictures
 from rmoe_megatron.evaluation.preference.evaluate import ScorerName, Settings, evaluate_preference
 from rmoe_megatron.evaluation.preference.hpsv3 import HPSv3, Instruction, read_instruction
 from rmoe_megatron.evaluation.preference.pickscore import PickScore
-from rmoe_megatron.evaluation.provenance import png_with
+from rmoe_megatron.inference.provenance import png_with
 from tests.support.commands import rmoe
 from tests.support.judges import save_clip, save_hpsv3
 

@@ -20,18 +20,18 @@ from rmoe_megatron.evaluation.comparison.result_files import read_entries
 from rmoe_megatron.evaluation.dpg.evaluate import Settings as DpgSettings
 from rmoe_megatron.evaluation.dpg.evaluate import evaluate_dpg
 from rmoe_megatron.evaluation.dpg.questions import is_published, read_items
-from rmoe_megatron.evaluation.fingerprints import model_digest
-from rmoe_megatron.evaluation.generation import Sampling
 from rmoe_megatron.evaluation.geneval.evaluate import require_metadata
 from rmoe_megatron.evaluation.geneval.prompts import is_official, make_prompts
 from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt
 from rmoe_megatron.evaluation.geneval2.prompts import is_official as is_official_geneval2
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.provenance import Product, differences, png_with, read_record, require_records
 from rmoe_megatron.evaluation.results import standard_error
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.sha256 import sha256_of
+from rmoe_megatron.inference.fingerprints import model_digest
+from rmoe_megatron.inference.generation import Sampling
+from rmoe_megatron.inference.provenance import Product, differences, png_with, read_record, require_records
 from rmoe_megatron.pretrained.hub import is_of_the_hub
 from rmoe_megatron.versions import code_fingerprint, versions_of
 from tests.evaluation.test_dpg import TABLE

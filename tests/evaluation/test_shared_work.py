@@ -10,7 +10,7 @@ from PIL import Image
 from rmoe_megatron.cli import main
 from rmoe_megatron.data.mazes.build import build_mazes
 from rmoe_megatron.data.shapes.build import build_shapes
-from rmoe_megatron.evaluation import generation
+from rmoe_megatron.inference import generation
 from tests.data.test_mazes import REGION
 from tests.support.commands import rmoe
 from tests.support.sd3_pipeline import save_pipeline

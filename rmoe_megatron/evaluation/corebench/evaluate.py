@@ -28,24 +28,8 @@ from rmoe_megatron.evaluation.corebench.prompts import (
     is_official,
 )
 from rmoe_megatron.evaluation.early_judge import EarlyJudge
-from rmoe_megatron.evaluation.fingerprints import model_digest
-from rmoe_megatron.evaluation.generation import (
-    ImageRequest,
-    Picture,
-    Progress,
-    Sampling,
-    answer_products,
-    check_out,
-    fill,
-    folder_differences,
-    generate,
-    grouped_by_prompt,
-    plan,
-    products_of,
-)
 from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.provenance import Product, Record, digest, read_record
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
 from rmoe_megatron.evaluation.results import (
     Example,
@@ -55,8 +39,19 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
+from rmoe_megatron.evaluation.workspace import (
+    answer_products,
+    check_out,
+    folder_differences,
+    grouped_by_prompt,
+    plan,
+    products_of,
+)
 from rmoe_megatron.files.images import open_picture
 from rmoe_megatron.files.untrusted import read_json
+from rmoe_megatron.inference.fingerprints import model_digest
+from rmoe_megatron.inference.generation import ImageRequest, Picture, Progress, Sampling, fill, generate
+from rmoe_megatron.inference.provenance import Product, Record, digest, read_record
 from rmoe_megatron.pretrained.hub import is_of_the_hub, model_folder
 from rmoe_megatron.pretrained.model_files import judge_parts
 from rmoe_megatron.versions import INFERENCE, versions_of

@@ -17,9 +17,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.corebench.prompts import Prompt
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.provenance import Record
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
 from rmoe_megatron.files.untrusted import read_text
+from rmoe_megatron.inference.provenance import Record
 
 # The text TEMPLATE of evaluate.py in github.com/KlingTeam/T2I-CoReBench (March 2026), without the space around it.
 OFFICIAL_WORDING_SHA256 = "c06537bb64a60a3def400b3e968b0af9f3b41a3359c6ee76226912c4d603cf2e"

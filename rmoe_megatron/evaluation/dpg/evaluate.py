@@ -17,25 +17,8 @@ from rmoe_megatron.evaluation.dpg.answering import MPLUG, YesOrNo, load_answerer
 from rmoe_megatron.evaluation.dpg.questions import NUM_PROMPTS, Item
 from rmoe_megatron.evaluation.dpg.scoring import QUIRKS, score
 from rmoe_megatron.evaluation.early_judge import EarlyJudge
-from rmoe_megatron.evaluation.fingerprints import model_digest
-from rmoe_megatron.evaluation.generation import (
-    ImageRequest,
-    Picture,
-    Progress,
-    Sampling,
-    answer_products,
-    check_out,
-    fill,
-    folder_differences,
-    generate,
-    image_product,
-    plan,
-    products_of,
-    sampling_record,
-)
 from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.provenance import Product, Record, digest, png_with, read_record
 from rmoe_megatron.evaluation.results import (
     Example,
     markdown_table,
@@ -44,8 +27,27 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
+from rmoe_megatron.evaluation.workspace import (
+    answer_products,
+    check_out,
+    folder_differences,
+    plan,
+    products_of,
+)
 from rmoe_megatron.files.images import open_picture
 from rmoe_megatron.files.untrusted import read_json
+from rmoe_megatron.inference.fingerprints import model_digest
+from rmoe_megatron.inference.generation import (
+    ImageRequest,
+    Picture,
+    Progress,
+    Sampling,
+    fill,
+    generate,
+    image_product,
+    sampling_record,
+)
+from rmoe_megatron.inference.provenance import Product, Record, digest, png_with, read_record
 from rmoe_megatron.pretrained.hub import model_folder
 from rmoe_megatron.pretrained.model_files import judge_parts
 from rmoe_megatron.versions import INFERENCE, versions_of

@@ -13,20 +13,6 @@ from pydantic import TypeAdapter
 from rmoe_megatron.distributed.device import inference_device
 from rmoe_megatron.distributed.launch import local_rank, rank
 from rmoe_megatron.evaluation.early_judge import EarlyJudge
-from rmoe_megatron.evaluation.fingerprints import model_digest
-from rmoe_megatron.evaluation.generation import (
-    ImageRequest,
-    Picture,
-    Progress,
-    Sampling,
-    answer_products,
-    check_out,
-    fill,
-    folder_differences,
-    generate,
-    plan,
-    products_of,
-)
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt, is_official
 from rmoe_megatron.evaluation.geneval2.soft_tifa import (
     QUIRKS,
@@ -36,7 +22,6 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
 )
 from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.provenance import Product, Record, digest
 from rmoe_megatron.evaluation.question_answering import QWEN3_VL, Qwen3VL
 from rmoe_megatron.evaluation.results import (
     Example,
@@ -46,8 +31,18 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
+from rmoe_megatron.evaluation.workspace import (
+    answer_products,
+    check_out,
+    folder_differences,
+    plan,
+    products_of,
+)
 from rmoe_megatron.files.images import open_picture
 from rmoe_megatron.files.untrusted import read_json
+from rmoe_megatron.inference.fingerprints import model_digest
+from rmoe_megatron.inference.generation import ImageRequest, Picture, Progress, Sampling, fill, generate
+from rmoe_megatron.inference.provenance import Product, Record, digest
 from rmoe_megatron.pretrained.hub import is_of_the_hub, model_folder
 from rmoe_megatron.pretrained.model_files import judge_parts
 from rmoe_megatron.versions import INFERENCE, versions_of

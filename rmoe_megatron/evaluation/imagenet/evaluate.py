@@ -15,16 +15,6 @@ from numpy.typing import NDArray
 from rmoe_megatron.distributed.device import inference_device
 from rmoe_megatron.distributed.launch import local_rank, rank, speaks
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.fingerprints import file_digest
-from rmoe_megatron.evaluation.generation import (
-    Progress,
-    Sampling,
-    build_pipeline,
-    check_out,
-    fill,
-    image_seed,
-    sampling_record,
-)
 from rmoe_megatron.evaluation.imagenet.dit_sampling import (
     GUIDED_CHANNELS,
     Mode,
@@ -43,11 +33,21 @@ from rmoe_megatron.evaluation.imagenet.metrics import (
 )
 from rmoe_megatron.evaluation.imagenet.reference import Reference, StoredImages, open_reference
 from rmoe_megatron.evaluation.protocol import Protocol
-from rmoe_megatron.evaluation.provenance import Product, Record, digest
 from rmoe_megatron.evaluation.results import markdown_table, write_results
+from rmoe_megatron.evaluation.workspace import check_out
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.images import labelled_grid, png
 from rmoe_megatron.files.regular import check_regular, open_regular
+from rmoe_megatron.inference.fingerprints import file_digest
+from rmoe_megatron.inference.generation import (
+    Progress,
+    Sampling,
+    build_pipeline,
+    fill,
+    image_seed,
+    sampling_record,
+)
+from rmoe_megatron.inference.provenance import Product, Record, digest
 from rmoe_megatron.inference.sampling import describe_place, sample_images
 from rmoe_megatron.pretrained.architecture import read_architecture
 from rmoe_megatron.versions import INFERENCE, versions_of

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.imagenet.reference import StoredImages, open_images
-from rmoe_megatron.evaluation.provenance import content_digest
 from rmoe_megatron.files.foreign_errors import refusal
 from rmoe_megatron.files.images import open_picture
+from rmoe_megatron.inference.provenance import content_digest
 from rmoe_megatron.pretrained.pipeline_folder import MODEL_INDEX
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.fingerprints import file_digest
 from rmoe_megatron.evaluation.imagenet.metrics import Gaussian
 from rmoe_megatron.files.foreign_errors import refusal
 from rmoe_megatron.files.regular import check_regular
+from rmoe_megatron.inference.fingerprints import file_digest
 
 
 @dataclass(frozen=True)

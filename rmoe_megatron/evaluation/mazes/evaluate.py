@@ -14,27 +14,26 @@ from rmoe_megatron.data.mazes.grid import Cells, from_text
 from rmoe_megatron.data.shards.dataset import ShardDataset
 from rmoe_megatron.distributed.launch import rank
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.fingerprints import file_digest
-from rmoe_megatron.evaluation.generation import (
+from rmoe_megatron.evaluation.mazes.judge import is_right
+from rmoe_megatron.evaluation.results import markdown_table, prompt_key, standard_error, with_error
+from rmoe_megatron.evaluation.workspace import check_out, products_of
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import labelled_grid, open_picture, png, stacked
+from rmoe_megatron.files.untrusted import OPEN, read_json
+from rmoe_megatron.inference.fingerprints import file_digest
+from rmoe_megatron.inference.generation import (
     ImageRequest,
     Part,
     Picture,
     Progress,
     Sampling,
-    check_out,
     filled_by_the_job,
     generate,
     image_product,
-    products_of,
     sampling_record,
     seed_of,
 )
-from rmoe_megatron.evaluation.mazes.judge import is_right
-from rmoe_megatron.evaluation.provenance import Record, digest
-from rmoe_megatron.evaluation.results import markdown_table, prompt_key, standard_error, with_error
-from rmoe_megatron.files import atomic
-from rmoe_megatron.files.images import labelled_grid, open_picture, png, stacked
-from rmoe_megatron.files.untrusted import OPEN, read_json
+from rmoe_megatron.inference.provenance import Record, digest
 from rmoe_megatron.versions import versions_of
 
 SHOWN = 12  # pictures of the gallery, right and wrong ones each

@@ -7,10 +7,10 @@ from typing import Annotated, TypedDict
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.generation import ImageRequest, Picture
 from rmoe_megatron.evaluation.picture_folder import SUFFIXES, require_pictures
-from rmoe_megatron.evaluation.provenance import read_record
 from rmoe_megatron.files.untrusted import OPEN, lines_of, parse_json, read_text
+from rmoe_megatron.inference.generation import ImageRequest, Picture
+from rmoe_megatron.inference.provenance import read_record
 
 MAX_BYTES = 1 << 28
 

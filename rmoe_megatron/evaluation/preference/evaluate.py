@@ -16,19 +16,8 @@ from rmoe_megatron.distributed.device import inference_device
 from rmoe_megatron.distributed.launch import local_rank, rank
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.early_judge import EarlyJudge
-from rmoe_megatron.evaluation.fingerprints import file_digest, model_digest
-from rmoe_megatron.evaluation.generation import (
-    Picture,
-    Progress,
-    answer_products,
-    check_out,
-    fill,
-    folder_differences,
-    given_record,
-)
 from rmoe_megatron.evaluation.preference import hpsv3, pickscore
 from rmoe_megatron.evaluation.preference.captioned_folder import read_pictures
-from rmoe_megatron.evaluation.provenance import Record, digest
 from rmoe_megatron.evaluation.results import (
     Example,
     markdown_table,
@@ -36,8 +25,12 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
+from rmoe_megatron.evaluation.workspace import answer_products, check_out, folder_differences, given_record
 from rmoe_megatron.files.images import open_picture
 from rmoe_megatron.files.untrusted import read_json
+from rmoe_megatron.inference.fingerprints import file_digest, model_digest
+from rmoe_megatron.inference.generation import Picture, Progress, fill
+from rmoe_megatron.inference.provenance import Record, digest
 from rmoe_megatron.pretrained.hub import is_of_the_hub, model_folder
 from rmoe_megatron.pretrained.model_files import judge_parts
 from rmoe_megatron.versions import INFERENCE, versions_of

@@ -12,26 +12,25 @@ from rmoe_megatron.data.shapes.vocabulary import Skill
 from rmoe_megatron.data.shards.dataset import ShardDataset
 from rmoe_megatron.data.storage.store import LocalStore
 from rmoe_megatron.distributed.launch import rank
-from rmoe_megatron.evaluation.fingerprints import file_digest
-from rmoe_megatron.evaluation.generation import (
-    ImageRequest,
-    Picture,
-    Progress,
-    Sampling,
-    check_out,
-    filled_by_the_job,
-    generate,
-    image_product,
-    products_of,
-    sampling_record,
-    seed_of,
-)
-from rmoe_megatron.evaluation.provenance import Record, digest
 from rmoe_megatron.evaluation.results import prompt_key, standard_error
 from rmoe_megatron.evaluation.shapes.detector import detect, matches_scene
 from rmoe_megatron.evaluation.shapes.report import JudgedImage, write_report
 from rmoe_megatron.evaluation.shapes.rules import judge
+from rmoe_megatron.evaluation.workspace import check_out, products_of
 from rmoe_megatron.files.images import open_picture
+from rmoe_megatron.inference.fingerprints import file_digest
+from rmoe_megatron.inference.generation import (
+    ImageRequest,
+    Picture,
+    Progress,
+    Sampling,
+    filled_by_the_job,
+    generate,
+    image_product,
+    sampling_record,
+    seed_of,
+)
+from rmoe_megatron.inference.provenance import Record, digest
 from rmoe_megatron.versions import versions_of
 
 SPLITS = {"seen": "val", "heldout": "val_heldout"}

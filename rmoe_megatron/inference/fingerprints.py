@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.provenance import Record, content_digest, digest
 from rmoe_megatron.files.sha256 import sha256_of
 from rmoe_megatron.files.untrusted import read_json
+from rmoe_megatron.inference.provenance import Record, content_digest, digest
 from rmoe_megatron.pretrained.config_files import OBJECT
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX, loaded_files
 from rmoe_megatron.pretrained.pipeline_folder import pipeline_folder

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from rmoe_megatron.distributed.launch import rank
-from rmoe_megatron.evaluation.generation import (
+from rmoe_megatron.files import atomic
+from rmoe_megatron.files.images import labelled_grid, open_picture, png
+from rmoe_megatron.inference.generation import (
     ImageRequest,
     Picture,
     Progress,
@@ -16,8 +18,6 @@ from rmoe_megatron.evaluation.generation import (
     image_product,
     sampling_record,
 )
-from rmoe_megatron.files import atomic
-from rmoe_megatron.files.images import labelled_grid, open_picture, png
 
 
 def fill_folder(

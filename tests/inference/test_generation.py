@@ -16,18 +16,12 @@ from transformers import PreTrainedModel
 from rmoe_megatron.distributed.processor import ProductSeconds
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.dpg.evaluate import _device
-from rmoe_megatron.evaluation.generation import (
-    ImageRequest,
-    Sampling,
-    build_pipeline,
-    generate,
-    image_seed,
-    plan,
-)
 from rmoe_megatron.evaluation.geneval.evaluate import Settings as GenEvalSettings
 from rmoe_megatron.evaluation.geneval.evaluate import _load_judges
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
+from rmoe_megatron.evaluation.workspace import plan
 from rmoe_megatron.hf import PixelCodec
+from rmoe_megatron.inference.generation import ImageRequest, Sampling, build_pipeline, generate, image_seed
 from rmoe_megatron.inference.sampling import (
     _of_class,
     describe_place,
