@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rmoe_megatron.config.model import DiffusionConfig
 from rmoe_megatron.counter_rng import Purpose, derive, normal, uniform
-from rmoe_megatron.diffusion.objective import TrainingExample, mean_per_sample
+from rmoe_megatron.diffusion.objective import NoisedLatents, mean_per_sample
 
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 1.0e-4, 2.0e-2
@@ -50,7 +50,7 @@ class DDPM:
         """Return the timestep as a share of all, float32 [B] in [0, 1), for samples' keys int64 [B]."""
         return uniform(derive(keys, Purpose.timestep), 1).squeeze(-1)
 
-    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> TrainingExample:
+    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> NoisedLatents:
         """Draw timesteps uniformly and noise for latents float32 [B, C, H, W]; keys are int64 [B].
 
         A time that is given is the timestep's share of all, rounded down.
@@ -59,39 +59,39 @@ class DDPM:
         timestep = (share * NUM_TIMESTEPS).long()
         noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
         noisy = self._at(self.signal, timestep) * latents + self._at(self.noise_scale, timestep) * noise
-        return TrainingExample(noisy, timestep.float(), noise, latents)
+        return NoisedLatents(noisy, timestep.float(), noise, latents)
 
-    def loss(self, output: Tensor, example: TrainingExample) -> Tensor:
+    def loss(self, output: Tensor, noised: NoisedLatents) -> Tensor:
         """Return the mean loss for the model's output [B, C or 2 C, H, W], a float32 scalar."""
-        timestep = example.timestep.long()
-        noise, *variance = output.split(example.target.shape[1], dim=1)
-        loss = mean_per_sample((noise - example.target) ** 2)
+        timestep = noised.timestep.long()
+        noise, *variance = output.split(noised.target.shape[1], dim=1)
+        loss = mean_per_sample((noise - noised.target) ** 2)
         if self.min_snr_gamma is not None:
             snr = self.snr[timestep]
             loss = loss * snr.clamp_max(self.min_snr_gamma) / snr
         if variance:
-            loss = loss + self.variational_bound(noise.detach(), variance[0], example)
+            loss = loss + self.variational_bound(noise.detach(), variance[0], noised)
         return loss.mean()
 
-    def variational_bound(self, noise: Tensor, variance: Tensor, example: TrainingExample) -> Tensor:
+    def variational_bound(self, noise: Tensor, variance: Tensor, noised: NoisedLatents) -> Tensor:
         """Return the bound's term of each sample's timestep in bits per dimension, float32 [B].
 
         Args:
             noise: predicted noise [B, C, H, W].
             variance: in [-1, 1] where the log variance goes from the posterior's to beta's; [B, C, H, W].
         """
-        timestep = example.timestep.long()
+        timestep = noised.timestep.long()
         fraction = (variance + 1) / 2
         lowest = self._at(self.posterior_log_variance, timestep)
         log_variance = fraction * self._at(self.log_betas, timestep) + (1 - fraction) * lowest
         sample = (
-            self._at(self.sample_from_noisy, timestep) * example.noisy_latents
+            self._at(self.sample_from_noisy, timestep) * noised.noisy_latents
             - self._at(self.sample_from_noise, timestep) * noise
         )
-        mean = self._posterior_mean(sample, example.noisy_latents, timestep)
-        true_mean = self._posterior_mean(example.latents, example.noisy_latents, timestep)
+        mean = self._posterior_mean(sample, noised.noisy_latents, timestep)
+        true_mean = self._posterior_mean(noised.latents, noised.noisy_latents, timestep)
         divergence = gaussian_divergence(true_mean, lowest, mean, log_variance)
-        likelihood = discretised_log_likelihood(example.latents, mean, 0.5 * log_variance)
+        likelihood = discretised_log_likelihood(noised.latents, mean, 0.5 * log_variance)
         bound = torch.where((timestep == 0).view(-1, 1, 1, 1), -likelihood, divergence)
         return mean_per_sample(bound) / math.log(2)
 

@@ -1,4 +1,4 @@
-"""From a batch to what the model sees, and from its answer to the loss. Knows no engine."""
+"""Adds noise to a batch for the model, and computes the loss of the model's output. It knows no engine."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,29 +11,29 @@ from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.build import build_objective
 from rmoe_megatron.diffusion.depth_loss import depth_loss
 from rmoe_megatron.diffusion.guidance import drop_conditions
-from rmoe_megatron.diffusion.objective import TrainingExample, TrainingObjective
+from rmoe_megatron.diffusion.objective import NoisedLatents, TrainingObjective
 
 
 @dataclass(frozen=True)
-class Question:
-    """A noised batch as the model is asked about it."""
+class NoisedBatch:
+    """A batch with noise and with some conditions dropped: the model's inputs, and the loss of its output."""
 
-    example: TrainingExample
+    latents: NoisedLatents
     keys: Tensor  # int64 [B], of the counter-based random numbers
     conditions: Conditions
     objective: TrainingObjective
     diffusion: DiffusionConfig
 
-    def arguments(self) -> dict[str, Tensor]:
-        """Return the model's arguments."""
-        noisy, timestep = self.example.noisy_latents, self.example.timestep
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Return the arguments of a DiffusionTransformer."""
+        noisy, timestep = self.latents.noisy_latents, self.latents.timestep
         return model_arguments(noisy, timestep, self.keys, self.conditions)
 
     def loss(self, output: Tensor) -> Tensor:
         """Return the mean loss of the model's output [B, C or 2 C, H, W], or of D depths [D, B, ...], a float32 scalar."""
-        if output.dim() == self.example.target.dim():
-            return self.objective.loss(output, self.example)
-        return depth_loss(self.diffusion, output, partial(self.objective.loss, example=self.example))
+        if output.dim() == self.latents.target.dim():
+            return self.objective.loss(output, self.latents)
+        return depth_loss(self.diffusion, output, partial(self.objective.loss, noised=self.latents))
 
 
 class DiffusionLoss:
@@ -47,12 +47,12 @@ class DiffusionLoss:
         self.diffusion, self.seed, self.null_conditions = description.diffusion, seed, null_conditions
         self.objective = build_objective(description, null_conditions.device)
 
-    def ask(self, batch: Batch) -> Question:
-        """Return the question that a batch is to the model."""
+    def add_noise(self, batch: Batch) -> NoisedBatch:
+        """Return the batch with noise at its samples' timesteps, and with the null condition where one is dropped."""
         keys = sample_keys(self.seed, batch.sample_index)
-        example = self.objective.add_noise(batch.latents, keys, batch.time)
+        latents = self.objective.add_noise(batch.latents, keys, batch.time)
         conditions = drop_conditions(self.diffusion, batch.conditions, self.null_conditions, keys)
-        return Question(example, keys, conditions, self.objective, self.diffusion)
+        return NoisedBatch(latents, keys, conditions, self.objective, self.diffusion)
 
 
 def model_arguments(

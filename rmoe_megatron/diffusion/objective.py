@@ -1,4 +1,4 @@
-"""What a training objective is: it noises latents and scores the model's answer."""
+"""What a training objective is: it adds noise to latents and computes the loss of the model's output."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 @dataclass
-class TrainingExample:
-    """A noised batch: what the model sees and what it should answer."""
+class NoisedLatents:
+    """Latents with noise: what the model sees, and what its output should be."""
 
     noisy_latents: Tensor  # float32 [B, C, H, W]
     timestep: Tensor  # float32 [B] in [0, 1000]
@@ -27,7 +27,7 @@ class TrainingObjective(Protocol):
         """
         ...
 
-    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> TrainingExample:
+    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> NoisedLatents:
         """Draw timesteps and noise for latents [B, C, H, W] from one int64 key per sample, [B].
 
         Args:
@@ -35,7 +35,7 @@ class TrainingObjective(Protocol):
         """
         ...
 
-    def loss(self, output: Tensor, example: TrainingExample) -> Tensor:
+    def loss(self, output: Tensor, noised: NoisedLatents) -> Tensor:
         """Return the mean loss of a batch, a float32 scalar."""
         ...
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rmoe_megatron.config.model import DiffusionConfig, Prediction, TimestepDensity
 from rmoe_megatron.counter_rng import Purpose, derive, normal, uniform
-from rmoe_megatron.diffusion.objective import TrainingExample
+from rmoe_megatron.diffusion.objective import NoisedLatents
 
 TIMESTEPS = 1000.0  # the model is conditioned on sigma * TIMESTEPS, as diffusers' FlowMatchEulerDiscreteScheduler does
 
@@ -54,7 +54,7 @@ class RectifiedFlow:
         """Return sigma before the shift, float32 [B], for samples' keys int64 [B]."""
         return draw_sigma(self.config, keys)
 
-    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> TrainingExample:
+    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> NoisedLatents:
         """Draw sigma and noise for latents float32 [B, C, H, W]; keys are int64 [B], one per sample.
 
         A time that is given is sigma itself: no density and no shift is applied to it.
@@ -67,13 +67,13 @@ class RectifiedFlow:
             sigma = time
         noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
         weight = sigma.view(-1, 1, 1, 1)
-        return TrainingExample(
+        return NoisedLatents(
             (1 - weight) * latents + weight * noise, sigma * TIMESTEPS, noise - latents, latents
         )
 
-    def loss(self, velocity: Tensor, example: TrainingExample) -> Tensor:
+    def loss(self, velocity: Tensor, noised: NoisedLatents) -> Tensor:
         """Return the mean squared error of the velocity [B, C, H, W], a float32 scalar."""
-        return F.mse_loss(velocity, example.target)
+        return F.mse_loss(velocity, noised.target)
 
 
 def to_velocity(prediction: Prediction, output: Tensor, noisy_latents: Tensor, timestep: Tensor) -> Tensor:

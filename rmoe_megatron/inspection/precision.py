@@ -181,8 +181,8 @@ def _in_one_process(config: RunConfig, run_dir: Path, stage: Stage) -> RunConfig
 def _run(model: nn.Module, loss: DiffusionLoss, batch: Batch) -> None:
     # As Megatron-Core's schedule does for a step of one micro-batch; the process may have run others.
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=batch.latents.device))
-    question = loss.ask(batch)
-    question.loss(model(**question.arguments())).backward()
+    noised = loss.add_noise(batch)
+    noised.loss(model(**noised.model_inputs())).backward()
     model.zero_grad()
 
 

@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 from rmoe_megatron.config.model import DiffusionConfig, Objective
 from rmoe_megatron.counter_rng import sample_keys
 from rmoe_megatron.diffusion.ddpm import DDPM, discretised_log_likelihood
-from rmoe_megatron.diffusion.objective import TrainingExample
+from rmoe_megatron.diffusion.objective import NoisedLatents
 
 CONFIG = DiffusionConfig(objective=Objective.ddpm)
 CPU = torch.device("cpu")
@@ -22,13 +22,13 @@ def scheduler() -> DDPMScheduler:
     return DDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=2e-2, clip_sample=False)
 
 
-def example_at(timestep: int, seed: int = 0) -> TrainingExample:
+def example_at(timestep: int, seed: int = 0) -> NoisedLatents:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.rand(3, 2, 4, 4, generator=generator) * 2 - 1
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.full((3,), timestep)
     noisy = scheduler().add_noise(latents, noise, timesteps)
-    return TrainingExample(noisy, timesteps.float(), noise, latents)
+    return NoisedLatents(noisy, timesteps.float(), noise, latents)
 
 
 def test_noise_is_added_as_in_diffusers() -> None:

@@ -69,12 +69,12 @@ def test_an_engine_evaluates_at_the_time() -> None:
         loss = DiffusionLoss(config, config.seed, null)
         engine = build_engine(config, modules, loss)
         found = {time: engine.evaluate([given.at(time)]) for time in (0.25, 0.75)}
-        question = loss.ask(given)
-        noise = (question.example.target + given.latents).double()
+        noised = loss.add_noise(given)
+        noise = (noised.latents.target + given.latents).double()
         for time, value in found.items():
             noisy = (1 - time) * given.latents.double() + time * noise
             timesteps = torch.full((4,), 1000.0 * time)
-            answer = engine.denoise(noisy.float(), timesteps, question.keys, question.conditions)
+            answer = engine.denoise(noisy.float(), timesteps, noised.keys, noised.conditions)
             expected = (answer.double() - (noise - given.latents.double())).square().mean()
             assert value == pytest.approx(float(expected), rel=1e-5)
             assert engine.evaluate([given.at(time)]) == value

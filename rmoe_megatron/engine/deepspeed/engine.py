@@ -132,8 +132,8 @@ class DeepSpeedEngine:
         return metrics
 
     def _loss(self, batch: Batch) -> Tensor:
-        question = self.loss.ask(batch)
-        return question.loss(self.deepspeed(**question.arguments()))
+        noised = self.loss.add_noise(batch)
+        return noised.loss(self.deepspeed(**noised.model_inputs()))
 
     def _mean(self, losses: list[Tensor]) -> Tensor:
         """Average over this rank's micro-batches and over all ranks."""

@@ -219,15 +219,15 @@ class MegatronEngine:
     def forward_step(
         self, micro_batches: Iterator[Batch], model: Callable[..., Tensor]
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
-        """Noise one micro-batch and answer it (Megatron-Core's ``forward_step_func``)."""
-        question = self.loss.ask(next(micro_batches))
+        """Add noise to one micro-batch and run the model on it (Megatron-Core's ``forward_step_func``)."""
+        noised = self.loss.add_noise(next(micro_batches))
 
         def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            value = question.loss(output)
+            value = noised.loss(output)
             # A copy: Megatron-Core's schedule divides the loss by the number of micro-batches in place.
             return value, {"loss": value.detach().clone()}
 
-        return model(**question.arguments()), loss
+        return model(**noised.model_inputs()), loss
 
 
 def mean_over_data_parallel(losses: list[Tensor]) -> Tensor:
