@@ -115,7 +115,7 @@ def main() -> None:
 
 def _end(message: str, code: int) -> NoReturn:
     Bar.end_lines()
-    if launch.speaks():
+    if launch.is_main_process():
         print(message, file=sys.stderr)
     sys.exit(code)
 

@@ -213,7 +213,7 @@ def push_command(
 
 
 def _say_imported(run_dir: Path) -> None:
-    if launch.speaks():
+    if launch.is_main_process():
         print(f"Imported; a run starts from these weights with fine_tuning.base={run_dir}")
 
 

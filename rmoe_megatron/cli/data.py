@@ -238,7 +238,7 @@ def precompute_command(
         check_precompute(loaded, source, out)
         return
     is_finished = precompute(loaded, source, out, parse_part(part), Bar("precompute", "shard"))
-    if launch.speaks():
+    if launch.is_main_process():
         print(
             f"{out} is complete"
             if is_finished

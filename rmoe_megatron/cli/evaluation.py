@@ -288,4 +288,6 @@ def protocol_of(name: str) -> "Protocol":
 
 def bars() -> Callable[[str], Bar | None]:
     """Return what makes a progress bar with a title, which the first rank shows."""
-    return lambda title: Bar(title, "image" if title == "sample" else "unit") if launch.speaks() else None
+    return lambda title: (
+        Bar(title, "image" if title == "sample" else "unit") if launch.is_main_process() else None
+    )

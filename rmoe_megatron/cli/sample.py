@@ -84,8 +84,10 @@ def sample(
         dtype=resolve_dtype(dtype), size=bucket, depth=depth,
     )  # fmt: skip
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    others = fill_folder(out, repeated, sampling, Bar("sample", "image") if launch.speaks() else None)
-    if not launch.speaks():
+    others = fill_folder(
+        out, repeated, sampling, Bar("sample", "image") if launch.is_main_process() else None
+    )
+    if not launch.is_main_process():
         return
     print(f"{len(repeated)} images and grid.png in {out}")
     if others:

@@ -32,7 +32,7 @@ from rmoe_megatron.conversion.pipeline_settings import STOCK_TEXT_LENGTH, read_s
 from rmoe_megatron.conversion.sd3_file import SD3File
 from rmoe_megatron.conversion.sit import SiT, looks_like_sit
 from rmoe_megatron.conversion.weight_names import Copies, Rule, weight_rules
-from rmoe_megatron.distributed.launch import speaks, world_size
+from rmoe_megatron.distributed.launch import is_main_process, world_size
 from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files.atomic import check_writable
@@ -110,7 +110,7 @@ def _import_sd3_file(
             ".pt), and runs no pickle."
         )
     source = SD3File(file, text_length)
-    if source.passed_over and speaks():
+    if source.passed_over and is_main_process():
         logger.warning(
             "Of %s the transformer is imported; %s there are left, so name the text encoders and the autoencoder with "
             "encoders.text_encoder and encoders.autoencoder.", file, ", ".join(source.passed_over),

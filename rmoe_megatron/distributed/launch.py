@@ -112,7 +112,7 @@ def meeting_point() -> tuple[str, int]:
     return address, _port()
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process prints what concerns the whole job; also where the variables are wrong."""
     number = os.environ.get("RANK", "").strip() or str(_of_step("SLURM_PROCID") or 0)
     return number == "0" or not number.isdigit()

@@ -81,7 +81,7 @@ def _meet_and_tell(error: Exception) -> None:
         opened, _, _ = next(rendezvous(launch.rendezvous_url(), timeout=timedelta(seconds=MEETING)))
         _tell(dist.PrefixStore("rank_watch", opened), rank, world_size, error, deadline)
     except RuntimeError:  # nobody has come
-        if not launch.speaks():
+        if not launch.is_main_process():
             print(f"error: {_message(rank, error).partition(' ')[2]}", file=sys.stderr, flush=True)
 
 

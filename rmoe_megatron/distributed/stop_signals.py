@@ -48,7 +48,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 def _say(line: str) -> None:
     """Write a line at once; a signal may have come in the middle of a write to ``sys.stderr``."""
-    if launch.speaks():
+    if launch.is_main_process():
         with suppress(OSError):  # nobody reads what the run says
             os.write(2, f"\n{line}\n".encode())
 

@@ -104,7 +104,7 @@ def require_judge(name: str, option: str) -> None:
     kept = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
     if kept.is_dir() and any(kept.iterdir()):
         return
-    reason = _why_not_had(name) if launch.speaks() else None
+    reason = _why_not_had(name) if launch.is_main_process() else None
     if reason is not None:
         raise UserError(
             f"{name} ({option}) is not in the hub's cache here and cannot be downloaded from the hub ({reason}); run `hf download {name}` "

@@ -19,7 +19,7 @@ from PIL import Image
 
 from rmoe_megatron.config.buckets import Bucket
 from rmoe_megatron.distributed.device import inference_device
-from rmoe_megatron.distributed.launch import local_rank, rank, speaks, world_size
+from rmoe_megatron.distributed.launch import is_main_process, local_rank, rank, world_size
 from rmoe_megatron.distributed.work_queue import WorkQueue
 from rmoe_megatron.files import atomic
 from rmoe_megatron.inference.fingerprints import pipeline_record
@@ -204,7 +204,7 @@ def generate(parts: Sequence[Part], claims: Path, progress: Progress | None = No
         lambda number: all(product.is_made for _, product in batches[number][1]),
         first=rank() * len(batches) // world_size(),
     )
-    if speaks() and not all(product.is_made for _, batch in batches for _, product in batch):
+    if is_main_process() and not all(product.is_made for _, batch in batches for _, product in batch):
         print(f"images are made {describe_place(batches[0][0].dtype)}")
     prompts = [request.prompt for _, batch in batches for request, _ in batch]
     model = _LoadedOnce(prompts)

@@ -90,7 +90,7 @@ class TrainingSource:
         draws = self.at(step)
         check_continues(draws.stage, step, draw, len(self.draws), self.config.data.buckets is not None)
         loader = self._loader(draws.stage, draws.samples, draws, draw, None, self.config.data.num_workers)
-        return self._in_steps(draws.stage, map(self._noted, self._timed(loader)))
+        return self._in_steps(draws.stage, map(self._record_and_encode, self._time_waits(loader)))
 
     def batches_to_look_at(self) -> Iterator[Batch]:
         """Iterate over this rank's micro-batches of the first stage, from its first draw on.
@@ -98,7 +98,7 @@ class TrainingSource:
         Samples that cannot be used are warned of; the run's list of them stays as it is.
         """
         draws = self.draws[0]
-        return map(self._told, self._loader(draws.stage, draws.samples, draws, 0, None))
+        return map(self._warn_and_encode, self._loader(draws.stage, draws.samples, draws, 0, None))
 
     def validation_batches(self, step: int) -> Iterator[tuple[str, list[Batch]]]:
         """Iterate over this rank's validation micro-batches, as many at once as a step takes: always the same in a stage.
@@ -110,7 +110,7 @@ class TrainingSource:
         assert draws.validation is not None
         for bucket, order, first, last in draws.validation_parts(self.config.training.validation_samples):
             loader = self._loader(draws.stage, draws.validation, order, first, last)
-            told = map(self._with_validation_noise, map(self._told, loader))
+            told = map(self._with_validation_noise, map(self._warn_and_encode, loader))
             for micro_batches in self._in_steps(draws.stage, told):
                 yield str(draws.buckets[bucket]), micro_batches
 
@@ -138,11 +138,11 @@ class TrainingSource:
         while step := list(islice(micro_batches, self._layout(stage).micro_batches_per_step)):
             yield step
 
-    def _told(self, collated: dict[str, Any]) -> Batch:
+    def _warn_and_encode(self, collated: dict[str, Any]) -> Batch:
         warn(collated["bad_samples"])
         return self._embed(collated)
 
-    def _timed(self, loader: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _time_waits(self, loader: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Hand on what is loaded, and add the time that it takes to come to ``waited``."""
         while True:
             asked = time.perf_counter()
@@ -153,7 +153,7 @@ class TrainingSource:
             self.waited += time.perf_counter() - asked
             yield collated
 
-    def _noted(self, collated: dict[str, Any]) -> Batch:
+    def _record_and_encode(self, collated: dict[str, Any]) -> Batch:
         self.bad_samples.note(collated)
         return self._embed(collated)
 

@@ -107,14 +107,14 @@ class TrainingLoop:
         self.saved = progress.step, list(progress.pending)
         why, draws, batches = None, None, iter(list[list[Batch]]())
         try:
-            self.look_and_save()  # what the step before an interruption left
+            self.run_pending()  # what the step before an interruption left
             while progress.step < training.steps:
                 self.interruption.check()
                 if self.source.at(progress.step) is not draws:
                     draws = self.source.at(progress.step)
                     batches = self.source.training_batches(progress.step, progress.samples)
                 health.check(progress.step + 1, self.step(next(batches)))
-                self.look_and_save()
+                self.run_pending()
         except StopRequest as request:
             why = str(request)
             self.save_for_later()
@@ -174,7 +174,7 @@ class TrainingLoop:
                     f"has; the run goes on without."
                 )
 
-    def look_and_save(self) -> None:
+    def run_pending(self) -> None:
         """Do what is pending after a step: validate, save, sample; what fails in sampling has been saved before.
 
         Raises:
@@ -192,9 +192,9 @@ class TrainingLoop:
                 actions[kind]()
             if kind in pending:
                 pending.remove(kind)
-            self.put_down_as_done(kind)
+            self.record_as_done(kind)
 
-    def put_down_as_done(self, kind: str) -> None:
+    def record_as_done(self, kind: str) -> None:
         """Put down that what was to follow the last checkpoint was done, so that a resumed run does not do it again."""
         step, left = self.saved
         if step != self.state.progress.step or kind not in left:

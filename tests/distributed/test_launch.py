@@ -27,14 +27,26 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_alone_is_a_job_of_one_rank() -> None:
-    found = launch.rank(), launch.world_size(), launch.local_rank(), launch.ranks_on_host(), launch.speaks()
+    found = (
+        launch.rank(),
+        launch.world_size(),
+        launch.local_rank(),
+        launch.ranks_on_host(),
+        launch.is_main_process(),
+    )
     assert found == (0, 1, 0, 1, True)
 
 
 def test_a_task_of_srun_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TASK.items():
         monkeypatch.setenv(name, value)
-    found = launch.rank(), launch.world_size(), launch.local_rank(), launch.ranks_on_host(), launch.speaks()
+    found = (
+        launch.rank(),
+        launch.world_size(),
+        launch.local_rank(),
+        launch.ranks_on_host(),
+        launch.is_main_process(),
+    )
     assert found == (5, 6, 1, 2, False)
     assert launch.rendezvous_url() == "tcp://gpu08:17777?rank=5&world_size=6"
     monkeypatch.setenv("MASTER_ADDR", "fe80::1")

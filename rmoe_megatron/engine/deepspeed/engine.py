@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
-from rmoe_megatron.engine.deepspeed.expert_groups import known_to_deepspeed, mark_modules
+from rmoe_megatron.engine.deepspeed.expert_groups import expert_groups_registered, mark_modules
 from rmoe_megatron.engine.deepspeed.library import deepspeed_config, import_deepspeed
 from rmoe_megatron.engine.deepspeed.optimizer import build_adam, create_adam_state
 from rmoe_megatron.engine.deepspeed.state import ZeroState
@@ -54,7 +54,7 @@ class DeepSpeedEngine:
         adam = build_adam(config, trained)
         deepspeed = import_deepspeed(on_cpu=self.device.type == "cpu")
         # It prints the memory there is, whatever its log's level.
-        with known_to_deepspeed(model, expert_ranks, trained.values()), redirect_stdout(io.StringIO()):
+        with expert_groups_registered(model, expert_ranks, trained.values()), redirect_stdout(io.StringIO()):
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=adam, config=deepspeed_config(config), dist_init_required=False
             )

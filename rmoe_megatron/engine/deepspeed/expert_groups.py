@@ -35,7 +35,7 @@ def group_name(expert_model_parallel_size: int) -> str:
 
 
 @contextmanager
-def known_to_deepspeed(
+def expert_groups_registered(
     model: nn.Module, expert_model_parallel_size: int, trained: Iterable[Any]
 ) -> Iterator[None]:
     """While DeepSpeed's engine is made, tell it of Megatron-Core's groups and that there are modules to be trained."""
@@ -55,7 +55,7 @@ def known_to_deepspeed(
         yield
         return
 
-    class Sign(MoE):
+    class MoEMarker(MoE):
         """What DeepSpeed recognises a model with modules by; it has nothing and does nothing."""
 
         def __init__(self) -> None:
@@ -65,8 +65,8 @@ def known_to_deepspeed(
         def set_deepspeed_parallelism(self, *_: Any) -> None:
             pass
 
-    model.add_module("deepspeed_sign", Sign())
+    model.add_module("deepspeed_marker", MoEMarker())
     try:
         yield
     finally:
-        del model.deepspeed_sign
+        del model.deepspeed_marker

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from rmoe_megatron.distributed.device import inference_device
-from rmoe_megatron.distributed.launch import local_rank, rank, speaks
+from rmoe_megatron.distributed.launch import is_main_process, local_rank, rank
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.imagenet.dit_sampling import (
     GUIDED_CHANNELS,
@@ -319,7 +319,7 @@ def _make_parts(
         if progress is not None:
             progress(min(done * sampling.batch_size, len(classes)), len(classes))
 
-    if given is None and speaks() and not all(part.is_made for part in parts):
+    if given is None and is_main_process() and not all(part.is_made for part in parts):
         print(f"images are made {describe_place(sampling.dtype)}")
     fill(parts, settings.out / "claims" / "parts", images, report)
 
