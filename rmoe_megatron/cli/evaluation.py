@@ -30,7 +30,7 @@ from rmoe_megatron.evaluation.early_checks import (
 from rmoe_megatron.files import atomic
 
 if TYPE_CHECKING:
-    from rmoe_megatron.evaluation.protocol import Protocol
+    from rmoe_megatron.evaluation.rule_set import RuleSet
 
 KEEPING = keeping("the pictures and verdicts that are finished")
 
@@ -273,17 +273,17 @@ def eval_compare(
     print(compare(results, out), end="")
 
 
-def protocol_of(name: str) -> "Protocol":
+def protocol_of(name: str) -> "RuleSet":
     """Return the rules of ``--protocol``.
 
     Raises:
         UserError: there are none of this name.
     """
-    from rmoe_megatron.evaluation.protocol import Protocol
+    from rmoe_megatron.evaluation.rule_set import RuleSet
 
     if name not in ("official", "fixed"):
         raise UserError(f"--protocol {name} must be official or fixed.")
-    return Protocol(name)
+    return RuleSet(name)
 
 
 def bars() -> Callable[[str], Bar | None]:

@@ -88,7 +88,7 @@ def warn(found: list[BadSample]) -> None:
 
 
 def _reports() -> bool:
-    """Whether this rank speaks for those that draw the same samples."""
+    """Whether this rank reports for those that draw the same samples."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_context_parallel_rank() == 0

@@ -20,7 +20,7 @@ from rmoe_megatron.data.shapes.vocabulary import HELDOUT_PAIRS, IMAGE_SIZE
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.early_judge import Judge
 from rmoe_megatron.evaluation.limits import take_in_turn
-from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.files.images import labelled_grid, stacked
 from rmoe_megatron.files.untrusted import lines_of, read_text
 from rmoe_megatron.pretrained.hub import present_folder
@@ -158,7 +158,7 @@ def _geneval(settings: EvaluationConfig) -> Benchmark:
     detector, clip = settings.judges or (DETECTOR, CLIP)
 
     def verdict(models: Any, number: int, image: Images) -> list[Any]:
-        found = judge_image(Image.fromarray(image), prompts[number], models, Protocol.official)
+        found = judge_image(Image.fromarray(image), prompts[number], models, RuleSet.official)
         return [found["correct"], found["reason"]]
 
     def summarise(verdicts: Sequence[Any], images: Images) -> Evaluated:
@@ -197,7 +197,7 @@ def _geneval2(settings: EvaluationConfig) -> Benchmark:
     def atoms(models: Any, number: int, image: Images) -> list[float]:
         picture = Image.fromarray(image)
         return [
-            score_atom(models, picture, question, answer, Protocol.official)
+            score_atom(models, picture, question, answer, RuleSet.official)
             for question, answer in prompts[number]["vqa_list"]
         ]
 
@@ -224,7 +224,7 @@ def _dpg(settings: EvaluationConfig) -> Benchmark:
     from rmoe_megatron.evaluation.question_answering import QWEN3_VL
 
     # Of the official rules' quirks one leaves prompts out, which a part of the table would feel more.
-    everything = read_items(Path(settings.data or ""), Protocol.fixed)
+    everything = read_items(Path(settings.data or ""), RuleSet.fixed)
     items = _part(everything, [None] * len(everything), settings.limit)
     (answerer,) = settings.judges or (QWEN3_VL,)
 
@@ -235,9 +235,9 @@ def _dpg(settings: EvaluationConfig) -> Benchmark:
 
     def summarise(verdicts: Sequence[Any], images: Images) -> Evaluated:
         said = [[{int(key): answer for key, answer in each.items()}] for each in verdicts]
-        found = score(items, said, Protocol.fixed)
+        found = score(items, said, RuleSet.fixed)
         alone = [
-            score([item], [each], Protocol.fixed)["overall"] for item, each in zip(items, said, strict=True)
+            score([item], [each], RuleSet.fixed)["overall"] for item, each in zip(items, said, strict=True)
         ]
         metrics = {"dpg_overall": found["overall"]}
         metrics |= {f"dpg_{name}": share for name, share in found["categories_l1"].items()}
@@ -261,7 +261,7 @@ def _corebench(settings: EvaluationConfig) -> Benchmark:
 
     def summarise(verdicts: Sequence[Any], images: Images) -> Evaluated:
         answers = {number: [of_image] for number, of_image in enumerate(verdicts)}
-        scores = image_scores(answers, Protocol.fixed)
+        scores = image_scores(answers, RuleSet.fixed)
         found = sum_up(scores, prompts, None)
         metrics = {f"corebench_{name}": found[name] for name in ("overall", "composition", "reasoning")}
         metrics |= {f"corebench_{name}": share for name, share in found["dimensions"].items()}

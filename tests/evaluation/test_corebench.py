@@ -24,8 +24,8 @@ from rmoe_megatron.evaluation.corebench.judging import (
     verdict,
 )
 from rmoe_megatron.evaluation.corebench.prompts import DIMENSIONS, Prompt, is_official, read_prompts
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import Qwen3VL, thinks
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.inference import generation
 from rmoe_megatron.inference.generation import Sampling
 from tests.support.commands import rmoe
@@ -102,8 +102,8 @@ def test_a_wording_is_known_by_its_text(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )  # fmt: skip
 def test_what_counts_as_yes(answer: str, official: bool | None, fixed: bool) -> None:
-    assert verdict(answer, Protocol.official) is official
-    assert verdict(answer, Protocol.fixed) is fixed
+    assert verdict(answer, RuleSet.official) is official
+    assert verdict(answer, RuleSet.fixed) is fixed
 
 
 def test_the_first_round_that_says_something_counts() -> None:
@@ -208,7 +208,7 @@ def test_what_may_be_called_official(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in (
         Settings(Path("o")), Settings(Path("o"), wording=Wording("given", "y")), Settings(Path("o"), 1, wording=official),
         Settings(Path("o"), wording=official, answerer="Qwen/Qwen3-VL-8B-Instruct"),
-        Settings(Path("o"), wording=official, protocol=Protocol.fixed),
+        Settings(Path("o"), wording=official, protocol=RuleSet.fixed),
     ):  # fmt: skip
         assert len(differences([CAT], other)) == 1
         assert not rules([CAT], other).startswith("official,")

@@ -15,7 +15,7 @@ from rmoe_megatron.evaluation.dpg.answering import MPLUG, Mplug, Spoken, load_an
 from rmoe_megatron.evaluation.dpg.evaluate import Settings, evaluate_dpg, grid, tiles
 from rmoe_megatron.evaluation.dpg.questions import Item, read_items
 from rmoe_megatron.evaluation.dpg.scoring import score, worth
-from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.inference.generation import Sampling
 from tests.support.judges import save_answerer
 from tests.support.sd3_pipeline import save_pipeline
@@ -40,12 +40,12 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_the_table(table: Path) -> None:
-    cat, dogs = read_items(table, Protocol.fixed)
+    cat, dogs = read_items(table, RuleSet.fixed)
     assert (cat.name, cat.prompt, list(cat.propositions)) == ("cat", "a cat on a mat", [1, 2, 3, 4])
     assert cat.propositions[4].parents == (1, 3)
     assert cat.propositions[3].question == "Is there a mat, or a rug?"
     assert cat.propositions[4].category == "relation - spatial"
-    assert [list(item.propositions) for item in read_items(table, Protocol.official)] == [
+    assert [list(item.propositions) for item in read_items(table, RuleSet.official)] == [
         [2, 3, 4],
         [1, 2, 3],
     ]
@@ -64,7 +64,7 @@ def test_the_table(table: Path) -> None:
 def test_tables_of_others(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(UserError, match=words):
-        read_items(tmp_path / "t.csv", Protocol.official)
+        read_items(tmp_path / "t.csv", RuleSet.official)
 
 
 BLOCKS = HEADER + (
@@ -75,7 +75,7 @@ BLOCKS = HEADER + (
 
 def test_an_item_in_two_blocks_keeps_the_last_one_as_published(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(BLOCKS)
-    official, fixed = (read_items(tmp_path / "t.csv", each) for each in Protocol)
+    official, fixed = (read_items(tmp_path / "t.csv", each) for each in RuleSet)
     assert [(item.name, list(item.propositions)) for item in official] == [("other", [3]), ("third", [1])]
     assert [(item.name, list(item.propositions)) for item in fixed] == [
         ("first", [1]), ("other", [1, 2, 3]), ("third", [1]),
@@ -89,25 +89,25 @@ def test_items_that_are_numbers_are_scored_by_the_repaired_code_alone(
     """pandas reads a column of numbers as numbers, so that the published code finds none of them by the name of its picture."""
     rows = "".join(f"{name},p,,{number},0,e,w,e - w (a),q\n" for name in names for number in (1, 2))
     (tmp_path / "t.csv").write_text(HEADER + rows)
-    assert [item.name for item in read_items(tmp_path / "t.csv", Protocol.fixed)] == list(names)
+    assert [item.name for item in read_items(tmp_path / "t.csv", RuleSet.fixed)] == list(names)
     with pytest.raises(UserError, match="is a number.*--protocol fixed"):
-        read_items(tmp_path / "t.csv", Protocol.official)
+        read_items(tmp_path / "t.csv", RuleSet.official)
     # A column with one text among the numbers is read as texts.
     (tmp_path / "t.csv").write_text(HEADER + rows + "cat,p,,1,0,e,w,e - w (a),q\n")
-    assert [item.name for item in read_items(tmp_path / "t.csv", Protocol.official)] == [*names, "cat"]
+    assert [item.name for item in read_items(tmp_path / "t.csv", RuleSet.official)] == [*names, "cat"]
 
 
 def test_an_item_with_a_dot_in_its_name_is_left_out_as_published(tmp_path: Path) -> None:
     rows = "".join(f"{name},p,,{number},0,e,w,e - w (a),q\n" for name in ("a", "a.b") for number in (1, 2))
     (tmp_path / "t.csv").write_text(HEADER + rows)
     answers = [[{1: "yes", 2: "yes"}], [{1: "no", 2: "no"}]]
-    official, fixed = (score(read_items(tmp_path / "t.csv", each), answers, each) for each in Protocol)
+    official, fixed = (score(read_items(tmp_path / "t.csv", each), answers, each) for each in RuleSet)
     assert (official["overall"], official["prompts_left_out"]) == (100, ["a.b"])
     assert (fixed["overall"], fixed["prompts_left_out"]) == (50, [])
 
 
 def test_what_depends_on_a_no_is_worth_nothing(table: Path) -> None:
-    cat, dogs = read_items(table, Protocol.fixed)
+    cat, dogs = read_items(table, RuleSet.fixed)
     assert worth(cat, {1: "no", 2: "yes", 3: "yes", 4: "yes"}) == {1: 0, 2: 0, 3: 1, 4: 0}
     # A parent that is worth nothing for its own parent's sake takes its children along.
     assert worth(dogs, {1: "no", 2: "yes", 3: "yes"}) == {1: 0, 2: 0, 3: 0}
@@ -117,7 +117,7 @@ def test_what_depends_on_a_no_is_worth_nothing(table: Path) -> None:
 def test_a_parent_is_looked_at_as_it_stands_in_the_order_of_the_table(tmp_path: Path) -> None:
     rows = "x,p,,3,2,e,w,e - w (a),q\nx,p,,2,1,e,w,e - w (b),q\nx,p,,1,0,e,w,e - w (c),q\n"
     (tmp_path / "t.csv").write_text(HEADER + rows)
-    (item,) = read_items(tmp_path / "t.csv", Protocol.fixed)
+    (item,) = read_items(tmp_path / "t.csv", RuleSet.fixed)
     # 3 looks at 2 before 2 has lost its worth to 1.
     assert worth(item, {1: "no", 2: "yes", 3: "yes"}) == {3: 1, 2: 0, 1: 0}
 
@@ -127,7 +127,7 @@ DOGS = [{1: "yes", 2: "yes", 3: "yes"}, {1: "no", 2: "yes", 3: "no"}]
 
 
 def test_scores_by_hand(table: Path) -> None:
-    fixed = score(read_items(table, Protocol.fixed), [CAT, DOGS], Protocol.fixed)
+    fixed = score(read_items(table, RuleSet.fixed), [CAT, DOGS], RuleSet.fixed)
     assert fixed["overall"] == pytest.approx(100 * ((3 / 4 + 1 / 4) / 2 + (1 + 0) / 2) / 2)
     # Worth, over both images of both prompts.
     assert fixed["categories_l2"] == pytest.approx({
@@ -137,7 +137,7 @@ def test_scores_by_hand(table: Path) -> None:
     assert fixed["categories_l1"]["attribute"] == pytest.approx(25)
     assert fixed["prompts_left_out"] == []
     # The published code does not ask the first row; the first prompt depends on it and drops out, categories included.
-    official = score(read_items(table, Protocol.official), [CAT, DOGS], Protocol.official)
+    official = score(read_items(table, RuleSet.official), [CAT, DOGS], RuleSet.official)
     assert official["overall"] == pytest.approx(50)
     assert official["prompts_left_out"] == ["cat"]
     # Answers of the last image, whatever they depend on.
@@ -208,8 +208,8 @@ def test_the_more_probable_word_is_the_answer() -> None:
 def test_the_whole(table: Path, tmp_path: Path) -> None:
     save_pipeline(tmp_path / "model")
     save_answerer(tmp_path / "answerer")
-    items: list[Item] = read_items(table, Protocol.fixed)
-    settings = Settings(tmp_path / "out", 4, Protocol.fixed, str(tmp_path / "answerer"))
+    items: list[Item] = read_items(table, RuleSet.fixed)
+    settings = Settings(tmp_path / "out", 4, RuleSet.fixed, str(tmp_path / "answerer"))
     evaluate_dpg(items, Sampling(str(tmp_path / "model"), 1, 7.0, 0, 3), settings, lambda title: None)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "not comparable" in results["differences"][0]
@@ -220,7 +220,7 @@ def test_the_whole(table: Path, tmp_path: Path) -> None:
     assert tiles(whole, 4)[3].tobytes() == tile.convert("RGB").tobytes()
     answers = json.loads((tmp_path / "out" / "answers" / "cat.fixed.json").read_text())
     assert [set(each) for each in answers] == [{"1", "2", "3", "4"}] * 4
-    given = Settings(tmp_path / "given", 4, Protocol.fixed, str(tmp_path / "answerer"))
+    given = Settings(tmp_path / "given", 4, RuleSet.fixed, str(tmp_path / "answerer"))
     evaluate_dpg(items, Sampling(str(tmp_path / "out" / "images"), 1, 7.0, 0, 3), given, lambda title: None)
     again = json.loads((tmp_path / "given" / "results.json").read_text())
     assert again["overall"] == results["overall"]

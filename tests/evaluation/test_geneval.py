@@ -31,7 +31,7 @@ from rmoe_megatron.evaluation.geneval.rules import (
     keep_most_confident,
     relations,
 )
-from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.inference.generation import Sampling
 from tests.support.judges import save_clip, save_detector
 from tests.support.local_slurm import ROOT
@@ -114,7 +114,7 @@ def test_relations(offset: tuple[float, float], expected: set[str]) -> None:
 def test_the_repaired_relation_divides_what_it_has_shrunk() -> None:
     near, other = box(53.5, 50).box, box(50, 50).box
     assert relations(near, other) == set()  # 1.5 / 3.5
-    assert relations(near, other, Protocol.fixed) == {"right of"}
+    assert relations(near, other, RuleSet.fixed) == {"right of"}
 
 
 def test_counting_has_an_upper_bound_and_nothing_else_has() -> None:
@@ -125,13 +125,13 @@ def test_counting_has_an_upper_bound_and_nothing_else_has() -> None:
     name = counting["include"][0]["class"]
     for number, correct in ((2, False), (3, True), (4, False)):
         detected = {name: [box(20.0 * each, 0) for each in range(number)]}
-        assert judge(detected, counting, no_color, Protocol.official).correct is correct
-    assert judge({name: [box(0, 0)] * 4}, counting, no_color, Protocol.official).reason == (
+        assert judge(detected, counting, no_color, RuleSet.official).correct is correct
+    assert judge({name: [box(0, 0)] * 4}, counting, no_color, RuleSet.official).reason == (
         f"expected {name}<4, found 4"
     )
     single = next(metadata for metadata in prompts if metadata["prompt"] == "a photo of a bench")
-    assert judge({"bench": [box(0, 0)] * 5}, single, no_color, Protocol.official).correct
-    assert judge({}, single, no_color, Protocol.official).reason == "expected bench>=1, found 0"
+    assert judge({"bench": [box(0, 0)] * 5}, single, no_color, RuleSet.official).correct
+    assert judge({}, single, no_color, RuleSet.official).reason == "expected bench>=1, found 0"
 
 
 def test_colour_is_asked_of_the_most_confident() -> None:
@@ -147,9 +147,9 @@ def test_colour_is_asked_of_the_most_confident() -> None:
         asked.append(len(objects))
         return [colors[id(each)] for each in objects]
 
-    wrong = judge({"car": cars}, metadata, color_of, Protocol.official)  # type: ignore[arg-type]
+    wrong = judge({"car": cars}, metadata, color_of, RuleSet.official)  # type: ignore[arg-type]
     assert (wrong.correct, wrong.reason) == (False, "expected red car>=1, found 0 red; and 1 blue")
-    assert judge({"car": cars}, metadata, color_of, Protocol.fixed).correct  # type: ignore[arg-type]
+    assert judge({"car": cars}, metadata, color_of, RuleSet.fixed).correct  # type: ignore[arg-type]
     assert asked == [1, 2]
 
 
@@ -159,12 +159,10 @@ def test_place_is_asked_of_what_was_found_before() -> None:
     relation = metadata["include"][1]["position"][0]
     offset = {"left of": (-40, 0), "right of": (40, 0), "above": (0, -40), "below": (0, 40)}[relation]
     there, elsewhere = box(50 + offset[0], 50 + offset[1]), box(50 - offset[0], 50 - offset[1])
-    official = Protocol.official
+    official = RuleSet.official
     assert judge({target: [box(50, 50)], name: [there]}, metadata, no_color, official).correct
     assert not judge({target: [box(50, 50)], name: [elsewhere, there]}, metadata, no_color, official).correct
-    assert judge(
-        {target: [box(50, 50)], name: [elsewhere, there]}, metadata, no_color, Protocol.fixed
-    ).correct
+    assert judge({target: [box(50, 50)], name: [elsewhere, there]}, metadata, no_color, RuleSet.fixed).correct
     assert judge({name: [there]}, metadata, no_color, official).reason.splitlines() == [
         f"expected {target}>=1, found 0",
         f"no target for {name} to be {relation}",
@@ -175,7 +173,7 @@ def test_the_colours_of_several_are_counted_in_the_order_of_the_list() -> None:
     requirement = {"class": "car", "count": 3, "color": "black"}
     metadata = {"tag": "colors", "prompt": "three black cars", "include": [requirement]}
     seen = ["white", "black", "white"]
-    found = judge({"car": [box(0, 0)] * 3}, metadata, lambda objects, name: seen, Protocol.official)  # type: ignore[arg-type]
+    found = judge({"car": [box(0, 0)] * 3}, metadata, lambda objects, name: seen, RuleSet.official)  # type: ignore[arg-type]
     assert found.reason == "expected black car>=3, found 1 black; and 1 black, 2 white"
 
 
@@ -186,9 +184,9 @@ def test_the_first_pair_that_is_not_in_place_is_named() -> None:
         "include": [{"class": "cat", "count": 2}, {"class": "dog", "count": 2, "position": ["left of", 0]}],
     }  # fmt: skip
     cats, dogs = [box(50, 50), box(90, 50)], [box(10, 50), box(80, 80)]
-    found = judge({"cat": cats, "dog": dogs}, metadata, no_color, Protocol.official)  # type: ignore[arg-type]
+    found = judge({"cat": cats, "dog": dogs}, metadata, no_color, RuleSet.official)  # type: ignore[arg-type]
     assert found.reason == "expected dog left of target, found right of and below target"
-    swapped = judge({"cat": cats, "dog": dogs[::-1]}, metadata, no_color, Protocol.official)  # type: ignore[arg-type]
+    swapped = judge({"cat": cats, "dog": dogs[::-1]}, metadata, no_color, RuleSet.official)  # type: ignore[arg-type]
     assert swapped.reason == found.reason
 
 
@@ -199,8 +197,8 @@ def test_the_repaired_position_has_any_target() -> None:
         "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
     }  # fmt: skip
     detected = {"cat": [box(0, 50, score=0.9), box(90, 50, score=0.8)], "dog": [box(50, 50)]}
-    assert not judge(detected, metadata, no_color, Protocol.official).correct  # type: ignore[arg-type]
-    assert judge(detected, metadata, no_color, Protocol.fixed).correct  # type: ignore[arg-type]
+    assert not judge(detected, metadata, no_color, RuleSet.official).correct  # type: ignore[arg-type]
+    assert judge(detected, metadata, no_color, RuleSet.fixed).correct  # type: ignore[arg-type]
 
 
 def test_thresholds_keep_the_most_confident() -> None:
@@ -380,12 +378,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(models: Path, out: Path, protocol: Protocol = Protocol.official) -> Settings:
+def settings(models: Path, out: Path, protocol: RuleSet = RuleSet.official) -> Settings:
     return Settings(out, 2, protocol, str(models / "detector"), str(models / "clip"))
 
 
 def score(
-    models: Path, out: Path, seed: int = 0, protocol: Protocol = Protocol.official, model: Path | None = None
+    models: Path, out: Path, seed: int = 0, protocol: RuleSet = RuleSet.official, model: Path | None = None
 ) -> None:
     """Score in this process, as one rank does."""
     sampling = Sampling(str(model or models / "model"), 1, 7.0, seed, 3)
@@ -441,7 +439,7 @@ def test_the_whole_with_two_ranks_again_and_from_a_folder(models: Path, tmp_path
         score(models, tmp_path / "one", seed=1)
     # A folder of images is scored as it is, under the other rules.
     given = tmp_path / "given"
-    score(models, given, protocol=Protocol.fixed, model=tmp_path / "one" / "images")
+    score(models, given, protocol=RuleSet.fixed, model=tmp_path / "one" / "images")
     results = json.loads((given / "results.json").read_text())
     assert (results["protocol"], results["quirks"], results["images_judged"]) == ("fixed", [], 6)
     assert not (given / "images").exists()

@@ -20,9 +20,9 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
     summarise,
     ways_to_write,
 )
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
 from rmoe_megatron.evaluation.qwen_pixels import QwenPixels
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.inference.generation import ImageRequest, Picture, Sampling
 from tests.support.commands import rmoe
 from tests.support.judges import save_answerer
@@ -67,7 +67,7 @@ class Letters:
 
 def test_ways_to_write_an_answer() -> None:
     count, other = "How many cows are in the image?", "Are the cows plastic?"
-    assert set(ways_to_write(count, "four", Protocol.official)) == {
+    assert set(ways_to_write(count, "four", RuleSet.official)) == {
         "four",
         "Four",
         " four",
@@ -75,9 +75,9 @@ def test_ways_to_write_an_answer() -> None:
         "4",
         " 4",
     }
-    assert set(ways_to_write(other, "Yes", Protocol.official)) == {"Yes", "yes", " Yes", " yes"}
-    assert "other" in ways_to_write(count, "eleven", Protocol.official)
-    assert "other" not in ways_to_write(count, "eleven", Protocol.fixed)
+    assert set(ways_to_write(other, "Yes", RuleSet.official)) == {"Yes", "yes", " Yes", " yes"}
+    assert "other" in ways_to_write(count, "eleven", RuleSet.official)
+    assert "other" not in ways_to_write(count, "eleven", RuleSet.fixed)
 
 
 def test_the_score_of_an_atom() -> None:
@@ -85,10 +85,10 @@ def test_the_score_of_an_atom() -> None:
     answerer = Letters({"f": 0.25, "F": 0.125, "4": 0.0625, " ": 0.5})
     question = "How many cows are in the image?"
     # four, Four, 4, and the space three times: a quirk that the other protocol repairs.
-    assert score_atom(answerer, image, question, "four", Protocol.official) == 0.25 + 0.125 + 0.0625 + 3 * 0.5
-    assert score_atom(answerer, image, question, "four", Protocol.fixed) == 0.25 + 0.125 + 0.0625
+    assert score_atom(answerer, image, question, "four", RuleSet.official) == 0.25 + 0.125 + 0.0625 + 3 * 0.5
+    assert score_atom(answerer, image, question, "four", RuleSet.fixed) == 0.25 + 0.125 + 0.0625
     assert answerer.asked == [f"{question} Answer in one word."] * 2
-    assert score_atom(Letters({"Y": 0.5, "y": 0.25}), image, "Is it?", "Yes", Protocol.official) == 0.75
+    assert score_atom(Letters({"Y": 0.5, "y": 0.25}), image, "Is it?", "Yes", RuleSet.official) == 0.75
 
 
 def test_sums_by_hand() -> None:
@@ -204,6 +204,6 @@ def test_the_whole(tmp_path: Path) -> None:
     assert 0 < results["soft_tifa_gm"] <= results["soft_tifa_am"]
     answerer = Qwen3VL(str(tmp_path / "answerer"))
     with Image.open(tmp_path / "out" / "images" / "00001.png") as image:
-        atom = score_atom(answerer, image, "Is there a cat?", "Yes", Protocol.official)
+        atom = score_atom(answerer, image, "Is there a cat?", "Yes", RuleSet.official)
     assert results["atomicities_gm"]["3"] == pytest.approx(100 * atom, rel=1e-5)
     assert (tmp_path / "out" / "gallery.png").is_file()

@@ -9,7 +9,7 @@ import pytest
 
 from rmoe_megatron.evaluation.geneval.prompts import Metadata
 from rmoe_megatron.evaluation.geneval.rules import Detection, judge, keep_most_confident
-from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.rule_set import RuleSet
 
 NAMES, PAINTS = ("cat", "dog", "cow"), ("red", "blue")
 PLACES = ("left of", "right of", "above", "below")
@@ -106,15 +106,15 @@ def expected(objects: Scene, wanted: Metadata, repaired: bool) -> bool:
     return any(satisfies(list(groups), wanted["include"], repaired) for groups in itertools.product(*choices))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("protocol", list(Protocol))
-def test_random_scenes(protocol: Protocol) -> None:
+@pytest.mark.parametrize("protocol", list(RuleSet))
+def test_random_scenes(protocol: RuleSet) -> None:
     rng = np.random.default_rng(20)
     verdicts = []
     for number in range(SCENES):
         objects, wanted = scene(rng), metadata(rng)
         paints = {id(found): paint for group in objects.values() for found, paint in group}
         try:
-            right = expected(objects, wanted, repaired=protocol is Protocol.fixed)
+            right = expected(objects, wanted, repaired=protocol is RuleSet.fixed)
         except UndecidedError:
             continue
         detected = {

@@ -32,7 +32,7 @@ from rmoe_megatron.evaluation.mazes.evaluate import Settings as MazesSettings
 from rmoe_megatron.evaluation.mazes.evaluate import evaluate_mazes
 from rmoe_megatron.evaluation.preference.evaluate import ScorerName, evaluate_preference
 from rmoe_megatron.evaluation.preference.evaluate import Settings as PreferenceSettings
-from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.evaluation.shapes.evaluate import Settings as ShapesSettings
 from rmoe_megatron.evaluation.shapes.evaluate import evaluate_shapes
 from rmoe_megatron.inference.generation import Sampling
@@ -63,8 +63,8 @@ def geneval2(folder: Path, out: Path, sampling: Sampling) -> None:
 
 
 def dpg(folder: Path, out: Path, sampling: Sampling) -> None:
-    items = read_items(folder / "table.csv", Protocol.fixed)
-    settings = DpgSettings(out, 4, Protocol.fixed, str(folder / "answerer"))
+    items = read_items(folder / "table.csv", RuleSet.fixed)
+    settings = DpgSettings(out, 4, RuleSet.fixed, str(folder / "answerer"))
     evaluate_dpg(items, sampling, settings, silent)
 
 

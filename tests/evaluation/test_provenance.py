@@ -25,8 +25,8 @@ from rmoe_megatron.evaluation.geneval.prompts import is_official, make_prompts
 from rmoe_megatron.evaluation.geneval2.evaluate import Settings, evaluate_geneval2
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt
 from rmoe_megatron.evaluation.geneval2.prompts import is_official as is_official_geneval2
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import standard_error
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.sha256 import sha256_of
 from rmoe_megatron.inference.fingerprints import model_digest
@@ -139,7 +139,7 @@ def change_weights(path: Path) -> None:
 
 def score(
     models: Path, out: Path, prompts: list[Prompt] | None = None, model: str = "sd3", answerer: str = "answerer",
-    protocol: Protocol = Protocol.official, again: bool = False, **sampling: Any,
+    protocol: RuleSet = RuleSet.official, again: bool = False, **sampling: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Score by GenEval 2, whose judge is quick; returns the results."""
     settings = Settings(out, protocol, str(models / answerer), again)
@@ -163,7 +163,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"negative_prompt": "a dog"}, "sampling negative_prompt nothing instead of"),
     "data type": ({"dtype": "bf16"}, 'sampling dtype "fp32" instead of "bf16"'),
     "judge": ({"answerer": "other-answerer"}, "judge answerer_sha256"),
-    "protocol": ({"protocol": Protocol.fixed}, 'protocol "official" instead of "fixed"'),
+    "protocol": ({"protocol": RuleSet.fixed}, 'protocol "official" instead of "fixed"'),
 }
 
 
@@ -230,7 +230,7 @@ def test_a_model_that_has_moved_is_the_same_and_one_in_its_place_is_not(
     for where, folder in (("one", "sd3"), ("two", "other-sd3")):
         shutil.copytree(models / folder, tmp_path / where / "model")
     monkeypatch.chdir(tmp_path / "one")
-    settings = Settings(out, Protocol.official, str(models / "answerer"))
+    settings = Settings(out, RuleSet.official, str(models / "answerer"))
     sampling = Sampling("model", 1, 7.0, 0, 2)
     evaluate_geneval2([CAT], sampling, settings, lambda title: None)
     assert (out / "images" / "00000.png").stat().st_mtime_ns == before
@@ -274,7 +274,7 @@ def test_results_say_all_of_it(models: Path, scored: Path) -> None:
 def test_pictures_of_a_folder_are_of_the_prompts_that_they_say(
     models: Path, scored: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(tmp_path / "given", Protocol.official, str(models / "answerer"))
+    settings = Settings(tmp_path / "given", RuleSet.official, str(models / "answerer"))
     given = Sampling(str(scored / "images"), 1, 7.0, 0, 2)
     with pytest.raises(
         UserError, match=r"00000\.png was made of 'a cat', but is to be scored as 'two red circles'"
@@ -317,7 +317,7 @@ def test_a_set_is_the_published_one_by_its_words(tmp_path: Path) -> None:
 
 def test_single_pictures_are_not_cut(models: Path, tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text(TABLE)
-    items = read_items(tmp_path / "table.csv", Protocol.fixed)
+    items = read_items(tmp_path / "table.csv", RuleSet.fixed)
     for name, side in (("even", 32), ("odd", 33)):
         (tmp_path / name).mkdir()
         for number, item in enumerate(items):
@@ -326,7 +326,7 @@ def test_single_pictures_are_not_cut(models: Path, tmp_path: Path) -> None:
 
     def dpg(folder: str, number: int | None) -> dict[str, Any]:
         out = tmp_path / f"{folder}-{number}"
-        settings = DpgSettings(out, number, Protocol.fixed, str(models / "answerer"))
+        settings = DpgSettings(out, number, RuleSet.fixed, str(models / "answerer"))
         evaluate_dpg(items, Sampling(str(tmp_path / folder), 1, 7.0, 0, 2), settings, lambda title: None)
         return json.loads((out / "results.json").read_text())
 
@@ -339,7 +339,7 @@ def test_single_pictures_are_not_cut(models: Path, tmp_path: Path) -> None:
     # Those that were made here say themselves what they are.
     evaluate_dpg(
         items, Sampling(str(models / "sd3"), 1, 7.0, 0, 2),
-        DpgSettings(tmp_path / "made", 1, Protocol.fixed, str(models / "answerer")), lambda title: None,
+        DpgSettings(tmp_path / "made", 1, RuleSet.fixed, str(models / "answerer")), lambda title: None,
     )  # fmt: skip
     shutil.copytree(tmp_path / "made" / "images", tmp_path / "own")
     assert dpg("own", None)["images_per_prompt"] == 1

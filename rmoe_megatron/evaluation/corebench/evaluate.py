@@ -29,7 +29,6 @@ from rmoe_megatron.evaluation.corebench.prompts import (
 )
 from rmoe_megatron.evaluation.early_judge import EarlyJudge
 from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
 from rmoe_megatron.evaluation.results import (
     Example,
@@ -39,6 +38,7 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.evaluation.workspace import (
     answer_products,
     check_out,
@@ -67,7 +67,7 @@ class Settings:
 
     out: Path
     images_per_prompt: int = IMAGES_PER_PROMPT
-    protocol: Protocol = Protocol.official
+    protocol: RuleSet = RuleSet.official
     answerer: str = JUDGES[0]
     wording: Wording = Wording("ours", OUR_WORDING)
     again: bool = False  # make anew what was made by another command, which is refused otherwise
@@ -141,14 +141,14 @@ def evaluate_corebench(
         results = identity | {
             "model": str(Path(sampling.model).absolute()),
             "answerer": settings.answerer,
-            "quirks": QUIRKS if settings.protocol is Protocol.official else [],
+            "quirks": QUIRKS if settings.protocol is RuleSet.official else [],
             "differences": differences(prompts, settings) + folder_differences(made),
             **summarise(scores, prompts, settings.chosen),
             "prompts": len(of_prompt),
             "images_judged": len(pictures),
             "questions": sum(len(of_image) for images in answers.values() for of_image in images),
             "neither_yes_nor_no": sum(
-                verdict(answer, Protocol.official) is None
+                verdict(answer, RuleSet.official) is None
                 for images in answers.values()
                 for of_image in images
                 for answer in of_image
@@ -181,7 +181,7 @@ def differences(prompts: list[Prompt], settings: Settings) -> list[str]:
         found.append(
             f"asked of {settings.answerer}, not of a published judge ({', '.join(JUDGES)}): not comparable"
         )
-    if settings.protocol is not Protocol.official:
+    if settings.protocol is not RuleSet.official:
         found.append("answers are read by repaired rules")
     if settings.chosen is not None or not is_official(prompts):
         found.append("not the published 1,080 prompts")
@@ -224,7 +224,7 @@ def ask_all(
     }
 
 
-def image_scores(answers: dict[int, list[list[str]]], protocol: Protocol) -> dict[int, list[float | None]]:
+def image_scores(answers: dict[int, list[list[str]]], protocol: RuleSet) -> dict[int, list[float | None]]:
     """Return the share of yes of every image, by prompt; None where no answer is yes or no."""
 
     def share(of_image: list[str]) -> float | None:

@@ -16,8 +16,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.corebench.prompts import Prompt
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import Qwen3VL
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.files.untrusted import read_text
 from rmoe_megatron.inference.provenance import Record
 
@@ -152,9 +152,9 @@ def answer_of(tokens: Sequence[int], decode: Callable[..., str], thinks: bool) -
     return answer
 
 
-def verdict(answer: str, protocol: Protocol) -> bool | None:
+def verdict(answer: str, protocol: RuleSet) -> bool | None:
     """Return whether an answer is yes; the published rules know answers that are neither yes nor no, which are None."""
-    if protocol is Protocol.official:
+    if protocol is RuleSet.official:
         if re.search(r"\byes\b", answer):
             return True
         return False if re.search(r"\bno\b", answer) else None

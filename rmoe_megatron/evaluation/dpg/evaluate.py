@@ -18,7 +18,6 @@ from rmoe_megatron.evaluation.dpg.questions import NUM_PROMPTS, Item
 from rmoe_megatron.evaluation.dpg.scoring import QUIRKS, score
 from rmoe_megatron.evaluation.early_judge import EarlyJudge
 from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import (
     Example,
     markdown_table,
@@ -27,6 +26,7 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.evaluation.workspace import (
     answer_products,
     check_out,
@@ -65,7 +65,7 @@ class Settings:
 
     out: Path
     images_per_prompt: int | None = None
-    protocol: Protocol = Protocol.official
+    protocol: RuleSet = RuleSet.official
     answerer: str = "mplug"
     is_official: bool = False  # the published table, whole
     again: bool = False  # make anew what was made by another command, which is refused otherwise
@@ -138,7 +138,7 @@ def evaluate_dpg(
         results = identity | {
             "model": str(Path(sampling.model).absolute()),
             "answerer": settings.answerer,
-            "quirks": QUIRKS if settings.protocol is Protocol.official else [],
+            "quirks": QUIRKS if settings.protocol is RuleSet.official else [],
             "differences": [
                 *(
                     []
@@ -239,7 +239,7 @@ def _how_cut(file: Path, number: int) -> str:
 
 
 def _prompt_scores(
-    grids: list[Picture], items: list[Item], answers: list[list[dict[int, str]]], protocol: Protocol
+    grids: list[Picture], items: list[Item], answers: list[list[dict[int, str]]], protocol: RuleSet
 ) -> dict[str, dict[str, float]]:
     """Return the score of every prompt in percent that is not left out, in one group: the benchmark has no tasks."""
     scores = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.files.regular import read_bytes
 from rmoe_megatron.files.untrusted import lines_of, read_text
 
@@ -39,7 +39,7 @@ class Item:
     propositions: dict[int, Proposition] = field(default_factory=dict)
 
 
-def read_items(path: Path, protocol: Protocol) -> list[Item]:
+def read_items(path: Path, protocol: RuleSet) -> list[Item]:
     """Return the items of ``dpg_bench.csv``, as ``protocol`` reads them.
 
     The official code leaves the first row out, and of an item whose rows don't follow each other it keeps the last block alone.
@@ -60,7 +60,7 @@ def read_items(path: Path, protocol: Protocol) -> list[Item]:
         if _ITEM.fullmatch(name) is None:
             raise UserError(f"{where} has the item {name!r:.60}, which can name no image.")
         item = items.setdefault(name, Item(name, row["text"] or ""))
-        if protocol is Protocol.official:
+        if protocol is RuleSet.official:
             if number == 0:
                 continue
             if name != previous:
@@ -73,7 +73,7 @@ def read_items(path: Path, protocol: Protocol) -> list[Item]:
     found = [item for item in items.values() if item.propositions]
     if not found:
         raise UserError(f"{path} has no row; give DPG-Bench's dpg_bench.csv.")
-    if protocol is Protocol.official and all(_is_number(name) for name in items):
+    if protocol is RuleSet.official and all(_is_number(name) for name in items):
         raise UserError(
             f"Every item_id of {path} is a number; the published code reads such a column as numbers, finds none of the pictures by "
             "their names and scores nothing. Give --protocol fixed, or name the items otherwise."

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rmoe_megatron.evaluation.dpg.questions import Item
-from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.rule_set import RuleSet
 
 QUIRKS = [
     "the first row of the table is not asked",
@@ -40,7 +40,7 @@ def worth(item: Item, answers: Answers) -> dict[int, float]:
     return values
 
 
-def score(items: Sequence[Item], answers: Sequence[Sequence[Answers]], protocol: Protocol) -> dict[str, Any]:
+def score(items: Sequence[Item], answers: Sequence[Sequence[Answers]], protocol: RuleSet) -> dict[str, Any]:
     """Return the scores in percent: overall, by broad category (L1) and by detailed category (L2).
 
     Args:
@@ -50,19 +50,19 @@ def score(items: Sequence[Item], answers: Sequence[Sequence[Answers]], protocol:
     left_out: list[str] = []
     by_category: dict[str, list[float]] = defaultdict(list)
     for item, of_images in zip(items, answers, strict=True):
-        if protocol is Protocol.official and "." in item.name:
+        if protocol is RuleSet.official and "." in item.name:
             left_out.append(item.name)
             continue
         try:
             values = [
-                worth(item if protocol is Protocol.official else _known(item), each) for each in of_images
+                worth(item if protocol is RuleSet.official else _known(item), each) for each in of_images
             ]
         except KeyError:
             left_out.append(item.name)
             continue
         scores.append(float(np.mean([np.mean(list(each.values())) for each in values])))
         counted = values
-        if protocol is Protocol.official:
+        if protocol is RuleSet.official:
             counted = [{number: float(of_images[-1][number] == "yes") for number in item.propositions}]
         for each in counted:
             for number, value in each.items():

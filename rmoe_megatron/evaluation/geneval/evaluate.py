@@ -21,7 +21,6 @@ from rmoe_megatron.evaluation.geneval.detector import Detector
 from rmoe_megatron.evaluation.geneval.prompts import Metadata, is_official, read_metadata
 from rmoe_megatron.evaluation.geneval.rules import QUIRKS, Detection, judge, keep_most_confident
 from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import (
     Box,
     Example,
@@ -31,6 +30,7 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.evaluation.workspace import (
     answer_products,
     check_out,
@@ -62,7 +62,7 @@ class Settings:
 
     out: Path
     images_per_prompt: int = 4
-    protocol: Protocol = Protocol.official
+    protocol: RuleSet = RuleSet.official
     detector: str = DETECTOR
     clip: str = CLIP
     again: bool = False  # make anew what was made by another command, which is refused otherwise
@@ -219,7 +219,7 @@ def load_judges(detector: str, clip: str) -> Judges:
     return Judges(finds, ColorClassifier(model_folder(clip, judge_parts), device))
 
 
-def judge_image(image: Image.Image, metadata: Metadata, judges: Judges, protocol: Protocol) -> dict[str, Any]:
+def judge_image(image: Image.Image, metadata: Metadata, judges: Judges, protocol: RuleSet) -> dict[str, Any]:
     """Return the verdict of one image in the form of the published results without its file's name, and its detections."""
     image = image.convert("RGB")
     threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
@@ -268,7 +268,7 @@ def summarise(
         "model": str(Path(sampling.model).absolute()),
         "detector": settings.detector,
         "clip": settings.clip,
-        "quirks": QUIRKS if settings.protocol is Protocol.official else [],
+        "quirks": QUIRKS if settings.protocol is RuleSet.official else [],
         "differences": [
             f"detector {settings.detector} through transformers, in place of mmdet's weights of the same architecture",
             *([] if complete else ["not the published 553 prompts with 4 images each"]),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmoe_megatron.evaluation.geneval.prompts import COLORS, POSITIONS, Metadata, Requirement
-from rmoe_megatron.evaluation.protocol import Protocol
+from rmoe_megatron.evaluation.rule_set import RuleSet
 
 POSITION_MARGIN = 0.1  # of the sum of both boxes' sizes
 MIN_DIRECTION = 0.5  # of an offset along an axis, over the offset's length
@@ -49,7 +49,7 @@ ColorOf = Callable[[list[Detection], str], list[str]]
 
 
 def judge(
-    detected: dict[str, list[Detection]], metadata: Metadata, color_of: ColorOf, protocol: Protocol
+    detected: dict[str, list[Detection]], metadata: Metadata, color_of: ColorOf, protocol: RuleSet
 ) -> Verdict:
     """Judge the objects of an image.
 
@@ -58,7 +58,7 @@ def judge(
         color_of: asked only where a prompt names a colour.
     """
     requirements = metadata["include"]
-    if protocol is Protocol.official:
+    if protocol is RuleSet.official:
         reasons = _problems(detected, requirements, color_of)
     else:
         reasons = _repaired_problems(detected, requirements, color_of)
@@ -150,7 +150,7 @@ def _repaired_position_problem(
     choices = combinations(candidates[first], requirements[first]["count"])
     if any(_have_all_in_place(first, chosen, requirements, candidates) for chosen in choices):
         return None
-    seen = relations(candidates[-1][0].box, candidates[target][0].box, Protocol.fixed)
+    seen = relations(candidates[-1][0].box, candidates[target][0].box, RuleSet.fixed)
     said = " and ".join(place for place in POSITIONS if place in seen)
     return f"expected {name} {relation} target, found {said} target"
 
@@ -169,7 +169,7 @@ def _have_all_in_place(
         placed = [
             each
             for each in candidates[other]
-            if all(relation in relations(each.box, target.box, Protocol.fixed) for target in chosen)
+            if all(relation in relations(each.box, target.box, RuleSet.fixed) for target in chosen)
         ]
         choices = combinations(placed, requirement["count"])
         if not any(_have_all_in_place(other, choice, requirements, candidates) for choice in choices):
@@ -178,7 +178,7 @@ def _have_all_in_place(
 
 
 def relations(
-    box: tuple[float, ...], other: tuple[float, ...], protocol: Protocol = Protocol.official
+    box: tuple[float, ...], other: tuple[float, ...], protocol: RuleSet = RuleSet.official
 ) -> set[str]:
     """Return how ``box`` lies relative to ``other``: left of, right of, above, below, or nothing clear."""
     # In float32, as the detector's boxes are.
@@ -189,7 +189,7 @@ def relations(
     reduced = np.maximum(np.abs(offset) - margin, 0) * np.sign(offset)
     if (np.abs(reduced) < NO_OFFSET).all():
         return set()
-    x, y = reduced / np.linalg.norm(offset if protocol is Protocol.official else reduced)
+    x, y = reduced / np.linalg.norm(offset if protocol is RuleSet.official else reduced)
     directions = {"left of": -x, "right of": x, "above": -y, "below": y}
     return {name for name, share in directions.items() if share > MIN_DIRECTION}
 

@@ -21,7 +21,6 @@ from rmoe_megatron.evaluation.geneval2.soft_tifa import (
     summarise,
 )
 from rmoe_megatron.evaluation.limits import heading, main_score, of_a_part
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import QWEN3_VL, Qwen3VL
 from rmoe_megatron.evaluation.results import (
     Example,
@@ -31,6 +30,7 @@ from rmoe_megatron.evaluation.results import (
     with_error,
     write_results,
 )
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.evaluation.workspace import (
     answer_products,
     check_out,
@@ -56,7 +56,7 @@ class Settings:
     """What is asked by which model and rules."""
 
     out: Path
-    protocol: Protocol = Protocol.official
+    protocol: RuleSet = RuleSet.official
     answerer: str = QWEN3_VL
     again: bool = False  # make anew what was made by another command, which is refused otherwise
     chosen: tuple[int, ...] | None = None  # numbers of the prompts to be scored; None is all
@@ -121,7 +121,7 @@ def evaluate_geneval2(
         results = identity | {
             "model": str(Path(sampling.model).absolute()),
             "answerer": settings.answerer,
-            "quirks": QUIRKS if settings.protocol is Protocol.official else [],
+            "quirks": QUIRKS if settings.protocol is RuleSet.official else [],
             "differences": [
                 *(
                     []

@@ -13,8 +13,8 @@ from PIL import Image
 from scipy.stats import gmean
 
 from rmoe_megatron.evaluation.geneval2.prompts import Prompt
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.question_answering import Answerer
+from rmoe_megatron.evaluation.rule_set import RuleSet
 
 QUESTION = "{} Answer in one word."
 COUNTING = "How many"
@@ -30,22 +30,22 @@ QUIRKS = [
 ]
 
 
-def ways_to_write(question: str, answer: str, protocol: Protocol) -> list[str]:
+def ways_to_write(question: str, answer: str, protocol: RuleSet) -> list[str]:
     """Return the texts that count as the right answer; every question that is no count is answered with yes."""
     if not question.startswith(COUNTING):
         return list(YES)
-    digits = DIGITS.get(answer, "other" if protocol is Protocol.official else answer)
+    digits = DIGITS.get(answer, "other" if protocol is RuleSet.official else answer)
     return [f"{space}{text}" for text in (answer, answer.capitalize(), digits) for space in ("", " ")]
 
 
 def score_atom(
-    answerer: Answerer, image: Image.Image, question: str, answer: str, protocol: Protocol
+    answerer: Answerer, image: Image.Image, question: str, answer: str, protocol: RuleSet
 ) -> float:
     """Return the probability of the right answer to one question."""
     probabilities = answerer.first_token(image, QUESTION.format(question))
     ways = ways_to_write(question, answer, protocol)
     tokens = [answerer.first_token_of(way) for way in ways]
-    if protocol is Protocol.fixed:
+    if protocol is RuleSet.fixed:
         # Each token once, and none that is only a space.
         tokens = [token for token in dict.fromkeys(tokens) if answerer.spell(token).strip()]
     return float(sum(float(probabilities[token]) for token in tokens))

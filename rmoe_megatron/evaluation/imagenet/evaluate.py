@@ -32,8 +32,8 @@ from rmoe_megatron.evaluation.imagenet.metrics import (
     precision_and_recall,
 )
 from rmoe_megatron.evaluation.imagenet.reference import Reference, StoredImages, open_reference
-from rmoe_megatron.evaluation.protocol import Protocol
 from rmoe_megatron.evaluation.results import markdown_table, write_results
+from rmoe_megatron.evaluation.rule_set import RuleSet
 from rmoe_megatron.evaluation.workspace import check_out
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.images import labelled_grid, png
@@ -80,7 +80,7 @@ class Settings:
     balanced: bool | None = None
     again: bool = False  # make anew what was made by another command, which is refused otherwise
     mode: Mode = Mode.dit
-    protocol: Protocol = Protocol.official
+    protocol: RuleSet = RuleSet.official
     allow_incomplete: bool = False
 
     @property
@@ -157,7 +157,7 @@ def evaluate_imagenet(
             "model": str(Path(sampling.model).absolute()),
             "reference": str(settings.reference),
             "extractor": "torch-fidelity's Inception v3 with TensorFlow's weights of 2015-12-05",
-            "quirks": QUIRKS if settings.protocol is Protocol.official else [],
+            "quirks": QUIRKS if settings.protocol is RuleSet.official else [],
             "differences": _differences(sampling, settings, judge, given),
             **_incomplete(given, asked),
             **compare(_paths(features), _paths(of_reference), reference, device, settings.protocol),
@@ -361,14 +361,14 @@ def compare(
     of_reference: list[Path],
     reference: Reference,
     device: torch.device,
-    protocol: Protocol = Protocol.official,
+    protocol: RuleSet = RuleSet.official,
 ) -> dict[str, float | int]:
     """Return the scores of samples against a reference, from files of features read one by one."""
     pool, spatial = _gaussian(features, "pool"), _gaussian(features, "spatial")
     real_pool = reference.pool or _gaussian(of_reference, "pool")
     real_spatial = reference.spatial or _gaussian(of_reference, "spatial")
     samples, real = (np.concatenate(list(_read(files, "pool"))) for files in (features, of_reference))
-    precision, recall = precision_and_recall(real, samples, device, half=protocol is Protocol.official)
+    precision, recall = precision_and_recall(real, samples, device, half=protocol is RuleSet.official)
     return {
         "fid": frechet_distance(pool, real_pool),
         "sfid": frechet_distance(spatial, real_spatial),
