@@ -63,9 +63,9 @@ def derive(keys: Tensor, *indices: int) -> Tensor:
     return keys
 
 
-def sample_keys(seed: int, sample_index: Tensor) -> Tensor:
-    """Return one int64 key per sample of the run, [B]; ``sample_index`` is the number of the draw, int64 [B]."""
-    return derive(sample_index.to(torch.int64), seed)
+def sample_keys(seed: int, draw_index: Tensor) -> Tensor:
+    """Return one int64 key per sample of the run, [B]; ``draw_index`` is the number of the draw, int64 [B]."""
+    return derive(draw_index.to(torch.int64), seed)
 
 
 def uniform(keys: Tensor, count: int, first: int = 0) -> Tensor:

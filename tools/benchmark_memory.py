@@ -118,9 +118,7 @@ def forward(config: RunConfig, folder: Path) -> dict[str, float]:
     """Load the weights into the recurrent model and take one forward step at full resolution."""
     with process_groups(config):
         model, batch = load_modules(config)[0].eval(), make_batch(config)
-        arguments = model_arguments(
-            batch.latents, torch.tensor([500.0]), batch.sample_index, batch.conditions
-        )
+        arguments = model_arguments(batch.latents, torch.tensor([500.0]), batch.draw_index, batch.conditions)
         started = time.perf_counter()
         with torch.no_grad():
             output = model(**arguments)

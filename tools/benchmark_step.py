@@ -97,7 +97,7 @@ def diffusers_step(config: RunConfig, device: torch.device, compile: bool = Fals
     def step(index: int) -> None:
         batch = make_batch(config, index, device)
         text = batch.conditions.tensors()
-        example = objective.add_noise(batch.latents, sample_keys(0, batch.sample_index))
+        example = objective.add_noise(batch.latents, sample_keys(0, batch.draw_index))
         prediction = forward(
             hidden_states=example.noisy_latents.to(dtype),
             encoder_hidden_states=text["text_hidden_states"].to(dtype),

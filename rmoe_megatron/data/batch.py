@@ -63,9 +63,7 @@ class Batch:
 
     latents: Tensor  # float32 [B, C, height, width]
     conditions: Conditions
-    sample_index: (
-        Tensor  # int64 [B], the number of the draw, which all random numbers of the sample depend on
-    )
+    draw_index: Tensor  # int64 [B], the number of the draw, which all random numbers of the sample depend on
     time: Tensor | None = None  # float32 [B] in [0, 1), the share of the way to noise; None draws it
 
     def at(self, time: float) -> Batch:
@@ -81,7 +79,7 @@ class Batch:
             return moved.float() if moved.is_floating_point() else moved
 
         time = None if self.time is None else move(self.time)
-        return Batch(move(self.latents), self.conditions.map(move), move(self.sample_index), time)
+        return Batch(move(self.latents), self.conditions.map(move), move(self.draw_index), time)
 
     def not_finite(self) -> dict[str, Tensor]:
         """Return for every floating-point input which samples have values that are not finite, bool [B]."""
@@ -101,12 +99,12 @@ class RawBatch:
     captions: list[str] | None
     class_labels: Tensor | None  # int64 [B]
     conditions: TextConditions | None
-    sample_index: Tensor  # int64 [B]
+    draw_index: Tensor  # int64 [B]
 
 
 def typed_batch(collated: dict[str, Any]) -> Batch | RawBatch:
     """Return a batch of what the loader yields for samples of a :class:`rmoe_megatron.data.training_dataset.TrainingDataset`."""
-    draws, labels = collated["sample_index"], collated.get("class_labels")
+    draws, labels = collated["draw_index"], collated.get("class_labels")
     text = None
     if "text_pooled" in collated:
         text = TextConditions(collated["text_hidden_states"], collated["text_pooled"])

@@ -55,7 +55,7 @@ class BatchLayout:
 
 
 class _Collated(Dataset[Any]):
-    """Micro-batches addressed by the numbers of their draws, which they carry as ``sample_index``.
+    """Micro-batches addressed by the numbers of their draws, which they carry as ``draw_index``.
 
     What could not be used is in ``bad_samples``.
 
@@ -72,7 +72,7 @@ class _Collated(Dataset[Any]):
             indices = [self.order[draw] for draw in draws]
             self.samples.expect(indices)
             samples = [
-                {**self.samples.draw(index, draw, bad), "sample_index": draw}
+                {**self.samples.draw(index, draw, bad), "draw_index": draw}
                 for index, draw in zip(indices, draws, strict=True)
             ]
             return {**default_collate(samples), "bad_samples": bad}
@@ -112,7 +112,7 @@ def batches(
         pin_memory: keep batches in memory that a GPU copies from while the host goes on.
 
     Yields:
-        Collated samples with ``sample_index``, int64 [micro_batch], the draw numbers, and ``bad_samples``, a list of
+        Collated samples with ``draw_index``, int64 [micro_batch], the draw numbers, and ``bad_samples``, a list of
         :class:`BadSample`: what could not be used, so that the next sample has taken its place.
 
     Raises:

@@ -49,7 +49,7 @@ class DiffusionLoss:
 
     def add_noise(self, batch: Batch) -> NoisedBatch:
         """Return the batch with noise at its samples' timesteps, and with the null condition where one is dropped."""
-        keys = sample_keys(self.seed, batch.sample_index)
+        keys = sample_keys(self.seed, batch.draw_index)
         latents = self.objective.add_noise(batch.latents, keys, batch.time)
         conditions = drop_conditions(self.diffusion, batch.conditions, self.null_conditions, keys)
         return NoisedBatch(latents, keys, conditions, self.objective, self.diffusion)

@@ -30,7 +30,7 @@ def find_suspects(batches: list[Batch], losses: list[Tensor]) -> list[Suspect]:
     """
     inputs = [suspect for batch in batches for suspect in _not_finite_inputs(batch)]
     pairs = list(zip(batches, losses, strict=True)) if losses else []
-    step = [(int(draw), loss) for batch, loss in pairs for draw in batch.sample_index]
+    step = [(int(draw), loss) for batch, loss in pairs for draw in batch.draw_index]
     spoilt = [Suspect(draw, "loss") for draw, loss in step if not loss.isfinite()]
     kinds = (inputs, spoilt, [Suspect(draw, "gradient") for draw, _ in step])
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -45,5 +45,5 @@ def find_suspects(batches: list[Batch], losses: list[Tensor]) -> list[Suspect]:
 def _not_finite_inputs(batch: Batch) -> Iterable[Suspect]:
     for name, spoilt in batch.not_finite().items():
         # Encoders give their output on the GPU, the loader numbers of draws on the CPU.
-        draws = batch.sample_index.cpu()[spoilt.cpu()]
+        draws = batch.draw_index.cpu()[spoilt.cpu()]
         yield from (Suspect(int(draw), name) for draw in draws)

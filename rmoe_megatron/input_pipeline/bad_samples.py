@@ -41,7 +41,7 @@ class BadSamples:
             UserError: there is one, and the configuration says to stop.
         """
         found = collated["bad_samples"]
-        self.draws += len(collated["sample_index"])
+        self.draws += len(collated["draw_index"])
         self.bad += len(found)
         if not found or not _reports():
             return

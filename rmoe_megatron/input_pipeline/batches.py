@@ -171,17 +171,17 @@ class TrainingSource:
         if isinstance(batch, RawBatch):
             latents = encode_images(self.autoencoder, batch.images)
             conditions = batch.conditions or self.encoder.encode_batch(batch)
-            return Batch(latents, conditions, batch.sample_index)
+            return Batch(latents, conditions, batch.draw_index)
         return batch
 
     @staticmethod
     def _with_validation_noise(batch: Batch) -> Batch:
-        return replace(batch, sample_index=batch.sample_index + FIRST_VALIDATION_DRAW)
+        return replace(batch, draw_index=batch.draw_index + FIRST_VALIDATION_DRAW)
 
     def _check_shapes(self, draws: StageDraws, mixture: Mixture) -> None:
         """Check one sample of every data set."""
         for dataset in mixture.datasets:
-            embedded = self._embed(default_collate([{**dataset.draw(0, 0), "sample_index": 0}]))
+            embedded = self._embed(default_collate([{**dataset.draw(0, 0), "draw_index": 0}]))
             tensors = {"latents": embedded.latents, **embedded.conditions.tensors()}
             shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
             size = draws.latent_sizes[dataset.samples.place(0)[0]]

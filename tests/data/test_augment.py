@@ -106,7 +106,7 @@ def test_ranks_and_workers_see_what_one_process_sees(tmp_path: Path) -> None:
         return {
             draw: image.tolist()
             for batch in loaded
-            for draw, image in zip(batch["sample_index"].tolist(), batch["image"], strict=True)
+            for draw, image in zip(batch["draw_index"].tolist(), batch["image"], strict=True)
         }
 
     whole = images(BatchLayout(8, 4, 0, 1))

@@ -107,8 +107,8 @@ def test_buckets_of_several_sets_are_the_same_under_any_layout(mixture: Mixture,
         for place in zip(*loaded, strict=True):  # at every place all ranks have pictures of one size
             assert len({batch["image"].shape for batch in place}) == 1
             for batch in place:
-                assert batch["sample_index"].tolist() == list(range(len(drawn), len(drawn) + micro_batch))
-                drawn += [order[draw] for draw in batch["sample_index"].tolist()]
+                assert batch["draw_index"].tolist() == list(range(len(drawn), len(drawn) + micro_batch))
+                drawn += [order[draw] for draw in batch["draw_index"].tolist()]
                 sizes.append(tuple(batch["image"].shape[2:]))
     assert len(set(sizes)) > 1
 

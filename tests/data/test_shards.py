@@ -90,7 +90,7 @@ def test_a_step_draws_the_same_samples_in_every_layout(tmp_path: Path, ranks: in
         # The first micro-batches of all ranks, then the second ones.
         parts = [rank[step * count + place] for place in range(count) for rank in per_rank]
         assert [caption for part in parts for caption in part["caption"]] == expected["caption"]
-        assert torch.equal(torch.cat([part["sample_index"] for part in parts]), expected["sample_index"])
+        assert torch.equal(torch.cat([part["draw_index"] for part in parts]), expected["draw_index"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

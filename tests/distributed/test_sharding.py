@@ -76,7 +76,7 @@ def traffic(config: RunConfig) -> dict[str, int]:
         chunks = build_chunks(config)
         perturb(chunks)
         batch = next(batches(config))[0]
-        keys = sample_keys(0, batch.sample_index)
+        keys = sample_keys(0, batch.draw_index)
         arguments = model_arguments(batch.latents, torch.tensor([5.0, 600.0]), keys, batch.conditions)
         with CollectiveCounter() as counter, torch.no_grad():
             chunks.train(False)[0](**arguments)
@@ -167,7 +167,7 @@ def route_to_first_module(config: RunConfig) -> list[tuple[Tensor, dict[str, Ten
             if "recurrence.gate." in name:
                 parameter.data.zero_()  # of equal logits the first is picked
         batch = next(batches(config))[0]
-        keys = sample_keys(0, batch.sample_index)
+        keys = sample_keys(0, batch.draw_index)
         output = model(**model_arguments(batch.latents, torch.tensor([5.0, 600.0]), keys, batch.conditions))
         output.sum().backward()
         gradients = {

@@ -38,7 +38,7 @@ def test_the_next_batch_is_copied_while_one_is_used(monkeypatch: pytest.MonkeyPa
     for batch, expected in zip(prefetched(batches, torch.device("cpu")), batches, strict=True):
         done.append("use")
         assert torch.equal(batch.latents, expected.latents)
-        assert torch.equal(batch.sample_index, expected.sample_index)
+        assert torch.equal(batch.draw_index, expected.draw_index)
 
     def places(event: str) -> list[int]:
         return [place for place, each in enumerate(done) if each == event]

@@ -103,11 +103,11 @@ def test_a_batch_is_as_stored_until_it_is_moved() -> None:
     """Half the bytes go to the device, in one copy a tensor, and become float32 there."""
     stored = typed_batch({
         "latents": torch.randn(2, 3, 8, 8).half(), "text_hidden_states": torch.randn(2, 5, 12).bfloat16(),
-        "text_pooled": torch.randn(2, 10).half(), "sample_index": torch.arange(2),
+        "text_pooled": torch.randn(2, 10).half(), "draw_index": torch.arange(2),
     })  # fmt: skip
     assert isinstance(stored, Batch)
     assert stored.latents.dtype is torch.float16
     moved = stored.to(torch.device("cpu"))
     assert {each.dtype for each in (moved.latents, *moved.conditions.tensors().values())} == {torch.float32}
     assert torch.equal(moved.latents, stored.latents.float())
-    assert moved.sample_index.dtype is torch.int64
+    assert moved.draw_index.dtype is torch.int64

@@ -31,7 +31,7 @@ def make_batch(draw: int, height: int = 8) -> Batch:
 def outputs_and_gradients(model: torch.nn.Module, call: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor]]:
     batch = make_batch(0)
     timestep = torch.tensor([1.0, 10.0, 500.0, 900.0])
-    output = call(**model_arguments(batch.latents, timestep, batch.sample_index, batch.conditions))
+    output = call(**model_arguments(batch.latents, timestep, batch.draw_index, batch.conditions))
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad((output * weights).sum(), [*model.parameters()], materialize_grads=True)
     return output, list(gradients)

@@ -105,7 +105,7 @@ def drawn(
     for rank in range(ranks):
         order, layout = GlobalOrder(len(dataset), True, 0), BatchLayout(6, micro_batch, rank, ranks)
         for batch in batches(dataset, order, layout, first, 30, num_workers=workers):
-            found |= dict(zip(batch["sample_index"].tolist(), batch["latents"], strict=True))
+            found |= dict(zip(batch["draw_index"].tolist(), batch["latents"], strict=True))
     return found
 
 
