@@ -46,18 +46,18 @@ class DDPM:
         self.posterior_from_sample = table(betas * previous.sqrt() / (1 - alphas_cumprod))
         self.posterior_from_noisy = table((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod))
 
-    def drawn_time(self, keys: Tensor) -> Tensor:
+    def drawn_time(self, rng_keys: Tensor) -> Tensor:
         """Return the timestep as a share of all, float32 [B] in [0, 1), for samples' keys int64 [B]."""
-        return uniform(derive(keys, Purpose.timestep), 1).squeeze(-1)
+        return uniform(derive(rng_keys, Purpose.timestep), 1).squeeze(-1)
 
-    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> NoisedLatents:
-        """Draw timesteps uniformly and noise for latents float32 [B, C, H, W]; keys are int64 [B].
+    def add_noise(self, latents: Tensor, rng_keys: Tensor, time: Tensor | None = None) -> NoisedLatents:
+        """Draw timesteps uniformly and noise for latents float32 [B, C, H, W]; rng_keys are int64 [B].
 
         A time that is given is the timestep's share of all, rounded down.
         """
-        share = self.drawn_time(keys) if time is None else time
+        share = self.drawn_time(rng_keys) if time is None else time
         timestep = (share * NUM_TIMESTEPS).long()
-        noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
+        noise = normal(derive(rng_keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
         noisy = self._at(self.signal, timestep) * latents + self._at(self.noise_scale, timestep) * noise
         return NoisedLatents(noisy, timestep.float(), noise, latents)
 

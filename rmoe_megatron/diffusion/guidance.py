@@ -8,15 +8,15 @@ from rmoe_megatron.counter_rng import Purpose, derive, uniform
 from rmoe_megatron.data.batch import Conditions
 
 
-def drop_conditions[C: Conditions](config: DiffusionConfig, conditions: C, null: C, keys: Tensor) -> C:
+def drop_conditions[C: Conditions](config: DiffusionConfig, conditions: C, null: C, rng_keys: Tensor) -> C:
     """Replace a share of the samples' conditions by the empty one.
 
     Args:
         conditions: of B samples.
         null: the empty caption's or the dropped label's, each [1, ...].
-        keys: int64 [B], one key per sample.
+        rng_keys: int64 [B], one key per sample.
     """
-    dropped = uniform(derive(keys, Purpose.guidance_dropout), 1).squeeze(-1) < config.guidance_dropout
+    dropped = uniform(derive(rng_keys, Purpose.guidance_dropout), 1).squeeze(-1) < config.guidance_dropout
     return conditions.combine(
         null, lambda values, empty: torch.where(dropped.view(-1, *[1] * (values.dim() - 1)), empty, values)
     )

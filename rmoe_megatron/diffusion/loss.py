@@ -19,7 +19,7 @@ class NoisedBatch:
     """A batch with noise and with some conditions dropped: the model's inputs, and the loss of its output."""
 
     latents: NoisedLatents
-    keys: Tensor  # int64 [B], of the counter-based random numbers
+    rng_keys: Tensor  # int64 [B], of the counter-based random numbers
     conditions: Conditions
     objective: TrainingObjective
     diffusion: DiffusionConfig
@@ -27,7 +27,7 @@ class NoisedBatch:
     def model_inputs(self) -> dict[str, Tensor]:
         """Return the arguments of a DiffusionTransformer."""
         noisy, timestep = self.latents.noisy_latents, self.latents.timestep
-        return model_arguments(noisy, timestep, self.keys, self.conditions)
+        return model_arguments(noisy, timestep, self.rng_keys, self.conditions)
 
     def loss(self, output: Tensor) -> Tensor:
         """Return the mean loss of the model's output [B, C or 2 C, H, W], or of D depths [D, B, ...], a float32 scalar."""
@@ -49,14 +49,14 @@ class DiffusionLoss:
 
     def add_noise(self, batch: Batch) -> NoisedBatch:
         """Return the batch with noise at its samples' timesteps, and with the null condition where one is dropped."""
-        keys = sample_keys(self.seed, batch.draw_index)
-        latents = self.objective.add_noise(batch.latents, keys, batch.time)
-        conditions = drop_conditions(self.diffusion, batch.conditions, self.null_conditions, keys)
-        return NoisedBatch(latents, keys, conditions, self.objective, self.diffusion)
+        rng_keys = sample_keys(self.seed, batch.draw_index)
+        latents = self.objective.add_noise(batch.latents, rng_keys, batch.time)
+        conditions = drop_conditions(self.diffusion, batch.conditions, self.null_conditions, rng_keys)
+        return NoisedBatch(latents, rng_keys, conditions, self.objective, self.diffusion)
 
 
 def model_arguments(
-    latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions
+    latents: Tensor, timestep: Tensor, rng_keys: Tensor, conditions: Conditions
 ) -> dict[str, Tensor]:
     """Return the arguments of a DiffusionTransformer; see its ``forward``."""
-    return {"latents": latents, "timestep": timestep, "sample_keys": keys, **conditions.tensors()}
+    return {"latents": latents, "timestep": timestep, "rng_keys": rng_keys, **conditions.tensors()}

@@ -19,15 +19,15 @@ class NoisedLatents:
 class TrainingObjective(Protocol):
     """Rectified flow or DDPM."""
 
-    def drawn_time(self, keys: Tensor) -> Tensor:
+    def drawn_time(self, rng_keys: Tensor) -> Tensor:
         """Return float32 [B] in [0, 1): the random share of the way to noise from which a sample's timestep follows, and grows with.
 
         Args:
-            keys: int64 [B], one per sample.
+            rng_keys: int64 [B], one per sample.
         """
         ...
 
-    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> NoisedLatents:
+    def add_noise(self, latents: Tensor, rng_keys: Tensor, time: Tensor | None = None) -> NoisedLatents:
         """Draw timesteps and noise for latents [B, C, H, W] from one int64 key per sample, [B].
 
         Args:

@@ -27,16 +27,16 @@ def resolution_shift(config: DiffusionConfig, height: int, width: int) -> float:
     return config.shift * math.sqrt(height * width) / config.shift_base_size
 
 
-def draw_sigma(config: DiffusionConfig, keys: Tensor) -> Tensor:
+def draw_sigma(config: DiffusionConfig, rng_keys: Tensor) -> Tensor:
     """Draw sigma in (0, 1) float32 [B] before the shift, from the configured density (Esser et al., section 3.1).
 
     Args:
-        keys: int64 [B], one key per sample.
+        rng_keys: int64 [B], one key per sample.
     """
-    keys = derive(keys, Purpose.timestep)
+    rng_keys = derive(rng_keys, Purpose.timestep)
     if config.timestep_density is TimestepDensity.logit_normal:
-        return torch.sigmoid(config.logit_mean + config.logit_std * normal(keys, 1).squeeze(-1))
-    u = uniform(keys, 1).squeeze(-1)
+        return torch.sigmoid(config.logit_mean + config.logit_std * normal(rng_keys, 1).squeeze(-1))
+    u = uniform(rng_keys, 1).squeeze(-1)
     if config.timestep_density is TimestepDensity.mode:
         return 1 - u - config.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
     if config.timestep_density is TimestepDensity.cosmap:
@@ -50,22 +50,22 @@ class RectifiedFlow:
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
 
-    def drawn_time(self, keys: Tensor) -> Tensor:
+    def drawn_time(self, rng_keys: Tensor) -> Tensor:
         """Return sigma before the shift, float32 [B], for samples' keys int64 [B]."""
-        return draw_sigma(self.config, keys)
+        return draw_sigma(self.config, rng_keys)
 
-    def add_noise(self, latents: Tensor, keys: Tensor, time: Tensor | None = None) -> NoisedLatents:
-        """Draw sigma and noise for latents float32 [B, C, H, W]; keys are int64 [B], one per sample.
+    def add_noise(self, latents: Tensor, rng_keys: Tensor, time: Tensor | None = None) -> NoisedLatents:
+        """Draw sigma and noise for latents float32 [B, C, H, W]; rng_keys are int64 [B], one per sample.
 
         A time that is given is sigma itself: no density and no shift is applied to it.
         """
         if time is None:
-            sigma = self.drawn_time(keys)
+            sigma = self.drawn_time(rng_keys)
             shift = resolution_shift(self.config, *latents.shape[2:])
             sigma = shift * sigma / (1 + (shift - 1) * sigma)
         else:
             sigma = time
-        noise = normal(derive(keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
+        noise = normal(derive(rng_keys, Purpose.noise), math.prod(latents.shape[1:])).view_as(latents)
         weight = sigma.view(-1, 1, 1, 1)
         return NoisedLatents(
             (1 - weight) * latents + weight * noise, sigma * TIMESTEPS, noise - latents, latents

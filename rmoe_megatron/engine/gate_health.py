@@ -24,7 +24,7 @@ def gate_health(
     a model without a choice of modules.
 
     Args:
-        drawn_time: of samples' keys int64 [B]: float32 [B] in [0, 1), from which their timesteps follow.
+        drawn_time: gives samples' rng_keys, int64 [B], a float32 [B] in [0, 1) from which their timesteps follow.
 
     Returns:
         For ``LAYER`` from 0 and the latent step ``STEP`` from 1, ``module_share_LAYER_STEP_MODULE`` and those of :func:`figures` with
@@ -113,7 +113,7 @@ def _moments(
         # Ranks of this group have parts of the same samples' tokens, or all of them have all.
         dist.all_reduce(sums, group=parallel_state.get_tensor_and_context_parallel_group())
         tokens, logits = sums[:, at["tokens"]], sums[:, at["logits"]]
-        time = torch.cat([drawn_time(call.keys) for call in calls])
+        time = torch.cat([drawn_time(call.rng_keys) for call in calls])
         is_in_bin = (time * TIME_BINS).long().clamp(0, TIME_BINS - 1).unsqueeze(-1) == torch.arange(
             TIME_BINS, device=device
         )
@@ -122,7 +122,7 @@ def _moments(
         rows = torch.cat(
             (sums, logits.square().sum(dim=-1, keepdim=True) / tokens, one, by_bin.flatten(1)), dim=-1
         )
-        place = [(call.layer * latent_steps + call.latent_step - 1, len(call.keys)) for call in calls]
+        place = [(call.layer * latent_steps + call.latent_step - 1, len(call.rng_keys)) for call in calls]
         number, repeats = (torch.tensor(each, device=device) for each in zip(*place, strict=True))
         table.index_add_(0, number.repeat_interleave(repeats), rows)
     return table.view(num_layers, latent_steps, width)

@@ -72,7 +72,7 @@ class Engine(Protocol):
         """Return the mean loss of all ranks' micro-batches without updating anything; they are as those of a step."""
         ...
 
-    def denoise(self, latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions) -> Tensor:
+    def denoise(self, latents: Tensor, timestep: Tensor, rng_keys: Tensor, conditions: Conditions) -> Tensor:
         """Return the model's output float32 [B, C or 2 C, height, width] on every rank; every rank gives the same."""
         ...
 
@@ -94,7 +94,7 @@ class Engine(Protocol):
         """
         ...
 
-    def keys(self) -> dict[str, str]:
+    def state_keys(self) -> dict[str, str]:
         """Return the names in the whole model of what this rank has, by the names in ``modules``."""
         ...
 

@@ -110,7 +110,7 @@ class Block(MegatronModule, BaseTransformerLayer):
         self,
         hidden_states: Tensor,
         context: Tensor,
-        keys: Tensor,
+        rng_keys: Tensor,
         positions: Positions | None = None,
         latent_steps: int | None = None,
     ) -> Tensor:
@@ -143,7 +143,7 @@ class Block(MegatronModule, BaseTransformerLayer):
         vision: Tensor,
         text: Tensor | None,
         conditioning: Tensor,
-        keys: Tensor,
+        rng_keys: Tensor,
         positions: Positions | None = None,
         latent_steps: int | None = None,
         unmodulated: Tensor | None = None,
@@ -155,7 +155,7 @@ class Block(MegatronModule, BaseTransformerLayer):
         """
         if self.addition is not None:
             return self.addition(
-                self.attention, vision, text, conditioning, keys, positions, latent_steps, unmodulated
+                self.attention, vision, text, conditioning, rng_keys, positions, latent_steps, unmodulated
             )
         vision_qkv = self.attention.project_vision(vision)
         text_qkv = None if text is None else self.attention.project_text(text, positions)

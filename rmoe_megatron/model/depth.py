@@ -35,18 +35,18 @@ class Recall(nn.Module):
         return nn.functional.linear(torch.cat((state, start), dim=-1), self.weight)
 
 
-def draw_depths(keys: Tensor, depth: int) -> Tensor:
+def draw_depths(rng_keys: Tensor, depth: int) -> Tensor:
     """Return for each sample a depth of 1 to ``depth`` - 1, int64 [B], from its key of the counter-based random numbers."""
-    share = uniform(derive(keys, Purpose.depth), 1).squeeze(-1)
+    share = uniform(derive(rng_keys, Purpose.depth), 1).squeeze(-1)
     return 1 + (share * (depth - 1)).long()
 
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What every block is handed beside the hidden states: conditioning [1, B, H], keys int64 [B], rotary positions."""
+    """What every block is handed beside the hidden states: conditioning [1, B, H], rng_keys int64 [B], rotary positions."""
 
     conditioning: Tensor
-    keys: Tensor
+    rng_keys: Tensor
     positions: Any
 
     def apply(self, layers: nn.ModuleList, state: Tensor, loop: int = 0, steps: int | None = None) -> Tensor:
@@ -56,12 +56,12 @@ class BlockInputs:
             loop: number of the pass; the gates of each draw noise of their own.
             steps: latent steps of the recurrence; None is the model's number.
         """
-        keys = derive(self.keys, Purpose.loop, loop) if loop else self.keys
+        rng_keys = derive(self.rng_keys, Purpose.loop, loop) if loop else self.rng_keys
         for layer in layers:
             state = layer(
                 hidden_states=state,
                 context=self.conditioning,
-                context_mask=keys,
+                context_mask=rng_keys,
                 rotary_pos_emb=self.positions,
                 latent_steps=steps,
             )[0]
@@ -86,7 +86,7 @@ def loop_states(
     """
     looped, after = layers[loop.first : loop.last + 1], layers[loop.last + 1 :]
     start = state = inputs.apply(layers[: loop.first], state)
-    drawn = draw_depths(inputs.keys, loop.times).view(1, -1, 1) if depth_loss is DepthLoss.drawn else None
+    drawn = draw_depths(inputs.rng_keys, loop.times).view(1, -1, 1) if depth_loss is DepthLoss.drawn else None
     wanted: list[Tensor] = []
     shallow = state
     for number in range(loop.times):

@@ -133,14 +133,18 @@ class DiffusionTransformer(MegatronModule):
         return state
 
     def run_blocks(
-        self, hidden_states: Tensor | None, conditioning: Tensor, keys: Tensor, positions: Positions | None
+        self,
+        hidden_states: Tensor | None,
+        conditioning: Tensor,
+        rng_keys: Tensor,
+        positions: Positions | None,
     ) -> list[Tensor]:
         """Pass all blocks of this stage; returns hidden states to decode: the deepest last, in training maybe others before it.
 
         Args:
             hidden_states: this rank's tokens [(L_pad + S) / (CP TP), B, H] on the first pipeline stage, None on others.
             conditioning: [1, B, H] or [num_layers, B, H], after SiLU.
-            keys: of the counter-based random numbers, int64 [B].
+            rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
         """
         config = self.run_config
         depth_loss = config.diffusion.depth_loss if self.training else DepthLoss.last
@@ -150,12 +154,12 @@ class DiffusionTransformer(MegatronModule):
                     hidden_states,
                     attention_mask=None,
                     context=conditioning,
-                    context_mask=keys,
+                    context_mask=rng_keys,
                     rotary_pos_emb=positions,
                 )
             ]
         assert hidden_states is not None  # layout_checks: there is one pipeline stage
-        inputs, layers = BlockInputs(conditioning, keys, positions), self.transformer.layers
+        inputs, layers = BlockInputs(conditioning, rng_keys, positions), self.transformer.layers
         if config.loop is not None:
             shards = num_shards(self.config)
             text_tokens = padded_length(config.model.text_length, shards) // shards

@@ -79,7 +79,7 @@ def _not_finite_parameters(engine: Engine) -> dict[str, list[str] | None]:
 
     Gradients are None where the engine has given them up after the step: DeepSpeed's.
     """
-    keys, values, gradients = engine.keys(), set(), set()
+    keys, values, gradients = engine.state_keys(), set(), set()
     has_gradients = any(hasattr(parameter, "main_grad") for parameter in engine.parameters.values())
     for name, parameter in engine.parameters.items():
         gradient = getattr(parameter, "main_grad", None)  # of Megatron-Core's data parallelism

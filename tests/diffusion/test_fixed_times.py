@@ -74,7 +74,7 @@ def test_an_engine_evaluates_at_the_time() -> None:
         for time, value in found.items():
             noisy = (1 - time) * given.latents.double() + time * noise
             timesteps = torch.full((4,), 1000.0 * time)
-            answer = engine.denoise(noisy.float(), timesteps, noised.keys, noised.conditions)
+            answer = engine.denoise(noisy.float(), timesteps, noised.rng_keys, noised.conditions)
             expected = (answer.double() - (noise - given.latents.double())).square().mean()
             assert value == pytest.approx(float(expected), rel=1e-5)
             assert engine.evaluate([given.at(time)]) == value

@@ -220,7 +220,7 @@ def test_a_rounded_model_is_the_bf16_model_with_products_that_are_rounded_by_han
                 for size in ((4, 3, 8, 8), (4, 8, 12))
             )
             output = model(
-                latents=latents, timestep=torch.full((4,), 500.0), sample_keys=torch.arange(4), text_hidden_states=text,
+                latents=latents, timestep=torch.full((4,), 500.0), rng_keys=torch.arange(4), text_hidden_states=text,
                 text_pooled=text[:, 0, :10],
             )  # fmt: skip
             output.square().sum().backward()

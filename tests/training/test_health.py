@@ -168,7 +168,7 @@ def test_only_steps_in_a_row_end_a_run(tmp_path: Path) -> None:
 class NoEngine:
     parameters: dict[str, torch.Tensor] = {}  # noqa: RUF012
 
-    def keys(self) -> dict[str, str]:
+    def state_keys(self) -> dict[str, str]:
         return {}
 
 

@@ -110,10 +110,10 @@ class DeepSpeedEngine:
         return self._mean(losses).item()
 
     @torch.no_grad()
-    def denoise(self, latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions) -> Tensor:
+    def denoise(self, latents: Tensor, timestep: Tensor, rng_keys: Tensor, conditions: Conditions) -> Tensor:
         """Return the model's output float32 [B, C or 2 C, height, width]; every rank computes the same."""
         with self._evaluating():
-            output: Tensor = self.deepspeed(**model_arguments(latents, timestep, keys, conditions))
+            output: Tensor = self.deepspeed(**model_arguments(latents, timestep, rng_keys, conditions))
         return output
 
     def main_weights(self) -> dict[str, MainWeight]:
@@ -158,9 +158,9 @@ class DeepSpeedEngine:
             self.deepspeed.empty_partition_cache()
             self.optimizer.invalidate_secondary_tensor()
 
-    def keys(self) -> dict[str, str]:
+    def state_keys(self) -> dict[str, str]:
         """Return the names in the whole model of its parts."""
-        return self.state.keys
+        return self.state.state_keys
 
     def sharded_state(self, averages: dict[str, Tensor], is_loading: bool) -> dict[str, Any]:
         """Describe weights, averages, optimizer and schedule so that any stage and number of ranks can load them."""

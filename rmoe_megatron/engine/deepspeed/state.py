@@ -42,7 +42,7 @@ class ZeroState:
         self, modules: nn.ModuleList, trained: dict[str, nn.Parameter], partitions_parameters: bool
     ) -> None:
         self.modules, self.trained, self.partitions_parameters = modules, trained, partitions_parameters
-        self.keys = {name: getattr(entry, "key", name) for name, entry in full_state(modules).items()}
+        self.state_keys = {name: getattr(entry, "key", name) for name, entry in full_state(modules).items()}
         self.entries = model_state(modules)
         self.shapes = {name: parameter.shape for name, parameter in trained.items()}
         # The ranks that hold the same of a parameter, or its shards.

@@ -97,12 +97,12 @@ class MegatronEngine:
         return mean_over_data_parallel(losses).item()
 
     @torch.no_grad()
-    def denoise(self, latents: Tensor, timestep: Tensor, keys: Tensor, conditions: Conditions) -> Tensor:
+    def denoise(self, latents: Tensor, timestep: Tensor, rng_keys: Tensor, conditions: Conditions) -> Tensor:
         """Return the model's output float32 [B, C or 2 C, height, width] on every rank, through all pipeline stages."""
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         size = -(-len(latents) // stages)  # one micro-batch per stage, as the interleaved schedule needs
         padded = torch.arange(stages * size, device=latents.device).clamp(max=len(latents) - 1)
-        inputs = model_arguments(latents, timestep, keys, conditions)
+        inputs = model_arguments(latents, timestep, rng_keys, conditions)
         parts = {name: values[padded].split(size) for name, values in inputs.items()}
         batches = [{name: values[number] for name, values in parts.items()} for number in range(stages)]
 
@@ -148,7 +148,7 @@ class MegatronEngine:
             metrics |= gate_health(self.config, self.watch.calls, drawn_time, self.device)
         return metrics
 
-    def keys(self) -> dict[str, str]:
+    def state_keys(self) -> dict[str, str]:
         """Return the names in the whole model of what this rank has."""
         return {name: getattr(entry, "key", name) for name, entry in full_state(self.modules).items()}
 

@@ -35,7 +35,7 @@ class DiTBlock(Block):
         self,
         hidden_states: Tensor,
         context: Tensor,
-        keys: Tensor,
+        rng_keys: Tensor,
         positions: Positions | None = None,
         latent_steps: int | None = None,
     ) -> Tensor:
@@ -44,7 +44,7 @@ class DiTBlock(Block):
         Args:
             hidden_states: this rank's tokens [S / (CP TP), B, H].
             context: conditioning after SiLU, [1, B, H] for all blocks or [num_layers, B, H], one for each.
-            keys: of the counter-based random numbers, int64 [B].
+            rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
             positions: the rotary positions, for a model that has them.
             latent_steps: how many steps its recurrence takes; None takes the model's number.
         """
@@ -54,7 +54,7 @@ class DiTBlock(Block):
         shift, scale, gate, *modulation_mlp = self.modulation(conditioning)
         vision_input = modulate(hidden_states, shift, scale)
         attended = self.attend(
-            vision_input, None, conditioning, keys, positions, latent_steps, hidden_states
+            vision_input, None, conditioning, rng_keys, positions, latent_steps, hidden_states
         )[0]
         hidden_states = hidden_states.addcmul(gate, attended)
         return self.feed_forward(self.mlp, hidden_states, *modulation_mlp)

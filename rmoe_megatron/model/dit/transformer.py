@@ -34,13 +34,13 @@ class DiT(DiffusionTransformer):
             embedding.time_proj.scale = model.timestep_scale
         self.conditioning = nn.ModuleList(embeddings).to(self.config.params_dtype)
 
-    def forward(self, latents: Tensor, timestep: Tensor, sample_keys: Tensor, class_labels: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, rng_keys: Tensor, class_labels: Tensor) -> Tensor:
         """Predict noise and variance, or the velocity.
 
         Args:
             latents: noisy latents [B, C, height, width].
             timestep: float32 [B] in [0, 1000].
-            sample_keys: int64 [B], from :func:`rmoe_megatron.counter_rng.sample_keys`; only training uses them.
+            rng_keys: int64 [B], from :func:`rmoe_megatron.counter_rng.sample_keys`; only training uses them.
             class_labels: int64 [B]; ``num_classes`` stands for the dropped label.
 
         Returns:
@@ -54,7 +54,7 @@ class DiT(DiffusionTransformer):
         if self.pre_process:
             vision = self.pos_embed(latents.to(dtype)).to(dtype)
             hidden_states = scatter(vision.transpose(0, 1), self.config).contiguous()
-        hidden_states = self.run_blocks(hidden_states, conditioning, sample_keys, None)[-1]
+        hidden_states = self.run_blocks(hidden_states, conditioning, rng_keys, None)[-1]
         if not self.post_process:
             return hidden_states
         shift, scale = self.modulation_out(conditioning[:1])

@@ -56,7 +56,7 @@ class Lora(MegatronModule):
         vision: Tensor,
         text: Tensor | None,
         conditioning: Tensor,
-        keys: Tensor,
+        rng_keys: Tensor,
         positions: Positions | None = None,
         latent_steps: int | None = None,
         unmodulated: Tensor | None = None,

@@ -57,7 +57,7 @@ class JointBlock(Block):
         self,
         hidden_states: Tensor,
         context: Tensor,
-        keys: Tensor,
+        rng_keys: Tensor,
         positions: Positions | None = None,
         latent_steps: int | None = None,
     ) -> Tensor:
@@ -66,7 +66,7 @@ class JointBlock(Block):
         Args:
             hidden_states: this rank's tokens [(L_pad + S) / (CP TP), B, H], text first.
             context: conditioning [1, B, H], after SiLU.
-            keys: of the counter-based random numbers, int64 [B].
+            rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
             positions: the rotary positions, for a model that has them.
             latent_steps: how many steps its recurrence takes; None takes the model's number.
         """
@@ -82,7 +82,7 @@ class JointBlock(Block):
 
         vision_input, text_input = modulate(vision, shift, scale), modulate(text, text_shift, text_scale)
         attended, text_attended = self.attend(
-            vision_input, text_input, context, keys, positions, latent_steps, vision
+            vision_input, text_input, context, rng_keys, positions, latent_steps, vision
         )
         if self.dual_attention is not None:
             dual_shift, dual_scale, dual_gate = dual

@@ -37,7 +37,7 @@ class MMDiT(DiffusionTransformer):
         self,
         latents: Tensor,
         timestep: Tensor,
-        sample_keys: Tensor,
+        rng_keys: Tensor,
         text_hidden_states: Tensor,
         text_pooled: Tensor,
     ) -> Tensor:
@@ -46,7 +46,7 @@ class MMDiT(DiffusionTransformer):
         Args:
             latents: noisy latents [B, C, height, width].
             timestep: float32 [B] in [0, 1000].
-            sample_keys: int64 [B], from :func:`rmoe_megatron.counter_rng.sample_keys`; only training uses them.
+            rng_keys: int64 [B], from :func:`rmoe_megatron.counter_rng.sample_keys`; only training uses them.
             text_hidden_states: [B, L, text_hidden_size] with L = ``model.text_length``.
             text_pooled: [B, pooled_size].
 
@@ -72,7 +72,7 @@ class MMDiT(DiffusionTransformer):
             text = self.context_embedder(text_hidden_states.to(dtype))
             streams = [scatter(tokens.transpose(0, 1), self.config) for tokens in (text, vision)]
             hidden_states = torch.cat(streams)
-        states = self.run_blocks(hidden_states, conditioning, sample_keys, self.positions(latents))
+        states = self.run_blocks(hidden_states, conditioning, rng_keys, self.positions(latents))
         if not self.post_process:
             return states[-1]
         shards = num_shards(self.config)

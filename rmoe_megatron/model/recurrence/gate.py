@@ -60,13 +60,13 @@ class Gate(TopKRouter):
         mark_partial(self, config)
 
     @torch.compiler.disable  # integers that wrap are not what the compiler writes fast code for
-    def draw_noise(self, keys: Tensor, tokens: int, steps: int) -> Tensor:
+    def draw_noise(self, rng_keys: Tensor, tokens: int, steps: int) -> Tensor:
         """Return Gumbel noise float32 [T, S, B, M] for this rank's S tokens in T latent steps.
 
         Args:
-            keys: int64 [B], the samples' keys of the counter-based random numbers.
+            rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
         """
-        base = derive(keys, Purpose.gumbel, self.layer_number)
+        base = derive(rng_keys, Purpose.gumbel, self.layer_number)
         by_step = torch.stack([derive(base, step) for step in range(steps)])
         count = tokens * self.num_experts
         noise = gumbel(by_step, count, first=shard_index(self.config) * count)
@@ -84,7 +84,7 @@ class Gate(TopKRouter):
         return sum(logits[1:], start=logits[0]).expand(*input.shape[:-1], self.num_experts)
 
     def forward(
-        self, input: Tensor, conditioning: Tensor, noise: Tensor | None, latent_step: int, keys: Tensor
+        self, input: Tensor, conditioning: Tensor, noise: Tensor | None, latent_step: int, rng_keys: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Pick a module for every token.
 
@@ -93,7 +93,7 @@ class Gate(TopKRouter):
             conditioning: [1, B, H], after SiLU.
             noise: in training float32 [S, B, M], a latent step of :meth:`draw_noise`.
             latent_step: from 1.
-            keys: int64 [B], the samples' keys of the counter-based random numbers.
+            rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
 
         Returns:
             Weights float32 [S * B, M] and the routing map bool [S * B, M], both zero where a module is not picked.
@@ -113,6 +113,10 @@ class Gate(TopKRouter):
         if self.training and self.watch is not None:
             by_sample = (*input.shape[:-1], self.num_experts)
             self.watch.see(
-                self.layer_number - 1, latent_step, keys, logits.view(by_sample), routing_map.view(by_sample)
+                self.layer_number - 1,
+                latent_step,
+                rng_keys,
+                logits.view(by_sample),
+                routing_map.view(by_sample),
             )
         return weights, routing_map

@@ -13,14 +13,14 @@ class GateCall:
     Attributes:
         layer: of the block, from 0.
         latent_step: from 1.
-        keys: int64 [B], the samples' keys of the counter-based random numbers.
+        rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
         sums: float64 [B, 5 + 2 M] over the tokens of a sample, in the columns that :func:`columns` names. The logits in them are without
             noise and without their mean over the modules, which the softmax does not see.
     """
 
     layer: int
     latent_step: int
-    keys: Tensor
+    rng_keys: Tensor
     sums: Tensor
 
 
@@ -53,13 +53,13 @@ class GateWatch:
         self._largest: dict[int, Tensor] = {}  # of each layer: which logit was the largest in its last call
 
     @torch.no_grad()
-    def see(self, layer: int, latent_step: int, keys: Tensor, logits: Tensor, picked: Tensor) -> None:
+    def see(self, layer: int, latent_step: int, rng_keys: Tensor, logits: Tensor, picked: Tensor) -> None:
         """Put down a call.
 
         Args:
             layer: from 0.
             latent_step: from 1.
-            keys: int64 [B].
+            rng_keys: int64 [B].
             logits: without noise, float32 [S, B, M].
             picked: bool [S, B, M].
         """
@@ -81,4 +81,4 @@ class GateWatch:
             switched.float(),
         )
         of_tokens = torch.cat((torch.stack(scalars, dim=-1), picked.float(), centred), dim=-1)
-        self.calls.append(GateCall(layer, latent_step, keys, of_tokens.sum(dim=0, dtype=torch.float64)))
+        self.calls.append(GateCall(layer, latent_step, rng_keys, of_tokens.sum(dim=0, dtype=torch.float64)))

@@ -77,7 +77,7 @@ class Recurrence(MegatronModule):
         vision: Tensor,
         text: Tensor | None,
         conditioning: Tensor,
-        keys: Tensor,
+        rng_keys: Tensor,
         positions: Positions | None = None,
         latent_steps: int | None = None,
         unmodulated: Tensor | None = None,
@@ -89,14 +89,14 @@ class Recurrence(MegatronModule):
             vision: this rank's modulated vision tokens, [S / (CP TP), B, H].
             text: likewise text tokens, [L_pad / (CP TP), B, H]; None in DiT.
             conditioning: [1, B, H], after SiLU.
-            keys: int64 [B], the samples' keys of the counter-based random numbers.
+            rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
             positions: the rotary positions, for a model that has them; they are the same in every latent step.
             latent_steps: T of this call; None is the configured number.
             unmodulated: the vision tokens before normalisation and modulation, for a gate that is to see no timestep in them.
         """
         steps = self.steps if latent_steps is None else latent_steps
         text_qkv = None if text is None else attention.project_text(text, positions)
-        noise = self.gate.draw_noise(keys, len(vision), steps) if self.training else [None] * steps
+        noise = self.gate.draw_noise(rng_keys, len(vision), steps) if self.training else [None] * steps
         # What the latent steps have in common.
         scale, shift = self.modulation(conditioning) if self.modulation is not None else (None, None)
         # From the state to what the gate sees of it: the normalised token in the place of the modulated one.
@@ -108,7 +108,7 @@ class Recurrence(MegatronModule):
 
         def latent_step(step: int, state: Tensor, *inputs: Tensor | None) -> Tensor:
             module_qkv = self.apply_modules(
-                attention, state, noise[step], step + 1, keys, *inputs[: len(shared)]
+                attention, state, noise[step], step + 1, rng_keys, *inputs[: len(shared)]
             )
             text = inputs[len(shared) :]
             text_qkv = QueryKeyValue(*text) if text else None  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ class Recurrence(MegatronModule):
             else:
                 attended = latent_step(step, *inputs)
             state = vision + attended
-        module_qkv = self.apply_modules(attention, state, noise[-1], steps, keys, *shared)
+        module_qkv = self.apply_modules(attention, state, noise[-1], steps, rng_keys, *shared)
         return attention(module_qkv + attention.project_vision(vision), text_qkv, positions)
 
     @torch.compiler.disable  # how many tokens a module gets is known on the host only
@@ -132,7 +132,7 @@ class Recurrence(MegatronModule):
         state: Tensor,
         noise: Tensor | None,
         latent_step: int,
-        keys: Tensor,
+        rng_keys: Tensor,
         conditioning: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
@@ -146,13 +146,13 @@ class Recurrence(MegatronModule):
         Args:
             noise: Gumbel noise that the gate adds in this latent step, float32 [S, B, M]; None in evaluation.
             latent_step: from 1.
-            keys: int64 [B], the samples' keys of the counter-based random numbers.
+            rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
             conditioning: [1, B, H], after SiLU.
             scale: step modulation [1, B, H], as shift; None without it.
             to_gate: [S, B, H], what the gate sees beside the state; None is the state alone.
         """
         seen = state if to_gate is None else state + to_gate
-        weights, routing_map = self.gate(seen, conditioning, noise, latent_step, keys)
+        weights, routing_map = self.gate(seen, conditioning, noise, latent_step, rng_keys)
         tokens = layer_norm(state) if scale is None or shift is None else modulate(state, shift, scale)
         projected = self.dispatcher.apply(self.experts, tokens, routing_map, weights)
         return split_heads(sequence_to_heads(projected), attention.head_dim)
