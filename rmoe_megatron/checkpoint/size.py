@@ -10,7 +10,7 @@ STATE_BYTES = 4 * 4
 def checkpoint_bytes(config: RunConfig) -> int:
     """Return what a checkpoint takes: weights, and of what is trained their average, main parameters and moments.
 
-    With ``fine_tuning.trainable=added`` it is of the additions alone; with ``blocks`` an upper bound.
+    With ``fine_tuning.trainable=added`` it is of the adapters alone; with ``blocks`` an upper bound.
     """
     dense, modules = dense_parameters(config), module_parameters(config)
     if config.fine_tuning is not None and config.fine_tuning.trainable is Trainable.added:

@@ -107,11 +107,11 @@ def _check_trained_stages(config: RunConfig) -> None:
     """Megatron-Core's optimizer and schedules need a trained parameter on every stage."""
     if config.fine_tuning is None or config.fine_tuning.trainable is Trainable.all:
         return
-    parallel, addition = config.parallel, config.recurrence or config.lora
+    parallel, adapter = config.parallel, config.recurrence or config.lora
     if config.fine_tuning.trainable is Trainable.blocks:
         trained = config.fine_tuning.blocks
     else:
-        trained = addition.layers if addition is not None else []
+        trained = adapter.layers if adapter is not None else []
     chunks = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
     size = config.model.num_layers // chunks
     for first in range(0, config.model.num_layers, size):

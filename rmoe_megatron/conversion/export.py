@@ -29,7 +29,7 @@ from rmoe_megatron.encoders.text import has_one_encoder, load_text_encoder
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.untrusted import read_json
-from rmoe_megatron.model.registry import ADDITIONS
+from rmoe_megatron.model.registry import ADAPTERS
 from rmoe_megatron.pretrained.architecture import (
     beyond_diffusers,
     empty_transformer,
@@ -50,7 +50,7 @@ TRANSFORMER_CLASSES = ("auto", "diffusers", "rmoe")
 SD3_COMPONENTS = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
 REMEDY = "choose another --dtype (float16 ends at 65504), or an earlier --step if the run has diverged"
 QKV_WEIGHT = "attention.linear_qkv.weight"
-MERGED = [addition for addition in ADDITIONS if not addition.weight_names]
+MERGED = [adapter for adapter in ADAPTERS if not adapter.weight_names]
 
 
 def export_run(
@@ -152,7 +152,7 @@ def exported_config[M: ModelDescription](config: M, transformer_class: str, appr
 class DiffusersWeights:
     """A run's weights under diffusers' names, converted one tensor of the run at a time.
 
-    An addition that diffusers has no place for (LoRA) is merged into the projections that it adapts.
+    An adapter that diffusers has no place for (LoRA) is merged into the projections that it adapts.
     """
 
     def __init__(self, weights: RunWeights, dtype: torch.dtype | None) -> None:
@@ -189,13 +189,13 @@ class DiffusersWeights:
     def _converted(self, name: str) -> Tensor:
         tensor = self.weights.locations[name].read()
         if name.endswith(QKV_WEIGHT):
-            for addition in MERGED:
-                prefix = f"{name.removesuffix(QKV_WEIGHT)}{addition.name}."
+            for adapter in MERGED:
+                prefix = f"{name.removesuffix(QKV_WEIGHT)}{adapter.name}."
                 places = self.weights.locations.items()
                 added = {key.removeprefix(prefix): place for key, place in places if key.startswith(prefix)}
                 if added:
                     tensors = {key: place.read() for key, place in added.items()}
-                    tensor = addition.merged(tensor, tensors, self.rules[name].join)
+                    tensor = adapter.merged(tensor, tensors, self.rules[name].join)
         converted = tensor.to(self.dtype)
         require_finite([(name, converted)], str(self.weights.checkpoint.path), _name_of(self.dtype), REMEDY)
         return converted

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rmoe_megatron.config.model import ModelConfig
-from rmoe_megatron.model.registry import ADDITIONS, FAMILIES
+from rmoe_megatron.model.registry import ADAPTERS, FAMILIES
 
 _BLOCK = re.compile(r"transformer\.layers\.(\d+)\.(.+)")
 _CONDITIONING = re.compile(r"conditioning\.(\d+)\.(.+)")
@@ -92,10 +92,10 @@ def _rule(name: str, model: ModelConfig) -> Rule:
 
 def _block_rule(prefix: str, local: str, model: ModelConfig) -> Rule:
     names = FAMILIES[model.architecture].weights
-    for addition in ADDITIONS:
-        added = local.removeprefix(f"{addition.name}.")
+    for adapter in ADAPTERS:
+        added = local.removeprefix(f"{adapter.name}.")
         if added != local:
-            return Rule((f"{prefix}{names.attention}.{addition.weight_names[added]}",))
+            return Rule((f"{prefix}{names.attention}.{adapter.weight_names[added]}",))
     if local in names.tensors:
         return Rule((prefix + names.tensors[local],))
     module, _, parameter = local.rpartition(".")

@@ -31,7 +31,7 @@ class BlockSubmodules:
     attention: ModuleSpec
     mlp: ModuleSpec
     dual_attention: ModuleSpec | None = None
-    addition: ModuleSpec | None = None
+    adapter: ModuleSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class BlockSettings:
         context_pre_only: the last block of SD3, whose text stream ends in the attention.
         recompute: keep the block's input alone for the backward pass and compute the rest again.
         exclusive_attention: heads' outputs lose their part along the token's own value.
-        compile: train through torch.compile, a block without an addition as one graph; evaluation stays as it is.
-        addition: name of the module that is added to the attention, after which its parameters are called.
+        compile: train through torch.compile, a block without an adapter as one graph; evaluation stays as it is.
+        adapter: name of the module that is added to the attention, after which its parameters are called.
     """
 
     qk_norm: bool
@@ -56,7 +56,7 @@ class BlockSettings:
     recompute: bool = False
     compile: bool = False
     exclusive_attention: bool = False
-    addition: str | None = None
+    adapter: str | None = None
 
 
 class Block(MegatronModule, BaseTransformerLayer):
@@ -82,25 +82,25 @@ class Block(MegatronModule, BaseTransformerLayer):
             torch.manual_seed(settings.seed * 100_003 + self.layer_number)
             self.build_base(submodules)
             self.attention.exclusive = settings.exclusive_attention
-            # Built last: a block with an addition starts with the same base weights as one without.
-            if submodules.addition is not None:
+            # Built last: a block with an adapter starts with the same base weights as one without.
+            if submodules.adapter is not None:
                 fresh = copy.copy(config)
                 fresh.perform_initialization = (
-                    True  # the base may come from a checkpoint, additions start here
+                    True  # the base may come from a checkpoint, adapters start here
                 )
-                assert settings.addition is not None
-                addition = build_module(
-                    submodules.addition, config=fresh, layer_number=self.layer_number, pg_collection=groups
+                assert settings.adapter is not None
+                adapter = build_module(
+                    submodules.adapter, config=fresh, layer_number=self.layer_number, pg_collection=groups
                 )
-                self.add_module(settings.addition, addition)
+                self.add_module(settings.adapter, adapter)
         self.compiled_transform = (
-            compiled(self.transform, fullgraph=self.addition is None) if settings.compile else self.transform
+            compiled(self.transform, fullgraph=self.adapter is None) if settings.compile else self.transform
         )
 
     @property
-    def addition(self) -> MegatronModule | None:
+    def adapter(self) -> MegatronModule | None:
         """Return what is added to the attention."""
-        return getattr(self, self.settings.addition) if self.settings.addition else None
+        return getattr(self, self.settings.adapter) if self.settings.adapter else None
 
     def build_base(self, submodules: BlockSubmodules) -> None:
         """Build the block without what is added to it."""
@@ -153,8 +153,8 @@ class Block(MegatronModule, BaseTransformerLayer):
         Args:
             unmodulated: the vision tokens before normalisation and modulation, for gates that ask for them.
         """
-        if self.addition is not None:
-            return self.addition(
+        if self.adapter is not None:
+            return self.adapter(
                 self.attention, vision, text, conditioning, rng_keys, positions, latent_steps, unmodulated
             )
         vision_qkv = self.attention.project_vision(vision)

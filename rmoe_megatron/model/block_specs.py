@@ -1,4 +1,4 @@
-"""The layers of a pipeline stage: which block stands where, with which addition."""
+"""The layers of a pipeline stage: which block stands where, with which adapter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ from rmoe_megatron.model.block import BlockSettings
 from rmoe_megatron.model.lora.layers import lora_spec
 from rmoe_megatron.model.precision.layers import Layers, layers_of
 from rmoe_megatron.model.recurrence.recurrence import recurrence_spec
-from rmoe_megatron.model.registry import addition_in
+from rmoe_megatron.model.registry import adapter_in
 
 # Makes class, parts and settings of a family's block without what is added to it, of the model, the block's number (from 0),
 # what is the same in all families, and the layers to build it of.
 BlockSpec = Callable[[ModelConfig, int, BlockSettings, Layers], ModuleSpec]
 
-ADDITION_SPECS: dict[str, Callable[[Any, Layers], ModuleSpec]] = {
+ADAPTER_SPECS: dict[str, Callable[[Any, Layers], ModuleSpec]] = {
     "recurrence": lambda recurrence, layers: recurrence_spec(recurrence, layers.experts),
     "lora": lambda lora, _: lora_spec(lora),
 }
@@ -46,7 +46,7 @@ def stage_spec(
 
 def block_spec(config: RunConfig, block: BlockSpec, layer: int) -> ModuleSpec:
     """Return the spec of block ``layer`` (from 0)."""
-    model, added = config.model, addition_in(config, layer)
+    model, added = config.model, adapter_in(config, layer)
     settings = BlockSettings(
         qk_norm=model.qk_norm,
         mlp_norm_eps=model.mlp_norm_eps,
@@ -55,11 +55,11 @@ def block_spec(config: RunConfig, block: BlockSpec, layer: int) -> ModuleSpec:
         recompute=config.training.recompute is Recompute.full,
         compile=config.training.compile,
         exclusive_attention=model.exclusive_attention,
-        addition=added[0].name if added else None,
+        adapter=added[0].name if added else None,
     )
     layers = layers_of(config, layer)
     spec = block(model, layer, settings, layers)
     if added is not None:
-        addition, section = added
-        spec.submodules.addition = ADDITION_SPECS[addition.name](section, layers)
+        adapter, section = added
+        spec.submodules.adapter = ADAPTER_SPECS[adapter.name](section, layers)
     return spec

@@ -3,7 +3,7 @@
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.model import DepthLoss, ModelConfig, ModelDescription, Objective, Prediction
 from rmoe_megatron.config.require import require, require_blocks, require_divides
-from rmoe_megatron.model.registry import additions_of, family_of
+from rmoe_megatron.model.registry import adapters_of, family_of
 
 SD3_ENCODERS = ("clip_l", "clip_g", "t5")
 SECTIONS = ("model", "recurrence", "lora", "loop", "diffusion", "encoders")
@@ -28,13 +28,13 @@ def check_model(description: ModelDescription) -> None:
     require_blocks(
         "model.dual_attention_layers", model.dual_attention_layers, model.num_layers, may_be_empty=True
     )
-    additions = list(additions_of(description))
-    for addition, section in additions:
-        require_blocks(f"{addition.name}.layers", section.layers, model.num_layers)
-        addition.check(model, section)
+    adapters = list(adapters_of(description))
+    for adapter, section in adapters:
+        require_blocks(f"{adapter.name}.layers", section.layers, model.num_layers)
+        adapter.check(model, section)
     require(
-        len(additions) < 2,
-        f"{' and '.join(sorted(addition.name for addition, _ in additions))} exclude each other; set one of them to null.",
+        len(adapters) < 2,
+        f"{' and '.join(sorted(adapter.name for adapter, _ in adapters))} exclude each other; set one of them to null.",
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from rmoe_megatron.config.model import DepthLoss, ModelConfig, ModelDescription
 from rmoe_megatron.config.run import RunConfig, Trainable
 from rmoe_megatron.model.family import vision_tokens
-from rmoe_megatron.model.registry import addition_in, depth_of, family_of
+from rmoe_megatron.model.registry import adapter_in, depth_of, family_of
 
 
 def training_flops_per_sample(config: RunConfig, vision: int | None = None) -> float:
@@ -22,7 +22,7 @@ def training_flops_per_sample(config: RunConfig, vision: int | None = None) -> f
     if fine_tuning is None or fine_tuning.trainable is Trainable.all:
         return 2 * 3 * _training_multiply_adds(config, vision)
     if fine_tuning.trainable is Trainable.added:
-        trained = {layer for layer in layers if addition_in(config, layer)}
+        trained = {layer for layer in layers if adapter_in(config, layer)}
     else:
         trained = set(fine_tuning.blocks)
     total = outer_multiply_adds(config, vision) * 2
@@ -98,7 +98,7 @@ def outer_multiply_adds(description: ModelDescription, vision: int) -> float:
 
 def added_multiply_adds(description: ModelDescription, layer: int, vision: int) -> float:
     """Return what is added to block ``layer``."""
-    added = addition_in(description, layer)
+    added = adapter_in(description, layer)
     return 0 if added is None else added[0].multiply_adds(description.model, added[1], vision)
 
 

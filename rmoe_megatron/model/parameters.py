@@ -4,7 +4,7 @@ from rmoe_megatron.config.model import ModelDescription
 from rmoe_megatron.config.run import EngineName, RunConfig, Trainable
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.family import linear_parameters
-from rmoe_megatron.model.registry import additions_of, family_of
+from rmoe_megatron.model.registry import adapters_of, family_of
 
 GRADIENT_BYTES = 4  # gradients are reduced in float32
 
@@ -18,8 +18,8 @@ def dense_parameters(description: ModelDescription) -> int:
     ends += linear_parameters(hidden, outputs)
     blocks = sum(family.block_parameters(model, layer) for layer in range(model.num_layers))
     added = sum(
-        len(section.layers) * addition.parameters(model, section)
-        for addition, section in additions_of(description)
+        len(section.layers) * adapter.parameters(model, section)
+        for adapter, section in adapters_of(description)
     )
     recall = 2 * 2 * hidden**2 if description.loop is not None and description.loop.recall else 0
     return family.conditioning_parameters(model) + ends + blocks + added + recall
@@ -28,8 +28,8 @@ def dense_parameters(description: ModelDescription) -> int:
 def module_parameters(description: ModelDescription) -> int:
     """Return the number of parameters of all modules of the recurrence, which expert parallelism spreads."""
     return sum(
-        len(section.layers) * addition.module_parameters(description.model, section)
-        for addition, section in additions_of(description)
+        len(section.layers) * adapter.module_parameters(description.model, section)
+        for adapter, section in adapters_of(description)
     )
 
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rmoe_megatron.config.run import Fp8Recipe, Precision, Recompute, RunConfig
 from rmoe_megatron.distributed.device import PARAMS_DTYPE
-from rmoe_megatron.model.registry import additions_of
+from rmoe_megatron.model.registry import adapters_of
 
 LAYER_NORM_EPS = 1.0e-6
 
@@ -38,9 +38,9 @@ def transformer_config(config: RunConfig, initialise: bool = True) -> Transforme
     """Return the TransformerConfig that hosts the model of ``config``; ``initialise`` draws initial weights."""
     model, parallel = config.model, config.parallel
     virtual, recompute = parallel.virtual_pipeline_model_parallel_size, config.training.recompute
-    additions: dict[str, Any] = {}
-    for addition, section in additions_of(config):
-        additions |= addition.transformer_settings(section)
+    adapters: dict[str, Any] = {}
+    for adapter, section in adapters_of(config):
+        adapters |= adapter.transformer_settings(section)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -77,5 +77,5 @@ def transformer_config(config: RunConfig, initialise: bool = True) -> Transforme
         # Whole blocks are recomputed by the blocks: Megatron-Core does it for its own TransformerLayer only.
         recompute_granularity="selective" if recompute is Recompute.selective else None,
         hetereogenous_dist_checkpoint=True,
-        **additions,
+        **adapters,
     )

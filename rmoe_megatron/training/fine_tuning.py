@@ -9,7 +9,7 @@ from rmoe_megatron.checkpoint.model_state import load_weights
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.config.run import FineTuningConfig, RunConfig, Trainable
 from rmoe_megatron.model.block import Block
-from rmoe_megatron.model.registry import is_addition
+from rmoe_megatron.model.registry import is_adapter
 from rmoe_megatron.training.base_checks import check_fits
 
 
@@ -25,7 +25,7 @@ def start_from_base(chunks: nn.ModuleList, config: RunConfig) -> str | None:
     assert config.fine_tuning is not None
     base = RunWeights(Path(config.fine_tuning.base))
     check_fits(config, base.config)
-    load_weights(chunks, base, fresh=is_addition)
+    load_weights(chunks, base, fresh=is_adapter)
     freeze(chunks, config.fine_tuning)
     if all(parameter.requires_grad for parameter in chunks.parameters()):
         return None
@@ -45,5 +45,5 @@ def freeze(chunks: nn.ModuleList, fine_tuning: FineTuningConfig) -> None:
         for parameter in block.parameters()
     }
     for name, parameter in chunks.named_parameters():
-        added = fine_tuning.trainable is Trainable.added and is_addition(name)
+        added = fine_tuning.trainable is Trainable.added and is_adapter(name)
         parameter.requires_grad_(added or id(parameter) in trained)

@@ -107,7 +107,7 @@ def _mmdits(draw: st.DrawFn) -> Drawn:
         text_on_grid=on_grid,
         exclusive_attention=not has_second and draw(st.booleans()),
     )
-    recurrence, lora = draw(_additions(model.num_layers))
+    recurrence, lora = draw(_adapters(model.num_layers))
     loop = draw(_loops(model.num_layers))
     diffusion = draw(_diffusions(recurrence is not None, loop, can_predict_samples=True))
     largest = model.pos_embed_max_size * model.patch_size
@@ -120,7 +120,7 @@ def _mmdits(draw: st.DrawFn) -> Drawn:
 @st.composite
 def _dits(draw: st.DrawFn) -> Drawn:
     model = draw(_sizes())
-    recurrence, lora = draw(_additions(model.num_layers))
+    recurrence, lora = draw(_adapters(model.num_layers))
     diffusion = draw(_diffusions(has_recurrence=False, loop=None, can_predict_samples=False))
     autoencoder = draw(st.sampled_from(["pixel", "shifted", "unshifted"]))
     model = replace(
@@ -164,7 +164,7 @@ def _blocks(num_layers: int) -> st.SearchStrategy[list[int]]:
 
 
 @st.composite
-def _additions(draw: st.DrawFn, num_layers: int) -> tuple[RecurrenceConfig | None, LoraConfig | None]:
+def _adapters(draw: st.DrawFn, num_layers: int) -> tuple[RecurrenceConfig | None, LoraConfig | None]:
     kind, layers = draw(st.sampled_from(["recurrence", "recurrence", "lora", "none"])), _blocks(num_layers)
     if kind == "lora":
         return None, LoraConfig(draw(layers), draw(st.integers(1, 4)))

@@ -136,7 +136,7 @@ def weights_of(run: Path, averaged: bool = False) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_additions_are_trained_on_a_frozen_base_and_resumed(runs: Path, stage: int) -> None:
+def test_adapters_are_trained_on_a_frozen_base_and_resumed(runs: Path, stage: int) -> None:
     """LoRA on the base's dense model, in bf16: the rest of the model is neither moved nor saved."""
     run_dir, base = runs / f"lora{stage}", runs / "dense"
     short = ["training.steps=6", "checkpoint.every=3", "recurrence=null", *QUIET]

@@ -82,7 +82,7 @@ def quick_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     ids=["dense", "recurrence", "frozen with LoRA", "one trained block"],
 )
 def test_a_compiled_run_trains_alike(quick_compile: list[bool], changes: dict, broken: list[int]) -> None:
-    """Losses, norms and weights of steps over two sizes; blocks without an addition are one graph each, others may break."""
+    """Losses, norms and weights of steps over two sizes; blocks without an adapter are one graph each, others may break."""
     config = tiny_config(**changes)
     found = {}
     for compile in (False, True):

@@ -36,7 +36,7 @@ def test_arms_of_every_grid_cost_the_same(path: Path) -> None:
     assert max(costs) < 1.01 * min(costs)
 
 
-def test_additions_to_a_frozen_base_have_as_many_parameters() -> None:
+def test_adapters_of_a_frozen_base_have_as_many_parameters() -> None:
     arms = {
         arm.name: arm.parameters
         for arm in compare_depths.arms_of(

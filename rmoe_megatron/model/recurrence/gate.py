@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.counter_rng import Purpose, derive, gumbel
-from rmoe_megatron.model.recurrence.addition import TOKEN_INPUTS
+from rmoe_megatron.model.recurrence.adapter import TOKEN_INPUTS
 from rmoe_megatron.model.recurrence.gate_watch import GateWatch
 from rmoe_megatron.model.sequence import mark_partial, shard_index
 

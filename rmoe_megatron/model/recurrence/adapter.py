@@ -4,14 +4,14 @@ from typing import Any
 
 from rmoe_megatron.config.model import ModelConfig, RecurrenceConfig
 from rmoe_megatron.config.require import require
-from rmoe_megatron.model.addition import Addition
+from rmoe_megatron.model.adapter import Adapter
 from rmoe_megatron.model.family import attention_multiply_adds, linear_parameters
 
 GATE_INPUTS = ("tokens", "unmodulated_tokens", "conditioning")
 TOKEN_INPUTS = GATE_INPUTS[:2]
 
 
-class RecurrenceAddition(Addition[RecurrenceConfig]):
+class RecurrenceAdapter(Adapter[RecurrenceConfig]):
     """M modules, picked by a gate for each vision token in each of T latent steps."""
 
     name = "recurrence"

@@ -1,6 +1,6 @@
 """What can be added to the attention of chosen blocks of a base model: the recurrence, or plain LoRA.
 
-An addition is one section of the configuration, one module of a block (under the addition's name, after which its
+An adapter is one section of the configuration, one module of a block (under the adapter's name, after which its
 parameters are called) and the numbers and names below. It can be asked without Megatron-Core being imported. Each has a
 folder of its own with its layers beside it, and one entry in :mod:`rmoe_megatron.model.registry`;
 :mod:`rmoe_megatron.model.block_specs` names its layers.
@@ -18,13 +18,13 @@ from rmoe_megatron.config.model import ModelConfig, ModelDescription
 Join = Any
 
 
-class Addition[Section](ABC):
-    """One kind of addition; ``Section`` is its section of the configuration."""
+class Adapter[Section](ABC):
+    """One kind of adapter; ``Section`` is its section of the configuration."""
 
     name: str  # of the section, and of the module in a block
 
     def section(self, description: ModelDescription) -> Section | None:
-        """Return the section of a model that has this addition."""
+        """Return the section of a model that has this adapter."""
         return getattr(description, self.name)
 
     def layers(self, description: ModelDescription) -> list[int]:
@@ -46,7 +46,7 @@ class Addition[Section](ABC):
 
     @abstractmethod
     def parameters(self, model: ModelConfig, section: Section) -> int:
-        """Return the number of parameters of one block's addition, without those of modules."""
+        """Return the number of parameters of one block's adapter, without those of modules."""
 
     def module_parameters(self, model: ModelConfig, section: Section) -> int:
         """Return the number of parameters of one block's modules, which expert parallelism spreads."""
@@ -62,10 +62,10 @@ class Addition[Section](ABC):
         """Return diffusers' names below the attention of a block, by those here; none if it is merged at export."""
 
     def merged(self, weight: Tensor, added: Mapping[str, Tensor], join: Join) -> Tensor:
-        """Return a block's query, key and value projection with the addition merged into it.
+        """Return a block's query, key and value projection with the adapter merged into it.
 
         Args:
-            added: the addition's tensors by their names in its module.
+            added: the adapter's tensors by their names in its module.
             join: makes the rows of the projection of weights of q, k and v.
         """
         raise NotImplementedError(f"{self.name} is exported beside the weights that it is added to")

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from rmoe_megatron.config.model import LoraConfig, ModelConfig
 from rmoe_megatron.config.require import require
-from rmoe_megatron.model.addition import Addition, Join
+from rmoe_megatron.model.adapter import Adapter, Join
 
 
-class LoraAddition(Addition[LoraConfig]):
+class LoraAdapter(Adapter[LoraConfig]):
     """``B A x`` added to the projection of vision queries, keys and values."""
 
     name = "lora"
