@@ -40,7 +40,7 @@ with process_groups(config):
 # A rank that is wrong before it meets the others, for which they wait in torch.distributed.
 BEFORE_MEETING = """import sys, time
 from rmoe_megatron import rank_watch
-from rmoe_megatron.cli import _end
+from rmoe_megatron.cli.app import _end
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.distributed.process_groups import process_groups, rank
 from tests.support.configurations import tiny_config

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rmoe_megatron import cli
+from rmoe_megatron.cli import app
 from rmoe_megatron.cli.options import Bar
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.dpg.evaluate import Settings as DpgSettings
@@ -146,9 +146,9 @@ def test_an_error_has_its_line_to_itself(monkeypatch: pytest.MonkeyPatch) -> Non
         Bar("judge", "unit")(1, 3)
         raise UserError("the judge is gone")
 
-    monkeypatch.setattr(cli, "app", fails)
+    monkeypatch.setattr(app, "app", fails)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert ended.value.code == 2
     assert "judge:" in shown.getvalue()
     assert shown.getvalue().endswith("\nerror: the judge is gone\n")
