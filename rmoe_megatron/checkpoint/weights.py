@@ -98,7 +98,7 @@ class RunWeights:
     """Where every weight of a run's model lies.
 
     Args:
-        run_dir: of a trained or imported run.
+        run_dir: the folder of a trained or imported run.
         step: checkpoint; None takes the newest complete one.
         averaged: the moving averages instead of the weights of the step.
         base: where the base lies if not where the run's configuration says.

@@ -15,7 +15,7 @@ class CaptionSource:
 
     Attributes:
         member: extension, ``txt``, ``caption`` or ``json``.
-        key: of the JSON's object; None for text.
+        key: where the caption stands in the JSON's object; None for text.
         weight: how often it is taken beside the other sources that a sample has.
     """
 

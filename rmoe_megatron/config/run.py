@@ -163,7 +163,11 @@ class BucketsConfig:
 
 @dataclass
 class MixedDatasetConfig:
-    """One of several data sets; all have a weight (of the draws), or all have epochs (how often as against the others)."""
+    """One data set of a mixture.
+
+    Either every entry has a weight (its share of the samples) or every entry has epochs (how often it is repeated relative to
+    the others).
+    """
 
     path: str = MISSING  # folder of .tar shards
     weight: float | None = number(None, above=0, most=1.0e9)

@@ -14,7 +14,7 @@ class Stage:
         first_step: steps of the run before it.
         end_step: steps of the run up to its end.
         first_draw: draws of the run before it.
-        sample_size: of a side of the square latents.
+        sample_size: side of the square latents.
         bucket_batch: draws in a row that are of one bucket.
         datasets: that it draws from.
         validation: folder of the validation samples, if there are some.

@@ -16,8 +16,8 @@ def output_errors(folder: Path, downscale_freq_shift: float) -> dict[int, float]
     """Compare a transformer of diffusers' own class with the exact model of the same weights, on random latents.
 
     Args:
-        folder: of the DiTTransformer2DModel; one model at a time is loaded from it, in float32.
-        downscale_freq_shift: of the exact model.
+        folder: holds the DiTTransformer2DModel; one model at a time is loaded from it, in float32.
+        downscale_freq_shift: the value of the exact model.
 
     Returns:
         By timestep: norm of the outputs' difference divided by the norm of the exact output.

@@ -59,7 +59,7 @@ def weight_rules(names: Iterable[str], model: ModelConfig) -> dict[str, Rule]:
     """Return the rule of every tensor of a Megatron-Core model.
 
     Args:
-        names: of the unsharded model's state; Megatron-Core's ``_extra_state`` entries are left out.
+        names: the names of the unsharded model's state; Megatron-Core's ``_extra_state`` entries are left out.
 
     Raises:
         KeyError: a name has no counterpart in diffusers.

@@ -14,7 +14,7 @@ class Mixture:
     """The samples of some data sets, by numbers that run through the buckets, and in a bucket through the data sets.
 
     Args:
-        datasets: of the same kind of samples, with the same buckets.
+        datasets: data sets of the same kind of samples, with the same buckets.
         shares: how much of the draws each has beside the others.
 
     Raises:
@@ -49,7 +49,7 @@ class Mixture:
         """Return the order of a run's draws: each data set and bucket in epochs of its own, as often as its share says.
 
         Args:
-            stage: of the run; another one has another order.
+            stage: the run's stage; another one has another order.
             group: draws in a row that are of one bucket.
         """
         key = seed + (stage << 32)

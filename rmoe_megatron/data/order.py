@@ -111,7 +111,7 @@ class Turns:
     not had before, so that none is ever more than one turn and a cycle from its share.
 
     Args:
-        weights: of the streams, not negative and not all 0.
+        weights: the streams' weights, not negative and not all 0.
         key: integers, for instance seed and what the turns are for.
     """
 

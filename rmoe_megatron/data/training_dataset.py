@@ -45,12 +45,12 @@ class SampleFormat:
     """What a model takes of samples.
 
     Attributes:
-        num_classes: of a class-conditional model, 0 for text.
+        num_classes: how many classes a class-conditional model has, 0 for text.
         bucketing: the sizes that raw images are cut to; None leaves them as they are.
         divides: number the samples by bucket, and leave out those of none; otherwise there is one bucket, whatever their size.
-        pixels_per_latent: of a side, for precomputed samples.
+        pixels_per_latent: pixels of a side for each latent, for precomputed samples.
         captions: where they are in raw samples.
-        seed: of the run, which the choice among several captions depends on.
+        seed: the run's seed, which the choice among several captions depends on.
         filter: which raw samples to take; None takes all.
         augment: how raw pictures change from draw to draw.
     """

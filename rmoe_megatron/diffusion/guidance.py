@@ -12,7 +12,7 @@ def drop_conditions[C: Conditions](config: DiffusionConfig, conditions: C, null:
     """Replace a share of the samples' conditions by the empty one.
 
     Args:
-        conditions: of B samples.
+        conditions: the conditions of B samples.
         null: the empty caption's or the dropped label's, each [1, ...].
         rng_keys: int64 [B], one key per sample.
     """

@@ -40,7 +40,7 @@ class DiffusionLoss:
     """Noises batches and drops conditions, by numbers that depend on seed and draw alone.
 
     Args:
-        null_conditions: of the empty caption or the dropped label, each [1, ...], on the device where batches will be.
+        null_conditions: what the empty caption or the dropped label is encoded to, each [1, ...], on the device where batches will be.
     """
 
     def __init__(self, description: ModelDescription, seed: int, null_conditions: Conditions) -> None:

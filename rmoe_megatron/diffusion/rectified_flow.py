@@ -83,7 +83,7 @@ def to_velocity(prediction: Prediction, output: Tensor, noisy_latents: Tensor, t
     loss and the sampler are those of the velocity in either case (Li and He, "Back to basics", 2025).
 
     Args:
-        output: of the model, [B, C, H, W].
+        output: the model's output, [B, C, H, W].
         timestep: float32 [B], sigma * TIMESTEPS.
     """
     if prediction is Prediction.velocity:

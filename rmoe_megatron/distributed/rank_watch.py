@@ -40,7 +40,7 @@ def watch_ranks(store: dist.Store, rank: int, world_size: int) -> Iterator[None]
     """Watch the other ranks for the duration of the context, in which torch.distributed is set up.
 
     Args:
-        store: of the job; a connection of its own is made, so that it may be in use elsewhere.
+        store: the job's store; a connection of its own is made, so that it may be in use elsewhere.
     """
     watch = _Watch(dist.PrefixStore("rank_watch", store.clone()), rank, world_size)
     watch.start()

@@ -20,9 +20,9 @@ class WorkQueue:
     """Hands out the numbers of units.
 
     Args:
-        folder: of the claims, below one that is there, on a file system that all processes see; it is removed when everything is
+        folder: holds the claims, below one that is there, on a file system that all processes see; it is removed when everything is
             done.
-        count: of the units.
+        count: the number of units.
         is_done: whether a unit's result is there.
         first: the unit to begin with, so that processes don't all ask for the same one.
     """

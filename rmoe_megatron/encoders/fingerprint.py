@@ -53,8 +53,8 @@ def check_encoders(
     """Check that a set was precomputed with the encoders of a configuration; names may differ, weights may not.
 
     Args:
-        described: of the set's ``dataset.json``.
-        place: of the set, for the error.
+        described: what the set's ``dataset.json`` says.
+        place: where the set lies, for the error.
         has_latents: they are precomputed too, not the text alone.
 
     Raises:

@@ -11,7 +11,7 @@ def prefetched(batches: list[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield the batches on the device in float32; the next one is copied, on a stream of its own, while one is used.
 
     Args:
-        batches: of this rank, in pinned memory where the device is a GPU.
+        batches: this rank's batches, in pinned memory where the device is a GPU.
     """
     stream = torch.cuda.Stream()
 

@@ -60,7 +60,7 @@ class Engine(Protocol):
         """Update the weights by this rank's micro-batches of one step, as many as every other data-parallel rank's.
 
         Args:
-            micro_batches: of as many samples and tokens at every place as on the other ranks; with pipeline parallelism all of
+            micro_batches: each has as many samples and tokens as the one at its place on the other ranks; with pipeline parallelism all of
                 them of one size.
             before_update: called when the gradients are there. Only then are the parameters of the previous update
                 surely here; they may arrive during the forward pass.
@@ -105,7 +105,7 @@ class Engine(Protocol):
         start from them.
 
         Args:
-            averages: of ``parameters``.
+            averages: the averages of ``parameters``.
             is_loading: the description names where loaded values go.
 
         Returns:

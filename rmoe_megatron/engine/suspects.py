@@ -26,7 +26,7 @@ def find_suspects(batches: list[Batch], losses: list[Tensor]) -> list[Suspect]:
 
     Args:
         batches: this rank's micro-batches.
-        losses: of these micro-batches; empty on all pipeline stages but the last.
+        losses: the losses of these micro-batches; empty on all pipeline stages but the last.
     """
     inputs = [suspect for batch in batches for suspect in _not_finite_inputs(batch)]
     pairs = list(zip(batches, losses, strict=True)) if losses else []

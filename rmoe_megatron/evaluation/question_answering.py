@@ -116,7 +116,7 @@ class Qwen3VL:
         Args:
             before: what stands before the image in all of them.
             after: what stands behind it in each.
-            max_tokens: of an answer.
+            max_tokens: the longest answer.
             repetition_penalty: by which the logits of tokens are divided (multiplied where they are negative) that a conversation has.
 
         Returns:

@@ -96,7 +96,7 @@ def standard_error(scores: Mapping[str, Mapping[str, float]]) -> float | None:
     """Return how far a score would move with other prompts: the standard error by bootstrap over prompts.
 
     Args:
-        scores: of the prompts of every task; the score is the mean of the tasks' means. The prompts of a task are drawn anew, as
+        scores: the scores of every task's prompts; the score is the mean of the tasks' means. The prompts of a task are drawn anew, as
             many as there are.
 
     Returns:

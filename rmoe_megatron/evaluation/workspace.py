@@ -89,7 +89,7 @@ def answer_products(
     Args:
         paths: where they lie.
         asked: what is asked about every prompt's pictures, as JSON has it.
-        pictures: of every prompt.
+        pictures: the pictures of every prompt.
         common: what the records of all of them have: rules and judge.
     """
 

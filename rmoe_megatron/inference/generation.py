@@ -256,7 +256,7 @@ class _LoadedOnce:
     """The model of an evaluation, loaded by who makes an image, and set to the depth of each batch.
 
     Args:
-        prompts: of all images; a wrong one is named before the first image.
+        prompts: the prompts of all images; a wrong one is named before the first image.
     """
 
     def __init__(self, prompts: list[str]) -> None:

@@ -238,7 +238,7 @@ def sample_images(
         prompts: texts, or class labels for a class-conditional pipeline.
         negative_prompt: what guidance leads away from, instead of the empty text.
         guidance_interval: guide only where timestep / 1000 lies in it.
-        size: of the images; None is the model's square.
+        size: the images' size; None is the model's square.
         progress: called with (images done, images in total).
 
     Returns:

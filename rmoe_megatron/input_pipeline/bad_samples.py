@@ -26,7 +26,7 @@ class BadSamples:
     """Takes note of what the loader could not use, on the data-parallel rank that drew it.
 
     Attributes:
-        draws: of this rank since its process started.
+        draws: how many samples this rank has drawn since its process started.
         bad: samples among them in whose place another was taken.
     """
 

@@ -53,7 +53,7 @@ def buckets_of(config: RunConfig, sample_size: int) -> tuple[Bucket, ...]:
     """Return the sizes of a run's pictures, in pixels: its buckets, or one square.
 
     Args:
-        sample_size: of a side of the square latents.
+        sample_size: side of the square latents.
 
     Raises:
         UserError: a bucket is none, or the autoencoder is not here, or its configuration cannot be read.
@@ -88,7 +88,7 @@ def sample_format(config: RunConfig, sample_size: int | None = None) -> SampleFo
     """Return what the model of a configuration takes of samples.
 
     Args:
-        sample_size: of a side of the square latents, if it is not the model's.
+        sample_size: side of the square latents; None is the model's.
 
     Raises:
         UserError: the autoencoder is not here, or its configuration cannot be read.
@@ -117,7 +117,7 @@ def check_shapes(
 
     Args:
         size: height and width of the latents.
-        folder: of the sample.
+        folder: where the sample lies, for the message.
         precomputed: it lies there encoded.
 
     Raises:

@@ -61,7 +61,7 @@ class Loss:
     Attributes:
         block: number of the block, from 0.
         layer: name of the linear layer in it, or of the factor of the recurrence's modules.
-        weight_gradient: of a frozen layer too, as if it were trained.
+        weight_gradient: the error of the weight's gradient; a frozen layer has one too, as if it were trained.
     """
 
     block: int
@@ -84,7 +84,7 @@ def diagnose_precision(
     Nothing is written into the run, unless ``output`` lies there.
 
     Args:
-        run_dir: of a trained run; its newest checkpoint's averaged weights are taken, and the training data of the checkpoint's stage.
+        run_dir: the folder of a trained run; its newest checkpoint's averaged weights are taken, and the training data of the checkpoint's stage.
         batches: micro-batches to average over, after those of the histories.
         overrides: settings over the run's own, for data that have moved or another device.
         progress: called with the micro-batches done and the number of all.

@@ -39,7 +39,7 @@ class BlockSettings:
     """What Megatron-Core's TransformerConfig does not say about a block.
 
     Attributes:
-        seed: of the initial weights; with the layer's number it determines them whatever the layout.
+        seed: determines the initial weights, together with the layer's number, whatever the layout.
         text_length: number L of text tokens at the start of the sequence.
         context_pre_only: the last block of SD3, whose text stream ends in the attention.
         recompute: keep the block's input alone for the backward pass and compute the rest again.

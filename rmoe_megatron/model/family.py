@@ -18,9 +18,9 @@ class WeightNames:
     """How diffusers names a family's weights; modules hold ``weight`` and ``bias``.
 
     Attributes:
-        attention: of a block; what is added to the attention has its names below it.
-        modules: of a block, by the module here.
-        projections: of a block: query, key and value, which are one layer here.
+        attention: the block's attention; what is added to the attention has its names below it.
+        modules: the layers of a block, by the names they have here.
+        projections: query, key and value of a block, which are one layer here.
         tensors: single ones of a block.
         ends: modules before and after the blocks, where names differ.
     """

@@ -43,7 +43,7 @@ def way_to_attend(device: torch.device, dtype: torch.dtype, rows: int, keys: int
 
     Args:
         rows: queries of all heads and samples together.
-        keys: of one head and sample.
+        keys: how many keys one head of one sample has.
         bf16_is_fast: what :func:`rmoe_megatron.distributed.processor.bf16_is_fast` says of this processor.
     """
     if device.type != "cpu" or rows * keys * dtype.itemsize > MOST_KEPT_BYTES:

@@ -37,7 +37,7 @@ class RankUsage:
         activations: bytes that the fullest moment of a step has on top: activations, temporary tensors, the batch.
         operations: computations of a step, and how often each takes place.
         collectives: messages of a step, and how often each takes place.
-        micro_batches: of a step.
+        micro_batches: how many micro-batches a step has.
     """
 
     rank: int

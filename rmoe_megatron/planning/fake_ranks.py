@@ -34,7 +34,7 @@ def fake_rank(config: RunConfig, rank: int, world_size: int) -> Iterator[torch.d
     Models choose the kernels of a GPU: fused attention, grouped products of modules.
 
     Args:
-        config: of the run; its parallel layout fits the number of ranks.
+        config: the run's configuration, whose parallel layout fits the number of ranks.
     """
     device = select_device(Device.cpu)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)

@@ -96,7 +96,7 @@ class Listener(TorchDispatchMode):
     Attributes:
         operations: how often each took place.
         collectives: how often each took place.
-        memory: of all tensors that came by.
+        memory: counts the memory of all tensors that came by.
         is_updating: the optimizer is at work, neither a forward nor a backward pass.
         is_data_parallel: what is sent now are gradients or parameters.
     """

@@ -20,7 +20,7 @@ class Plan:
 
     Attributes:
         stages: the first rank of every pipeline stage.
-        seconds: of a step, by what takes them.
+        seconds: what a step takes, by what takes it.
     """
 
     config: RunConfig

@@ -26,7 +26,7 @@ def describe(plan: Plan, samples: float | None = None, price: float | None = Non
 
     Args:
         samples: to train on; the cost is of so many.
-        price: of one accelerator for an hour, in any currency.
+        price: what one accelerator costs for an hour, in any currency.
     """
     parallel, hardware = plan.config.parallel, plan.hardware
     lines = [

@@ -89,8 +89,8 @@ def pipeline_time(stages: Iterable[StepTime], micro_batches: int, chunks: int = 
 
     Args:
         stages: the time of each by itself.
-        micro_batches: of a step.
-        chunks: of the model on every stage, with the interleaved schedule.
+        micro_batches: how many micro-batches a step has.
+        chunks: how many chunks of the model every stage has, with the interleaved schedule.
     """
     all_stages = list(stages)
     slowest = max(all_stages, key=lambda stage: stage.total)

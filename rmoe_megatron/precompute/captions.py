@@ -32,9 +32,9 @@ class CaptionCache:
     The others are read from finished shards: reading one takes less than encoding it.
 
     Args:
-        dtype: of what is kept.
+        dtype: the type in which states are kept.
         stored: finds captions in the shards of all processes; None for a shard by itself.
-        max_bytes: of what is kept beside the captions asked for last; T5's states of one caption take megabytes.
+        max_bytes: the most that is kept beside the captions asked for last; T5's states of one caption take megabytes.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class ShardSource:
         size: in bytes.
         modified: nanoseconds since 1970; of the content.
         changed: likewise; of the content, the times or the permissions. No program can set it to an earlier time.
-        sha256: of the content.
+        sha256: the content's hash.
     """
 
     shard: str

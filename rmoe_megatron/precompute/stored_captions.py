@@ -30,7 +30,7 @@ class StoredCaptions:
     """Finds captions in finished shards.
 
     Args:
-        folder: of the unfinished set.
+        folder: holds the unfinished set.
     """
 
     def __init__(self, folder: Path) -> None:

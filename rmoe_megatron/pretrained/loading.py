@@ -91,7 +91,7 @@ def load_text_encoder_folder(
 
     Args:
         model_class: AutoModel takes the class that the configuration names.
-        dtype: of the weights; ``auto`` keeps that of the files.
+        dtype: the weights' type; ``auto`` keeps that of the files.
 
     Raises:
         UserError: configuration or weights are malformed, or are not of this class.

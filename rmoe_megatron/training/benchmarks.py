@@ -76,7 +76,7 @@ def check_benchmark(settings: EvaluationConfig, side: int, where: str) -> None:
     """Check that a benchmark's prompts and judges are here, and that it judges pictures of this side.
 
     Args:
-        side: of a picture, in pixels.
+        side: a picture's side in pixels.
         where: what messages call its section.
 
     Raises:

@@ -48,7 +48,7 @@ def sample_latents(
 
     Args:
         model: an engine's ``denoise``.
-        numbers: of the prompts among all, which their noise depends on, int64 [N]; None counts them from 0.
+        numbers: the prompts' numbers among all, which their noise depends on, int64 [N]; None counts them from 0.
     """
     shape = (config.model.in_channels, height, width)
     count, device = len(prompts.captions), prompts.conditions.device

@@ -22,7 +22,7 @@ class Request:
     """Which grids a split has.
 
     Attributes:
-        sides: of the square of cells inside the canvas; odd ones for paths.
+        sides: sides that the square of cells inside the canvas may have; odd ones for paths.
         steps: fewest and most steps of the search, both included.
         density: least and greatest share of walls that are drawn, for regions.
     """

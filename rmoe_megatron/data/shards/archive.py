@@ -31,7 +31,7 @@ class Piece:
 
     Attributes:
         key: the members' path up to the first dot of the file's name.
-        offset: of the first header, in bytes.
+        offset: where the first header begins, in bytes.
         size: from there to the end of the last member's content.
         members: extension -> (offset, size) of the content in the archive.
     """

@@ -41,7 +41,7 @@ class Bucketing:
         """Return the number of every sample's bucket, TOO_SMALL or NO_BUCKET: int8 of the shape of both arguments.
 
         Args:
-            width: of pictures or latents, 0 where it is not known; ``height`` likewise.
+            width: widths of pictures or latents, 0 where it is not known; ``height`` likewise.
         """
         number = np.full(width.shape, NO_BUCKET, np.int8)
         if self.pixels_per_latent is not None:
@@ -72,7 +72,7 @@ class BucketCounts:
 
     Args:
         is_wanted: takes the extensions of a sample's members.
-        paths: of the file of the index, where it may be; none for an index that has no file.
+        paths: where the file of the index may be; empty for an index that has no file.
 
     Attributes:
         counts: uint16 [blocks, buckets + 2]; the last two are in no bucket, and too small.

@@ -94,7 +94,7 @@ class Decoded:
         scale: 1, 2, 4 or 8 pixels of a side of the picture are one that was decoded.
         left: decoded pixels, less than one, before the picture's first column.
         top: the same of its first row.
-        width: of the whole picture, in its own pixels.
+        width: the width of the whole picture, in its own pixels.
         height: likewise.
     """
 

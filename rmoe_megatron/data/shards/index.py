@@ -102,7 +102,7 @@ class Index:
     """The samples of a folder's shards, in the order of the shards' names and of the samples in them.
 
     Attributes:
-        folder: of the shards, as users name it.
+        folder: where the shards lie, as users name it.
         records: one of ``RECORD`` a sample, [samples].
         block_counts: samples of each kind in each block of ``BLOCK`` records, uint16 [blocks, kinds].
         pieces: one of ``PIECE`` for every piece of the samples whose members do not lie side by side, [pieces].

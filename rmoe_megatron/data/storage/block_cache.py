@@ -19,7 +19,7 @@ class BlockCache:
 
     Args:
         folder: made if it is missing; nothing else should lie in it.
-        max_bytes: of all blocks; may be exceeded by a sixteenth for every process that writes.
+        max_bytes: what all blocks may take; it may be exceeded by a sixteenth for every process that writes.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:

@@ -10,7 +10,7 @@ class RangeFile(io.RawIOBase):
 
     Args:
         read: returns the bytes at an offset, of a size that lies inside.
-        size: of all bytes.
+        size: the number of bytes of the whole file.
     """
 
     def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:

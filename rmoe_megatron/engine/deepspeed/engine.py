@@ -35,7 +35,7 @@ class DeepSpeedEngine:
     layer by layer when they are used.
 
     Args:
-        modules: of one DiffusionTransformer: the whole model, of its modules this rank's.
+        modules: one DiffusionTransformer, whole but for its experts, of which it has this rank's.
     """
 
     def __init__(self, config: RunConfig, modules: nn.ModuleList, loss: DiffusionLoss) -> None:

@@ -24,7 +24,7 @@ OPTIONS = {
     "reduce_bucket_size": (1, 2, 3), "reduce_scatter": (1, 2), "round_robin_gradients": (1, 2), "stage3_max_live_parameters": (3,),
     "stage3_max_reuse_distance": (3,), "stage3_prefetch_bucket_size": (3,), "sub_group_size": (3,), "zero_hpz_partition_size": (3,),
 }  # fmt: skip
-# Where modules are spread over ranks, the other paths are not made for them.
+# With expert parallelism only these options are allowed; DeepSpeed's other code paths do not handle expert parameters.
 OPTIONS_OF_SPREAD_MODULES = ("allgather_bucket_size", "overlap_comm", "reduce_bucket_size")
 # Gradients in a bucket that is reduced, as in Megatron-Core. DeepSpeed's own choice of 5e8 takes 2 GB on every rank at stage 3.
 REDUCE_BUCKET_SIZE = 40_000_000

@@ -20,7 +20,7 @@ class ModelChunks:
     It is one chunk, or with the interleaved pipeline schedule several.
 
     Args:
-        modules: of DiffusionTransformer, in the order in which a sample passes them.
+        modules: chunks of the DiffusionTransformer, in the order in which a sample passes them.
     """
 
     def __init__(self, modules: nn.ModuleList, ddp: DistributedDataParallelConfig) -> None:

@@ -43,7 +43,7 @@ class MegatronEngine:
     """The :class:`rmoe_megatron.engine.protocol.Engine` on Megatron-Core.
 
     Args:
-        modules: of DiffusionTransformer: this rank's chunk of the model, or with the interleaved schedule several.
+        modules: this rank's chunk of the DiffusionTransformer, or with the interleaved schedule several.
     """
 
     def __init__(self, config: RunConfig, modules: nn.ModuleList, loss: DiffusionLoss) -> None:

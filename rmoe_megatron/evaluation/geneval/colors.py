@@ -23,7 +23,7 @@ class ColorClassifier:
     """CLIP with a text embedding for every colour of a class.
 
     Args:
-        folder: of a CLIP of transformers with its tokenizer.
+        folder: holds a CLIP of transformers with its tokenizer.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:

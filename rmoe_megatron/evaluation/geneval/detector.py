@@ -33,7 +33,7 @@ class Detector:
     """Mask2Former with what mmdet does around it.
 
     Args:
-        folder: of a Mask2Former for COCO's instances.
+        folder: holds a Mask2Former for COCO's instances.
         short_side: pixels that an image's shorter side is resized to.
 
     Raises:

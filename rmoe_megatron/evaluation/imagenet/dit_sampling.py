@@ -100,7 +100,7 @@ def sample(
 
     Args:
         pipeline: class-conditional, with the sampler of :func:`published_sampler`.
-        seeds: of the images; an image's noise, also that of the steps, depends on its own alone.
+        seeds: one for every image, whose noise, also that of the steps, depends on its own seed alone.
         guidance: 1 is none.
         interval: guide only where timestep / 1000 lies in it.
 

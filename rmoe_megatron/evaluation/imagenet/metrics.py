@@ -67,7 +67,7 @@ def inception_score(probabilities: Iterable[Floats], split: int = SPLIT) -> floa
     """Return exp(E KL(p(y|x) || p(y))), the mean over parts of ``split`` images.
 
     Args:
-        probabilities: of classes, in batches [N, C]; cut into parts in their order.
+        probabilities: probabilities of the classes, in batches [N, C]; they are cut into parts in their order.
     """
     everything = np.concatenate(list(probabilities)).astype(np.float64)
     scores = []

@@ -89,7 +89,7 @@ class HPSv3:
     Args:
         weights: folder of ``HPSv3.safetensors``.
         base: folder of Qwen2-VL's configuration, tokenizer and image processor.
-        dtype: of all but the head, which is fp32; the published code takes bf16.
+        dtype: what all but the head is computed in; the head is fp32, and the published code takes bf16.
 
     Raises:
         UserError: a folder does not hold what it should.

@@ -77,7 +77,8 @@ def layers_of(config: RunConfig, layer: int) -> Layers:
         partial(EmulatedRowParallelLinear, recipe=recipe),
     )
     shared = recipe()
-    # Which module gets how much of what changes from call to call: a history says nothing of the next.
+    # The tokens that an expert gets change from call to call, so a history of largest values does not predict the next scale;
+    # delayed scaling leaves experts in bf16.
     if isinstance(shared, DelayedScaling):
         return layers
     return replace(layers, experts=partial(EmulatedExperts, recipe=shared))

@@ -97,7 +97,7 @@ class Recipe:
     Attributes:
         forward: format of inputs and weights.
         backward: format of the output's gradients.
-        scale: of a block, from its amax and the largest number of the format.
+        scale: computes a block's scale from its amax and the largest number of the format.
         length: values along the product that share a scale; None is the whole tensor.
         square_weights: a weight's block has this length both ways, so that its transpose has the same scales.
         per_tensor: a scale of the whole tensor comes first, and a block's is rounded to E4M3 (NVFP4).
