@@ -62,9 +62,9 @@ class Engine(Protocol):
         Args:
             micro_batches: each has as many samples and tokens as the one at its place on the other ranks; with pipeline parallelism all of
                 them of one size.
-            before_update: called when the gradients are there. Only then are the parameters of the previous update
-                surely here; they may arrive during the forward pass.
-            watches_gates: what they decide is put down for :meth:`routing_metrics`; every rank says the same.
+            before_update: called when the gradients are there. With overlapped gathering, parameters of the previous update may still
+                arrive during the forward pass; here they are complete.
+            watches_gates: what the gates decide is recorded for :meth:`routing_metrics`; every rank says the same.
         """
         ...
 
