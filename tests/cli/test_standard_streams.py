@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAM = """\
 import contextlib, logging, os, sys
-from rmoe_megatron import standard_streams
+from rmoe_megatron.cli import standard_streams
 standard_streams.open_closed()
 standard_streams.outlive_reader("stdout", "stderr")
 logging.basicConfig()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """\
 import sys, time
 from dataclasses import replace
-from rmoe_megatron import rank_watch
+from rmoe_megatron.distributed import rank_watch
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.distributed.process_groups import process_groups, rank, world_size
 from tests.support.configurations import tiny_config
@@ -39,7 +39,7 @@ with process_groups(config):
 """
 # A rank that is wrong before it meets the others, for which they wait in torch.distributed.
 BEFORE_MEETING = """import sys, time
-from rmoe_megatron import rank_watch
+from rmoe_megatron.distributed import rank_watch
 from rmoe_megatron.cli.app import _end
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.distributed.process_groups import process_groups, rank

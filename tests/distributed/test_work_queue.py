@@ -154,7 +154,7 @@ def test_a_claim_is_kept_young_while_a_unit_takes_long(
 def test_many_that_find_a_void_claim_make_one_claim_of_it(tmp_path: Path) -> None:
     """Each removes the claim of a dead process, which must never be the new claim of another one."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom rmoe_megatron import claims\n"
+        "import sys, time\nfrom pathlib import Path\nfrom rmoe_megatron.files import claims\n"
         "folder = Path(sys.argv[1]); (folder / f'ready.{sys.argv[2]}').touch()\n"
         "while not (folder / 'go').exists(): pass\n"
         "for number in range(40):\n"

@@ -110,8 +110,8 @@ def test_a_replacement_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pyt
 def start_building(final: Path, seconds: float = 60) -> subprocess.Popen[str]:
     """Start a process that builds a folder and takes its time."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom rmoe_megatron import durable\n"
-        "with durable.building(Path(sys.argv[1])) as partial:\n"
+        "import sys, time\nfrom pathlib import Path\nfrom rmoe_megatron.files import atomic\n"
+        "with atomic.building(Path(sys.argv[1])) as partial:\n"
         "    (partial / 'file').write_text('theirs'); print('at it', flush=True); time.sleep(float(sys.argv[2]))"
     )
     process = subprocess.Popen(

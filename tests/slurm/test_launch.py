@@ -11,7 +11,7 @@ from tests.support.local_slurm import ROOT, LocalSlurm
 from tests.support.runs import losses, make_run
 
 SAY = (
-    "from rmoe_megatron import launch as l; "
+    "from rmoe_megatron.distributed import launch as l; "
     "print(l.rank(), l.world_size(), l.local_rank(), l.ranks_on_host(), l.is_main_process(), l.rendezvous_url())"
 )
 

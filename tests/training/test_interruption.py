@@ -203,7 +203,7 @@ def test_the_clock_of_one_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LISTENING = """
 import signal, time
-from rmoe_megatron import stop_signals
+from rmoe_megatron.distributed import stop_signals
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
 stop_signals.PATIENCE = 0.5
 stop_signals.listen()
