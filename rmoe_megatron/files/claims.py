@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rmoe_megatron.errors import UserError
+from rmoe_megatron.files.disk_errors import about
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def _create(path: Path) -> bool:
     except FileExistsError:
         return False
     try:
-        with file:
+        with about(path), file:
             file.write(this_process())
     except BaseException:
         path.unlink(missing_ok=True)
