@@ -20,7 +20,7 @@ from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files.foreign_errors import refusal
-from rmoe_megatron.pretrained.architecture import check_described_model
+from rmoe_megatron.model.checks import check_described_model
 
 # Prefixes of what is not a weight of the model.
 NOT_WEIGHTS = ("optimizer.", "ema.", "rng.", "fp8.", "chained_")

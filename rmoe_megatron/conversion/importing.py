@@ -37,9 +37,9 @@ from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files.atomic import check_writable
 from rmoe_megatron.model.build import build_chunks
+from rmoe_megatron.model.checks import check_described_model
 from rmoe_megatron.pretrained.architecture import (
     ImportedArchitecture,
-    check_described_model,
     empty_transformer,
     read_architecture,
 )

@@ -3,9 +3,11 @@
 from rmoe_megatron.config.bounds import check_bounds
 from rmoe_megatron.config.model import DepthLoss, ModelConfig, ModelDescription, Objective, Prediction
 from rmoe_megatron.config.require import require, require_blocks, require_divides
+from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.registry import adapters_of, family_of
 
 SD3_ENCODERS = ("clip_l", "clip_g", "t5")
+MAX_POSITION_VALUES = 1 << 28  # SD3.5-medium's are 384 x 384 x 1536
 SECTIONS = ("model", "recurrence", "lora", "loop", "diffusion", "encoders")
 
 
@@ -36,6 +38,26 @@ def check_model(description: ModelDescription) -> None:
         len(adapters) < 2,
         f"{' and '.join(sorted(adapter.name for adapter, _ in adapters))} exclude each other; set one of them to null.",
     )
+
+
+def check_described_model(description: ModelDescription, where: str) -> None:
+    """Check a model that a file describes, before anything of it is built.
+
+    Raises:
+        UserError: names ``where`` it is described, and what is wrong.
+    """
+    model = description.model
+    try:
+        check_model(description)
+    except UserError as error:
+        raise UserError(f"{where} describes no model: {error}") from error
+    # Models compute their positions when they are built.
+    side = max(model.sample_size // model.patch_size, model.pos_embed_max_size)
+    if side**2 * model.hidden_size > MAX_POSITION_VALUES:
+        raise UserError(
+            f"{where} describes {side} x {side} positions of width {model.hidden_size}, "
+            "more than any model has."
+        )
 
 
 def _check_sizes(model: ModelConfig) -> None:

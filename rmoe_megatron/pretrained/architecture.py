@@ -19,7 +19,6 @@ from rmoe_megatron.config.model import (
 )
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files.untrusted import read_json, shown
-from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.pretrained.config_files import OBJECT, check_config, read_config
 from rmoe_megatron.pretrained.dit_format import DiTFormat
 from rmoe_megatron.pretrained.sd3_format import SD3Format
@@ -53,7 +52,6 @@ FORMER_FIXED = {
     "only_cross_attention": False,
     "use_linear_projection": False,
 }
-MAX_POSITION_VALUES = 1 << 28  # SD3.5-medium's are 384 x 384 x 1536
 RECURRENCE_KEYS = ("layers", "num_modules", "steps", "rank", "modulation", "gate_inputs")
 
 
@@ -191,23 +189,3 @@ def describe_architecture(values: dict[str, Any], path: Path, text_length: int) 
         diffusion,
         LoopConfig(**loop) if loop else None,
     )
-
-
-def check_described_model(config: ModelDescription, where: str) -> None:
-    """Check a model that a file describes, before anything of it is built.
-
-    Raises:
-        UserError: names ``where`` it is described, and what is wrong.
-    """
-    model = config.model
-    try:
-        check_model(config)
-    except UserError as error:
-        raise UserError(f"{where} describes no model: {error}") from error
-    # Models compute their positions when they are built.
-    side = max(model.sample_size // model.patch_size, model.pos_embed_max_size)
-    if side**2 * model.hidden_size > MAX_POSITION_VALUES:
-        raise UserError(
-            f"{where} describes {side} x {side} positions of width {model.hidden_size}, "
-            "more than any model has."
-        )

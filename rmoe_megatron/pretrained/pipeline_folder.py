@@ -29,10 +29,10 @@ from rmoe_megatron.hf.dit_pipeline import RecurrentDiTPipeline
 from rmoe_megatron.hf.pipeline import RecurrentSD3Pipeline
 from rmoe_megatron.hf.pixel_codec import PixelCodec
 from rmoe_megatron.hf.tuned_sd3_pipeline import TunedSD3Pipeline
+from rmoe_megatron.model.checks import check_described_model
 from rmoe_megatron.pretrained.architecture import (
     CLASSES,
     FORMER_DIT,
-    check_described_model,
     empty_transformer,
     read_architecture,
     read_transformer_config,
