@@ -2,17 +2,21 @@
 
 An adapter is one section of the configuration, one module of a block (under the adapter's name, after which its
 parameters are called) and the numbers and names below. It can be asked without Megatron-Core being imported. Each has a
-folder of its own with its layers beside it, and one entry in :mod:`rmoe_megatron.model.registry`;
-:mod:`rmoe_megatron.model.block_specs` names its layers.
+folder of its own with its layers beside it, and one entry in :mod:`rmoe_megatron.model.registry`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from rmoe_megatron.config.model import ModelConfig, ModelDescription
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from rmoe_megatron.model.precision.layers import Layers
 
 # Makes the rows of the block's query, key and value projection of three weights.
 Join = Any
@@ -51,6 +55,13 @@ class Adapter[Section](ABC):
     def module_parameters(self, model: ModelConfig, section: Section) -> int:
         """Return the number of parameters of one block's modules, which expert parallelism spreads."""
         return 0
+
+    @abstractmethod
+    def spec(self, section: Section, layers: "Layers") -> "ModuleSpec":
+        """Return the module that takes the place of the attention in a block, built of ``layers``.
+
+        This imports Megatron-Core; nothing else here does.
+        """
 
     def transformer_settings(self, section: Section) -> dict[str, Any]:
         """Return what Megatron-Core's TransformerConfig must know of it."""

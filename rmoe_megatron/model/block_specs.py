@@ -1,7 +1,6 @@
 """The layers of a pipeline stage: which block stands where, with which adapter."""
 
 from collections.abc import Callable
-from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -11,19 +10,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import Recompute, RunConfig
 from rmoe_megatron.model.block import BlockSettings
-from rmoe_megatron.model.lora.layers import lora_spec
 from rmoe_megatron.model.precision.layers import Layers, layers_of
-from rmoe_megatron.model.recurrence.recurrence import recurrence_spec
 from rmoe_megatron.model.registry import adapter_in
 
 # Makes class, parts and settings of a family's block without what is added to it, of the model, the block's number (from 0),
 # what is the same in all families, and the layers to build it of.
 BlockSpec = Callable[[ModelConfig, int, BlockSettings, Layers], ModuleSpec]
-
-ADAPTER_SPECS: dict[str, Callable[[Any, Layers], ModuleSpec]] = {
-    "recurrence": lambda recurrence, layers: recurrence_spec(recurrence, layers.experts),
-    "lora": lambda lora, _: lora_spec(lora),
-}
 
 
 def stage_spec(
@@ -61,5 +53,5 @@ def block_spec(config: RunConfig, block: BlockSpec, layer: int) -> ModuleSpec:
     spec = block(model, layer, settings, layers)
     if added is not None:
         adapter, section = added
-        spec.submodules.adapter = ADAPTER_SPECS[adapter.name](section, layers)
+        spec.submodules.adapter = adapter.spec(section, layers)
     return spec

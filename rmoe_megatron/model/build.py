@@ -5,22 +5,14 @@ from typing import Any
 from megatron.core import parallel_state
 from torch import nn
 
-from rmoe_megatron.config.model import Architecture
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
-from rmoe_megatron.model.dit.transformer import DiT
-from rmoe_megatron.model.mmdit.transformer import MMDiT
-
-# The layers of each family in :mod:`rmoe_megatron.model.registry`.
-TRANSFORMERS: dict[Architecture, type[DiffusionTransformer]] = {
-    Architecture.mmdit: MMDiT,
-    Architecture.dit: DiT,
-}
+from rmoe_megatron.model.registry import family_of
 
 
 def build_transformer(config: RunConfig, **arguments: Any) -> DiffusionTransformer:
     """Return a model or a part of one; arguments are those of :class:`DiffusionTransformer`."""
-    return TRANSFORMERS[config.model.architecture](config, **arguments)
+    return family_of(config).transformer()(config, **arguments)
 
 
 def build_chunks(config: RunConfig, initialise: bool = True) -> nn.ModuleList:

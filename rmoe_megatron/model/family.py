@@ -1,14 +1,18 @@
 """What a family of transformers is: all that differs between MM-DiT, DiT and whichever comes next.
 
 A family can be asked without Megatron-Core being imported. Each has a folder of its own with its layers beside it, and one
-entry in :mod:`rmoe_megatron.model.registry`; :mod:`rmoe_megatron.model.build` names its layers.
+entry in :mod:`rmoe_megatron.model.registry`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rmoe_megatron.config.model import ModelConfig, ModelDescription
+
+if TYPE_CHECKING:
+    from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 
 TIMESTEP_CHANNELS = 256  # sinusoidal features of diffusers' timestep embedding
 
@@ -37,6 +41,10 @@ class Family(ABC):
 
     name: str  # in error messages
     weights: WeightNames
+
+    @abstractmethod
+    def transformer(self) -> "type[DiffusionTransformer]":
+        """Return the class of its layers. This imports Megatron-Core; nothing else here does."""
 
     @abstractmethod
     def check(self, description: ModelDescription) -> None:

@@ -12,7 +12,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import param_and_grad_buffer
 
-from rmoe_megatron.config.model import Architecture
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, ClassConditions, TextConditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss
@@ -162,7 +161,7 @@ def _batch(config: RunConfig, number: int, device: torch.device) -> Batch:
     """Return a micro-batch of the configuration's size; its values are never looked at."""
     model, samples = config.model, config.training.micro_batch_size
     conditions: Any
-    if model.architecture is Architecture.dit:
+    if model.is_class_conditional:
         conditions = ClassConditions(torch.zeros(samples, dtype=torch.int64, device=device))
     else:
         conditions = TextConditions(

@@ -1,5 +1,7 @@
 """DiT without its layers: keys, FLOPs, parameters, names of weights."""
 
+from typing import TYPE_CHECKING
+
 from rmoe_megatron.config.model import ModelConfig, ModelDescription, Prediction
 from rmoe_megatron.config.require import require
 from rmoe_megatron.model.family import (
@@ -12,6 +14,9 @@ from rmoe_megatron.model.family import (
 )
 
 TEXT_KEYS = ("text_length", "text_hidden_size", "pooled_size", "pos_embed_max_size")
+
+if TYPE_CHECKING:
+    from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 
 
 class DiTFamily(Family):
@@ -29,6 +34,12 @@ class DiTFamily(Family):
         projections={"attention.linear_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v")},
         ends={"modulation_out.linear": "proj_out_1", "proj_out": "proj_out_2"},
     )
+
+    def transformer(self) -> "type[DiffusionTransformer]":
+        """Return :class:`DiT`."""
+        from rmoe_megatron.model.dit.transformer import DiT
+
+        return DiT
 
     def check(self, description: ModelDescription) -> None:
         """Check the keys of classes and timesteps; a DiT has no text, no QK norm and no second attention."""

@@ -1,6 +1,7 @@
 """LoRA without its layers: keys, FLOPs, parameters, and how it is merged."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,6 +9,11 @@ from torch import Tensor
 from rmoe_megatron.config.model import LoraConfig, ModelConfig
 from rmoe_megatron.config.require import require
 from rmoe_megatron.model.adapter import Adapter, Join
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from rmoe_megatron.model.precision.layers import Layers
 
 
 class LoraAdapter(Adapter[LoraConfig]):
@@ -23,6 +29,12 @@ class LoraAdapter(Adapter[LoraConfig]):
             f"lora.rank ({section.rank}) exceeds model.hidden_size ({model.hidden_size}), where a product of two factors "
             "has no use for it; choose a smaller rank.",
         )
+
+    def spec(self, section: LoraConfig, layers: "Layers") -> "ModuleSpec":
+        """Return the module ``Lora``, which has the same layers in every precision."""
+        from rmoe_megatron.model.lora.layers import lora_spec
+
+        return lora_spec(section)
 
     def multiply_adds(self, model: ModelConfig, section: LoraConfig, vision: int) -> float:
         """Return both factors of three projections."""

@@ -1,5 +1,7 @@
 """MM-DiT without its layers: keys, FLOPs, parameters, names of weights."""
 
+from typing import TYPE_CHECKING
+
 from rmoe_megatron.config.model import ModelConfig, ModelDescription
 from rmoe_megatron.config.require import require
 from rmoe_megatron.model.family import (
@@ -13,6 +15,9 @@ from rmoe_megatron.model.family import (
     stream_parameters,
     timestep_parameters,
 )
+
+if TYPE_CHECKING:
+    from rmoe_megatron.model.diffusion_transformer import DiffusionTransformer
 
 
 def _check_attention(model: ModelConfig) -> None:
@@ -69,6 +74,12 @@ class MMDiTFamily(Family):
         },
         ends={"modulation_out.linear": "norm_out.linear"},
     )
+
+    def transformer(self) -> "type[DiffusionTransformer]":
+        """Return :class:`MMDiT`."""
+        from rmoe_megatron.model.mmdit.transformer import MMDiT
+
+        return MMDiT
 
     def check(self, description: ModelDescription) -> None:
         """Check the keys of text and positions; an MM-DiT has no classes and no learned variance."""

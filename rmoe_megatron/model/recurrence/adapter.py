@@ -1,11 +1,16 @@
 """The recurrence without its layers: keys, FLOPs, parameters, names of weights."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rmoe_megatron.config.model import ModelConfig, RecurrenceConfig
 from rmoe_megatron.config.require import require
 from rmoe_megatron.model.adapter import Adapter
 from rmoe_megatron.model.family import attention_multiply_adds, linear_parameters
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from rmoe_megatron.model.precision.layers import Layers
 
 GATE_INPUTS = ("tokens", "unmodulated_tokens", "conditioning")
 TOKEN_INPUTS = GATE_INPUTS[:2]
@@ -40,6 +45,12 @@ class RecurrenceAdapter(Adapter[RecurrenceConfig]):
             and not set(TOKEN_INPUTS) <= set(inputs),
             f"recurrence.gate_inputs {inputs} must be conditioning, tokens or unmodulated_tokens, or conditioning and one of the others.",
         )
+
+    def spec(self, section: RecurrenceConfig, layers: "Layers") -> "ModuleSpec":
+        """Return the module ``Recurrence`` with the experts of a block's precision."""
+        from rmoe_megatron.model.recurrence.recurrence import recurrence_spec
+
+        return recurrence_spec(section, layers.experts)
 
     def multiply_adds(self, model: ModelConfig, section: RecurrenceConfig, vision: int) -> float:
         """Return modules and gate of every latent step, the attention of all but the last, and the one modulation."""
