@@ -227,7 +227,7 @@ def _shown(metrics: dict[str, float], remaining: float | None) -> dict[str, str]
 
 
 class _Records:
-    """Lines at the end of a file; what the disk does not take now is tried again with the next line."""
+    """Lines at the end of a file; what the disk does not take now is tried again with the next line, and at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, open_to_append(path)
@@ -238,15 +238,20 @@ class _Records:
         was_waiting = bool(self.waiting)
         self.waiting += f"{line}\n".encode()
         try:
-            while self.waiting:
-                self.waiting = self.waiting[os.write(self.file.fileno(), self.waiting) :]
+            self._write()
         except OSError as error:
             if not was_waiting:
                 with warned("Records wait in memory"), about(self.path):
                     raise error
 
+    def _write(self) -> None:
+        while self.waiting:
+            self.waiting = self.waiting[os.write(self.file.fileno(), self.waiting) :]
+
     def close(self) -> None:
-        """Close the file."""
+        """Try what waits for the last time, and close the file."""
+        with suppress(OSError):
+            self._write()
         lost = self.waiting.count(b"\n")
         if lost:
             logger.warning("%d records of %s are lost, which its disk did not take.", lost, self.path)

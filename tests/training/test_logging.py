@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import resource
 import sys
 from pathlib import Path
 
@@ -190,3 +191,21 @@ def test_records_that_python_wrote_with_nan_are_no_obstacle(tmp_path: Path) -> N
     log.draw_curves()
     log.close()
     assert records(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_record_that_the_disk_did_not_take_is_written_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``capsys`` keeps the output in memory, where the limit of files does not reach it."""
+    log = RunLogger(tmp_path, LoggingConfig(tensorboard=False), 2, 0, is_rank0=True)
+    log.log_metrics(1, {"loss": 0.5})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size, limits[1]))
+    try:
+        log.log_metrics(2, {"loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.close()
+    assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
+    assert "Records wait in memory" in caplog.text
+    assert "are lost" not in caplog.text
