@@ -6,9 +6,10 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import claims
@@ -206,9 +207,16 @@ def _remove_leftovers(final: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a folder with all that it holds, or a file, or nothing if there is nothing."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, onexc=_raise_with_whole_name)
     else:
         path.unlink(missing_ok=True)
+
+
+def _raise_with_whole_name(function: Callable[..., Any], path: str, error: BaseException) -> None:
+    """Raise what stops a removal; the system's own error names a file without its folder."""
+    if isinstance(error, OSError):
+        error.filename = path
+    raise error
 
 
 def check_writable(folder: Path, name: str) -> None:

@@ -194,3 +194,17 @@ def test_an_error_about_another_file_keeps_its_name(tmp_path: Path) -> None:
         build()
     assert caught.value.filename == str(tmp_path / "missing")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_removed_has_its_whole_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    file = tmp_path / "folder" / "inner" / "file"
+    file.write_text("")
+
+    def fail(path: str, dir_fd: int | None = None) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(os, "unlink", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        atomic.remove(tmp_path / "folder")
+    assert caught.value.filename == str(file)
