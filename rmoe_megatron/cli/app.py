@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from rmoe_megatron.cli import standard_streams
+from rmoe_megatron.cli.config import config_command
 from rmoe_megatron.cli.conversion import convert_app
 from rmoe_megatron.cli.data import data_app
 from rmoe_megatron.cli.diagnosis import diagnose_app
@@ -45,6 +46,7 @@ app.command(
     "plan",
     epilog="Example: rmoe plan configs/t2i_2b.yaml --gpus 64 --gpu h100 parallel.tensor_model_parallel_size=2",
 )(plan_command)
+app.command("config", epilog="Example: rmoe config optimizer.ema_decay")(config_command)
 app.command("train", epilog="Example: rmoe train configs/shapes_tiny.yaml optimizer.learning_rate=1e-3")(
     train
 )

@@ -55,40 +55,53 @@ class DepthLoss(Enum):
 class ModelConfig:
     """The transformer. Names follow diffusers' SD3Transformer2DModel and DiTTransformer2DModel."""
 
-    preset: str | None = None  # name in config/presets.py; fills what is not given here
+    # A name in config/presets.py, whose values fill what is not given here.
+    preset: str | None = None
     architecture: Architecture = Architecture.mmdit
-    sample_size: int = number(MISSING, least=1, most=4096)  # latent height and width
+    # The side of the latents of a square picture.
+    sample_size: int = number(MISSING, least=1, most=4096)
+    # The side of a patch, in latents.
     patch_size: int = number(MISSING, least=1, most=256)
+    # The channels of the latents.
     in_channels: int = number(MISSING, least=1, most=4096)
+    # The number of blocks.
     num_layers: int = number(MISSING, least=1, most=1024, why="each is built as a module of its own")
+    # The width of a token in the blocks.
     hidden_size: int = number(MISSING, least=1, most=1 << 16)
+    # The heads of each attention.
     num_attention_heads: int = number(MISSING, least=1, most=1024)
-    qk_norm: bool = True  # RMSNorm on queries and keys, as in SD3.5
-    mlp_norm_eps: float = number(1.0e-6, above=0, most=1)  # also the original DiT's; diffusers' DiT has 1e-5
-    # MM-DiT
-    text_length: int = number(0, least=0, most=1 << 16)  # tokens of text in the joint sequence
-    text_hidden_size: int = number(0, least=0, most=1 << 16)  # width of the text encoder's token states
-    pooled_size: int = number(0, least=0, most=1 << 16)  # width of the pooled text embedding
-    pos_embed_max_size: int = number(0, least=0, most=4096)  # in patches; images take a centred crop
-    # base of rotary positions in two dimensions, which attention sees besides the embedded ones; null has none
+    # Queries and keys pass an RMSNorm, as in SD3.5.
+    qk_norm: bool = True
+    # The epsilon of the norms before the MLPs; the original DiT has 1e-6 too, diffusers' DiT 1e-5.
+    mlp_norm_eps: float = number(1.0e-6, above=0, most=1)
+    # MM-DiT: the tokens of text in the joint sequence.
+    text_length: int = number(0, least=0, most=1 << 16)
+    # MM-DiT: the width of the text encoder's token states.
+    text_hidden_size: int = number(0, least=0, most=1 << 16)
+    # MM-DiT: the width of the pooled text embedding.
+    pooled_size: int = number(0, least=0, most=1 << 16)
+    # MM-DiT: the side of the table of positions, in patches; pictures take a centred crop of it.
+    pos_embed_max_size: int = number(0, least=0, most=4096)
+    # The base of rotary positions in two dimensions, which attention sees besides the embedded ones; null
+    # has none.
     rope_theta: float | None = number(None, above=1, most=1.0e9)
-    # the first text tokens have the rotary positions of the image's patches, row by row; others those of the first one
+    # The first text tokens have the rotary positions of the picture's patches, row by row; the others have
+    # that of the first one.
     text_on_grid: bool = False
-    # a head's output loses its part along the token's own value (exclusive self-attention)
+    # A head's output loses its part along the token's own value (exclusive self-attention).
     exclusive_attention: bool = False
-    dual_attention_layers: list[int] = field(
-        default_factory=list
-    )  # blocks with SD3.5-medium's second attention
-    # DiT
-    # the embedding table has one more row, the dropped label
+    # The blocks that have SD3.5-medium's second attention.
+    dual_attention_layers: list[int] = field(default_factory=list)
+    # DiT: the number of classes; the embedding table has one more row, for the dropped label.
     num_classes: int = number(0, least=0, most=10_000_000)
-    learned_sigma: bool = False  # twice the output channels: noise and variance
-    # of the timestep's frequencies 10000^(-i / (128 - shift)); the original DiT has 0
+    # DiT: the output has twice the channels, noise and variance.
+    learned_sigma: bool = False
+    # DiT: the timestep's frequencies are 10000^(-i / (128 - shift)); the original DiT has 0.
     downscale_freq_shift: float = number(1.0, least=0, most=1)
-    timestep_scale: float = number(
-        1.0, above=0, most=1
-    )  # times the timestep, before its features; SiT has 0.001
-    shared_conditioning: bool = True  # false: timestep and label embeddings of its own in every block
+    # DiT: the timestep is multiplied by it before its features are taken; SiT has 0.001.
+    timestep_scale: float = number(1.0, above=0, most=1)
+    # DiT: all blocks share one embedding of timestep and label; with false every block has its own.
+    shared_conditioning: bool = True
 
     @property
     def is_class_conditional(self) -> bool:
@@ -100,17 +113,27 @@ class ModelConfig:
 class RecurrenceConfig:
     """The recursive sparse mixture of experts inside joint attention (arXiv 2604.25299)."""
 
-    layers: list[int] = MISSING  # indices of transformer blocks, first is 0
-    num_modules: int = number(5, least=1, most=1024)  # M
-    steps: int = number(2, least=1, most=64)  # T, latent steps
-    rank: int | None = number(128, least=1, most=1 << 16)  # null makes the modules full-rank
+    # The blocks that have the recurrence, counted from 0.
+    layers: list[int] = MISSING
+    # M, the number of experts of a block.
+    num_modules: int = number(5, least=1, most=1024)
+    # T, the number of latent steps.
+    steps: int = number(2, least=1, most=64)
+    # The rank of an expert's projections; null makes them full-rank.
+    rank: int | None = number(128, least=1, most=1 << 16)
+    # The temperature of the gate's softmax, whose gradient trains it.
     tau: float = number(5.0, above=0, most=1.0e6)
-    modulation: bool = True  # Mod(LN(a)) of the latent step
-    # tokens (the latent state), or unmodulated_tokens (the same without adaLN, which carries the timestep), and conditioning
+    # Every latent step modulates its state, Mod(LN(a)).
+    modulation: bool = True
+    # What the gate sees: tokens (the latent state) or unmodulated_tokens (the same without adaLN, which
+    # carries the timestep), and conditioning.
     gate_inputs: list[str] = field(default_factory=lambda: ["tokens", "conditioning"])
-    # of B; 0 leaves a base model unchanged, small and positive for training from scratch
+    # The standard deviation that the experts' second factor starts with; 0 leaves a base model unchanged,
+    # and training from scratch takes a small positive one.
     up_init_std: float = number(0.0, least=0, most=10)
-    aux_loss_coeff: float = number(0.0, least=0, most=1000)  # load balancing (Switch)
+    # The weight of the load-balancing loss (Switch).
+    aux_loss_coeff: float = number(0.0, least=0, most=1000)
+    # The weight of the loss that keeps the gate's logits small.
     z_loss_coeff: float = number(0.0, least=0, most=1000)
 
 
@@ -118,17 +141,23 @@ class RecurrenceConfig:
 class LoopConfig:
     """Blocks that are passed several times with the same weights (Looped-DiT, arXiv 2609.40305)."""
 
-    first: int = number(MISSING, least=0, most=1023)  # block, from 0
+    # The first block of the loop, counted from 0.
+    first: int = number(MISSING, least=0, most=1023)
+    # The last block of the loop.
     last: int = number(MISSING, least=0, most=1023)
+    # How often the loop is passed.
     times: int = number(4, least=1, most=64)
-    recall: bool = True  # before each pass: a linear map of the state and of what entered the loop
+    # Before each pass a linear map joins the state with what entered the loop.
+    recall: bool = True
 
 
 @dataclass
 class LoraConfig:
     """Plain low-rank adaptation of the vision Q/K/V projections: the baseline without recurrence."""
 
+    # The blocks that have LoRA, counted from 0.
     layers: list[int] = MISSING
+    # The rank of the update.
     rank: int = number(128, least=1, most=1 << 16)
 
 
@@ -137,27 +166,26 @@ class DiffusionConfig:
     """The objective, its timesteps, and classifier-free guidance dropout."""
 
     objective: Objective = Objective.rectified_flow
-    guidance_dropout: float = number(
-        0.1, least=0, most=1
-    )  # share of captions or labels replaced by the empty one
-    # rectified flow
+    # The share of captions or labels that training replaces by the empty one.
+    guidance_dropout: float = number(0.1, least=0, most=1)
     timestep_density: TimestepDensity = TimestepDensity.logit_normal
+    # Rectified flow: the mean of the logit-normal density of timesteps.
     logit_mean: float = number(0.0, least=-100, most=100)
+    # Rectified flow: the standard deviation of the logit-normal density.
     logit_std: float = number(1.0, above=0, most=100)
+    # Rectified flow: the scale of the density "mode".
     mode_scale: float = number(1.29, least=-1, most=2 / (math.pi - 2), why="where the density exists")
-    shift: float = number(1.0, above=0, most=1000)  # SD3's shift of sigma
-    # sample_size that ``shift`` is for; others scale it by the ratio of sides
+    # Rectified flow: SD3's shift of sigma towards noise.
+    shift: float = number(1.0, above=0, most=1000)
+    # The sample_size that the shift is for; others scale it by the ratio of sides. Null leaves the shift as
+    # it is.
     shift_base_size: int | None = number(None, least=1, most=4096)
     prediction: Prediction = Prediction.velocity
-    # loops or latent steps
     depth_loss: DepthLoss = DepthLoss.last
-    distillation: float = number(
-        0.5, least=0, most=1
-    )  # share of the distance from the deepest output, for drawn
-    # DDPM with DiT's linear betas
-    min_snr_gamma: float | None = number(
-        None, above=0, most=1.0e6
-    )  # weight min(SNR, gamma) / SNR of the noise's loss
+    # The share that the distance from the deepest output has in the loss, with depth_loss=drawn.
+    distillation: float = number(0.5, least=0, most=1)
+    # DDPM: the noise's loss has the weight min(SNR, gamma) / SNR; null leaves it without one.
+    min_snr_gamma: float | None = number(None, above=0, most=1.0e6)
 
 
 @dataclass
@@ -167,8 +195,11 @@ class EncodersConfig:
     A folder or repository whose model_index.json is a Stable Diffusion 3 pipeline's has three text encoders.
     """
 
+    # The text encoder: minilm, a folder, or a hub repository.
     text_encoder: str = "minilm"
-    dropped: list[str] = field(default_factory=list)  # of SD3's clip_l, clip_g, t5: zeros instead, not loaded
+    # Which of SD3's clip_l, clip_g and t5 are not loaded; their states are zeros.
+    dropped: list[str] = field(default_factory=list)
+    # The autoencoder: pixel (the picture itself), a folder, or a hub repository.
     autoencoder: str = "pixel"
 
 
