@@ -6,6 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+LIBRARIES = (  # that training depends on
+    "torch", "triton", "megatron-core", "emerging-optimizers", "deepspeed", "transformer-engine", "diffusers", "transformers",
+    "safetensors", "webdataset", "Pillow", "numpy",
+)  # fmt: skip
 INFERENCE = ("torch", "diffusers", "transformers", "numpy")  # that pictures and verdicts depend on
 
 

@@ -1,10 +1,10 @@
 """Process groups and seeds of a run."""
 
+import platform
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from itertools import zip_longest
 from typing import Any
 
@@ -19,7 +19,7 @@ from rmoe_megatron.distributed.device import communication_backend, select_devic
 from rmoe_megatron.distributed.launch import local_rank, rank, rendezvous_url, world_size
 from rmoe_megatron.distributed.rank_watch import watch_ranks
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.versions import code_fingerprint
+from rmoe_megatron.versions import LIBRARIES, versions_of
 
 
 @contextmanager
@@ -30,11 +30,11 @@ def process_groups(config: RunConfig) -> Iterator[torch.device]:
     the run has one rank and needs no port. With several ranks, the end of one is the end of all.
 
     Raises:
-        UserError: the ranks have different configurations or code.
+        UserError: the ranks have different configurations, code, libraries or devices.
     """
     device = select_device(config.device, local_rank())
     with _torch_distributed(communication_backend(device)):
-        check_ranks_agree(config)
+        check_ranks_agree(config, device)
         parallel, virtual = config.parallel, config.parallel.virtual_pipeline_model_parallel_size
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -73,19 +73,42 @@ def _destroy_groups() -> None:
         dist.destroy_process_group()
 
 
-def check_ranks_agree(config: RunConfig) -> None:
-    """Compare configuration, code and libraries of all ranks.
+def check_ranks_agree(config: RunConfig, device: torch.device) -> None:
+    """Compare configuration, code, libraries and devices of all ranks.
 
     Raises:
         UserError: names the first rank that differs from rank 0, and in what.
     """
+    gpu = []
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = [
+            f"GPU {properties.name} of {properties.total_memory >> 30} GiB",
+            f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}",
+        ]
+    check_same_on_all_ranks(
+        [
+            *to_yaml(config).splitlines(),
+            f"Python {platform.python_version()}",
+            *(f"{name} {number}" for name, number in versions_of(*LIBRARIES).items()),
+            *gpu,
+        ],
+        "start all ranks with the same command, configuration and installation, on devices of one kind",
+    )
+
+
+def check_same_on_all_ranks(mine: list[str], advice: str) -> None:
+    """Compare what every rank says of itself.
+
+    Args:
+        mine: a text for each thing that has to be the same.
+        advice: what is to be done if it is not.
+
+    Raises:
+        UserError: on every rank; names the first rank that differs from rank 0, and in what.
+    """
     if dist.get_world_size() == 1:
         return
-    mine = [
-        *to_yaml(config).splitlines(),
-        f"code of rmoe_megatron: {code_fingerprint()}",
-        *(f"{name} {version(name)}" for name in ("torch", "megatron-core")),
-    ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), mine))
     for number, (host, theirs) in enumerate(everyone):
@@ -94,7 +117,4 @@ def check_ranks_agree(config: RunConfig) -> None:
             (f"{other!r} instead of {first!r}" for other, first in pairs if other != first), None
         )
         if difference is not None:
-            raise UserError(
-                f"Rank {number} on {host} differs from rank 0: it has {difference}; start all ranks with the same "
-                "command, configuration and installation."
-            )
+            raise UserError(f"Rank {number} on {host} differs from rank 0: it has {difference}; {advice}.")

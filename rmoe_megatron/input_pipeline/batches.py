@@ -19,6 +19,7 @@ from rmoe_megatron.data.loader import BatchLayout, Samples, batches
 from rmoe_megatron.data.mixture import Mixture
 from rmoe_megatron.data.order import Order
 from rmoe_megatron.distributed.launch import local_rank
+from rmoe_megatron.distributed.process_groups import check_same_on_all_ranks
 from rmoe_megatron.encoders.autoencoder import encode_images, load_autoencoder
 from rmoe_megatron.encoders.conditions import NULL_TEXT, build_condition_encoder
 from rmoe_megatron.input_pipeline.bad_samples import BadSamples, warn
@@ -46,6 +47,10 @@ def _open_in_turn(config: RunConfig) -> list[StageDraws]:
             for draws in opened if mine == 0 else ():
                 check_fingerprints(config, draws)
         dist.barrier()
+    check_same_on_all_ranks(
+        [line for draws in opened for line in draws.describe()],
+        "let all of them see the same shards (copies of a disk of each machine may be old or not whole)",
+    )
     return opened
 
 

@@ -55,6 +55,14 @@ class StageDraws:
     def __getitem__(self, draw: int) -> int:
         return self.order[draw - self.stage.first_draw]
 
+    def describe(self) -> list[str]:
+        """Return what the data sets are, one line each."""
+        return [
+            f"{use} samples in {dataset.samples.index.describe()}"
+            for use, mixture in (("training", self.samples), ("validation", self.validation))
+            for dataset in (mixture.datasets if mixture is not None else ())
+        ]
+
     def validation_parts(self, most: int) -> Iterator[tuple[int, Order, int, int]]:
         """Yield the buckets that have validation samples, their order, and between which draws they are.
 

@@ -23,7 +23,7 @@ from rmoe_megatron.files.disk_errors import about, warned
 from rmoe_megatron.files.regular import open_to_append
 from rmoe_megatron.files.untrusted import lines_of, read_text
 from rmoe_megatron.training.curves import MAX_BYTES, draw_curves, read_records
-from rmoe_megatron.versions import versions_of
+from rmoe_megatron.versions import LIBRARIES, versions_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +31,6 @@ METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 STATUS = "status"  # one line: where the run is
 WANDB_ID = "wandb_id.txt"
-LIBRARIES = (
-    "torch",
-    "megatron-core",
-    "deepspeed",
-    "transformer-engine",
-    "diffusers",
-    "transformers",
-    "numpy",
-)
 
 
 class RunLogger:

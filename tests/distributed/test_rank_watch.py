@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,17 @@ import sys, time
 from dataclasses import replace
 from rmoe_megatron.distributed import rank_watch
 from rmoe_megatron.errors import UserError
+from rmoe_megatron import versions
+from rmoe_megatron.distributed import process_groups as process_groups_code
 from rmoe_megatron.distributed.process_groups import process_groups, rank, world_size
 from tests.support.configurations import tiny_config
 
 rank_watch.INTERVAL, rank_watch.SILENCE = 0.2, 5.0
 what, config = sys.argv[1], tiny_config()
 is_last = rank() == world_size() - 1
+if what == "other library" and is_last:
+    found = versions.versions_of
+    process_groups_code.versions_of = lambda *names: found(*names) | {"numpy": "1.0"}
 if what == "differ" and is_last:
     config = replace(config, seed=7)
 with process_groups(config):
@@ -185,3 +191,11 @@ def test_ranks_with_another_configuration_are_named() -> None:
         assert code != 0
         assert "Rank 2 on" in errors
         assert "'seed: 7' instead of 'seed: 0'" in errors
+
+
+def test_ranks_with_another_version_of_any_library_are_named() -> None:
+    processes, _store = start("other library")
+    for code, errors in finish(processes):
+        assert code != 0
+        assert "Rank 2 on" in errors
+        assert f"'numpy 1.0' instead of 'numpy {version('numpy')}'" in errors

@@ -7,6 +7,7 @@ them), by the places of the samples whose members do not lie side by side, by a 
 samples, both with their counts) and by the length of that.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -117,6 +118,14 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def describe(self) -> str:
+        """Return what the folder holds, in words, with a fingerprint of the names and sizes of its shards and of their numbers of samples."""
+        digest = hashlib.sha256()  # not of the records, which may be larger than the memory
+        for shard in self.shards:
+            digest.update(f"{shard.name} {shard.size} {shard.samples}\n".encode())
+        size = sum(shard.size for shard in self.shards)
+        return f"{self.folder}: {len(self.shards)} shards, {len(self)} samples, {size} bytes, fingerprint {digest.hexdigest()[:16]}"
 
     def is_sound(self, record: np.void) -> bool:
         """Whether a record names a shard, a kind and pieces that there are; the file may be damaged."""
