@@ -138,3 +138,25 @@ def inspect(
 
     for line in show_run(run_dir, quick):
         print(line, flush=True)
+
+
+def report(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Name the folders of training runs.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the page to this file. The default is RUN/report.html, or report.html for several runs."
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run: curves, samples over time, gates, events, configuration; or about several beside each other."""
+    launch.require_one_rank("rmoe report")
+    for run_dir in run_dirs:
+        require_run(run_dir)
+    from rmoe_megatron.inspection.report import write_report
+
+    out = out or (run_dirs[0] / "report.html" if len(run_dirs) == 1 else Path("report.html"))
+    write_report(run_dirs, out)
+    print(out)
