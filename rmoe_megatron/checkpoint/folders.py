@@ -64,6 +64,9 @@ class RunState(TypedDict):
     skipped_steps: NotRequired[Annotated[int, Field(ge=0)]]
     pending: NotRequired[list[Pause]]
     imported: NotRequired[bool]  # weights alone
+    source: NotRequired[Annotated[str, Field(max_length=200)]]  # of an imported run; conversion/origin.py
+    is_repository: NotRequired[bool]
+    licence: NotRequired[Annotated[dict[str, str], Field(max_length=3)]]
     job: NotRequired[str]  # SLURM's number of the job that saved it
     base_fingerprint: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
 

@@ -18,6 +18,7 @@ from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.config.stages import stage_at, stages_of
 from rmoe_megatron.conversion.approximation import output_errors
 from rmoe_megatron.conversion.model_card import model_card
+from rmoe_megatron.conversion.origin import PAGE, origin_of
 from rmoe_megatron.conversion.pipeline_settings import pipeline_settings
 from rmoe_megatron.conversion.remote_code import add_remote_code
 from rmoe_megatron.conversion.weight_names import Copies, weight_rules
@@ -99,8 +100,9 @@ def export_run(
         record = weight_record(weights, averaged)
         write_model(transformer, reader.read, partial / "transformer", shard_bytes, progress, record)
         write_pipeline(config, transformer, partial)
-        card = model_card(config, weights.checkpoint.step, averaged, reader.dtype, transformer, partial)
-        (partial / "README.md").write_text(card)
+        origin = origin_of(weights, base)
+        card = model_card(weights, config, averaged, reader.dtype, transformer, partial, origin, remote_code)
+        (partial / PAGE).write_text(card)
         if remote_code:
             add_remote_code(partial)
         is_exact = config.model.downscale_freq_shift == exact

@@ -28,6 +28,7 @@ from rmoe_megatron.config.run import (
     TrainingConfig,
 )
 from rmoe_megatron.conversion.facebook_dit import FacebookDiT
+from rmoe_megatron.conversion.origin import Origin, named, read_origin
 from rmoe_megatron.conversion.pipeline_settings import STOCK_TEXT_LENGTH, read_settings, warn_of_sampler
 from rmoe_megatron.conversion.sd3_file import SD3File
 from rmoe_megatron.conversion.sit import SiT, looks_like_sit
@@ -97,7 +98,8 @@ def import_diffusers(
         encoders, architecture = said.encoders, replace(architecture, diffusion=said.diffusion)
         warn_of_sampler(folder, _description(architecture, encoders))
     source = SafetensorsFolder(transformer)
-    _import(source, architecture, encoders, run_dir, parallel, str(transformer), progress)
+    origin = read_origin(folder, name)
+    _import(source, architecture, encoders, run_dir, parallel, str(transformer), progress, origin)
 
 
 def _import_sd3_file(
@@ -115,7 +117,16 @@ def _import_sd3_file(
             "Of %s the transformer is imported; %s there are left, so name the text encoders and the autoencoder with "
             "encoders.text_encoder and encoders.autoencoder.", file, ", ".join(source.passed_over),
         )  # fmt: skip
-    _import(source, source.architecture, EncodersConfig(), run_dir, parallel, str(file), progress)
+    _import(
+        source,
+        source.architecture,
+        EncodersConfig(),
+        run_dir,
+        parallel,
+        str(file),
+        progress,
+        named(file.name),
+    )
 
 
 def import_facebook_dit(
@@ -141,7 +152,16 @@ def import_facebook_dit(
             "--objective ddpm if it is a DiT."
         )
     source = SiT(dit) if objective is Objective.rectified_flow else dit
-    _import(source, source.architecture, EncodersConfig(), run_dir, parallel, str(file), progress)
+    _import(
+        source,
+        source.architecture,
+        EncodersConfig(),
+        run_dir,
+        parallel,
+        str(file),
+        progress,
+        named(file.name),
+    )
 
 
 def _description(architecture: ImportedArchitecture, encoders: EncodersConfig) -> ModelDescription:
@@ -162,6 +182,7 @@ def _import(
     parallel: ParallelConfig,
     where: str,
     progress: Progress | None,
+    origin: Origin,
 ) -> None:
     if list_checkpoints(run_dir):
         raise UserError(f"{run_dir} already holds checkpoints; choose another folder.")
@@ -201,7 +222,7 @@ def _import(
                 state[name] = _filled(entry, rules[entry.key], source, where)
                 if progress is not None and is_rank0:
                     progress(done + 1, len(state))
-            _save(state, config, run_dir, is_rank0)
+            _save(state, config, run_dir, is_rank0, origin)
 
 
 def _filled(entry: ShardedTensor, rule: Rule, source: WeightSource, where: str) -> ShardedTensor:
@@ -232,11 +253,15 @@ def _shares_conditioning(source: WeightSource, model: ModelConfig) -> bool:
     return True
 
 
-def _save(state: Mapping[str, object], config: RunConfig, run_dir: Path, is_rank0: bool) -> None:
+def _save(
+    state: Mapping[str, object], config: RunConfig, run_dir: Path, is_rank0: bool, origin: Origin
+) -> None:
     with new_checkpoint(checkpoint_path(run_dir, step=0), replace=False) as partial:
         save_sharded({"model": dict(state)}, partial)
         if is_rank0:
             config = replace(config, parallel=ParallelConfig())
             save_config(config, partial / "config.yaml")
             save_config(config, run_dir / "config.yaml")
-            (partial / "run_state.json").write_text(json.dumps({"step": 0, "samples": 0, "imported": True}))
+            (partial / "run_state.json").write_text(
+                json.dumps({"step": 0, "samples": 0, "imported": True, **origin})
+            )

@@ -7,6 +7,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rmoe_megatron.checkpoint.weights import RunWeights
+from rmoe_megatron.conversion.model_card import lora_card
+from rmoe_megatron.conversion.origin import PAGE, origin_of
 from rmoe_megatron.conversion.weight_names import QueryKeyValueRule, weight_rules
 from rmoe_megatron.conversion.weight_record import weight_record
 from rmoe_megatron.errors import UserError
@@ -25,7 +27,7 @@ def export_lora(
     dtype: torch.dtype | None = None,
     base: Path | None = None,
 ) -> Path:
-    """Write the LoRA of a run as ``pytorch_lora_weights.safetensors`` into the new folder ``out``.
+    """Write the LoRA of a run as ``pytorch_lora_weights.safetensors`` into the new folder ``out``, with a page that says what it is.
 
     ``lora_A`` [r, H] and ``lora_B`` [H, r] are given for query, key and value of every adapted block, alpha being the rank: the update of a
     projection is ``lora_B lora_A``. ``pipeline.load_lora_weights(out)`` of the base's export, with the package peft, gives the outputs of
@@ -63,6 +65,8 @@ def export_lora(
         )
     with atomic.building(out) as partial:
         (partial / LORA_WEIGHTS).write_bytes(save(tensors, weight_record(weights, averaged)))
+        exported = next(iter(tensors.values())).dtype
+        (partial / PAGE).write_text(lora_card(weights, averaged, exported, origin_of(weights, base), partial))
     return out / LORA_WEIGHTS
 
 

@@ -10,20 +10,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmoe_megatron.checkpoint.weights import RunWeights
-from rmoe_megatron.config.model import Architecture, ModelConfig, ModelDescription, Objective
+from rmoe_megatron.config.model import Architecture, ModelConfig
 from rmoe_megatron.conversion.export import DiffusersWeights, at_stage_of
-from rmoe_megatron.conversion.facebook_dit import HEADS, dit_layout
+from rmoe_megatron.conversion.facebook_dit import dit_layout
 from rmoe_megatron.conversion.original_layout import Layout, put_together
+from rmoe_megatron.conversion.original_limits import beyond_original
 from rmoe_megatron.conversion.sd3_file import HEAD_SIZE, PREFIX, sd3_layout
 from rmoe_megatron.conversion.weight_record import weight_record
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
-from rmoe_megatron.pretrained.architecture import beyond_diffusers
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-ORIGINAL_DIT = {"downscale_freq_shift": 0.0, "mlp_norm_eps": 1e-6}  # which the original code has fixed
 
 
 def export_single_file(
@@ -81,26 +80,6 @@ def export_single_file(
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic.writing(file, size) as partial:
         save_file(tensors, partial, metadata=weight_record(weights, averaged))
-
-
-def beyond_original(config: ModelDescription) -> list[str]:
-    """Return what of a model a file in the original layout cannot express: names of settings with their values."""
-    model, head = config.model, config.model.hidden_size // config.model.num_attention_heads
-    found = [each for each in beyond_diffusers(config) if "downscale_freq_shift" not in each]
-    if model.architecture is Architecture.mmdit:
-        if not model.qk_norm and head != HEAD_SIZE:
-            found.append(f"heads of width {head} without model.qk_norm (only {HEAD_SIZE})")
-        return found
-    for name, value in ORIGINAL_DIT.items():
-        if getattr(model, name) != value:
-            found.append(f"model.{name}={getattr(model, name):g} (only {value:g})")
-    if not model.shared_conditioning:
-        found.append("timestep and label embeddings of every block's own")
-    if config.diffusion.objective is not Objective.ddpm:
-        found.append(f"diffusion.objective={config.diffusion.objective.value}")
-    if HEADS.get(model.hidden_size, model.num_attention_heads) != model.num_attention_heads:
-        found.append(f"model.num_attention_heads={model.num_attention_heads}")
-    return found
 
 
 def _tensors(
