@@ -31,7 +31,14 @@ from rmoe_megatron.distributed.device import select_device
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
 
-FOLDERS = (".github", "docker", "rmoe_megatron", "slurm", "tools")  # that have pages, besides the README
+FOLDERS = (
+    ".github",
+    "configs",
+    "docker",
+    "rmoe_megatron",
+    "slurm",
+    "tools",
+)  # that have pages, besides the README
 BLOCK = re.compile(r"(<!-- figures: (\S+)\s(.*?)-->)(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 

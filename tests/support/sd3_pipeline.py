@@ -1,6 +1,7 @@
 """A tiny Stable Diffusion 3 pipeline with random weights, built and saved by diffusers and transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -48,12 +49,16 @@ def clip(hidden_size: int, projection_dim: int, seed: int) -> CLIPTextModelWithP
     return CLIPTextModelWithProjection(config).eval()
 
 
-def make_pipeline(shift_factor: float = 0.06) -> StableDiffusion3Pipeline:
-    """All components random; pooled width is CLIP-L's plus CLIP-G's projection."""
+def make_pipeline(shift_factor: float = 0.06, **architecture: Any) -> StableDiffusion3Pipeline:
+    """All components random; pooled width is CLIP-L's plus CLIP-G's projection.
+
+    Args:
+        architecture: of the transformer, where it is not SD3-medium's: QK norms and second attentions of SD3.5's.
+    """
     torch.manual_seed(3)
     t5 = T5EncoderModel(T5Config(vocab_size=9, d_model=T5_WIDTH, d_kv=8, d_ff=16, num_layers=2, num_heads=2))
     transformer = SD3Transformer2DModel(
-        **SD3 | {"joint_attention_dim": T5_WIDTH, "pooled_projection_dim": 28}
+        **SD3 | {"joint_attention_dim": T5_WIDTH, "pooled_projection_dim": 28} | architecture
     )
     randomise(transformer, std=0.1)
     autoencoder = AutoencoderKL(
