@@ -92,6 +92,7 @@ def main() -> None:
         lambda record: "requires torchvision" not in record.getMessage()
     )
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app()
     except (UserError, RunError, OSError) as error:

@@ -42,6 +42,7 @@ def build_shapes_command(
 ) -> None:
     """Write the toy shapes set as WebDataset shards."""
     launch.require_one_rank("rmoe data build-shapes")
+    atomic.require_empty(out, "The output")  # before what is slow to import
     from rmoe_megatron.data.shapes.build import build_shapes
 
     build_shapes(out, train, val, seed, progress=Bar("shapes", "image"))
@@ -73,10 +74,11 @@ def build_mazes_command(
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Draw the grids from this seed.")] = 0,
 ) -> None:
     """Write mazes as WebDataset shards, with the text encoder that reads them."""
+    launch.require_one_rank("rmoe data build-mazes")
+    atomic.require_empty(out, "The output")  # before what is slow to import
     from rmoe_megatron.data.mazes.build import MazeSettings, build_mazes
     from rmoe_megatron.data.mazes.sample import Task
 
-    launch.require_one_rank("rmoe data build-mazes")
     if task not in list(Task):
         raise UserError(f"--task {task} must be {' or '.join(Task)}.")
     settings = MazeSettings(
@@ -124,6 +126,9 @@ def pack_command(
 ) -> None:
     """Write your own pictures and captions as WebDataset shards."""
     launch.require_one_rank("rmoe data pack")
+    if not source.exists():
+        raise UserError(f"There is no folder or table {source}; check the path.")
+    atomic.require_empty(out, "The output")  # before what is slow to import
     from rmoe_megatron.data.packing.pack import BESIDE, LEFT_OUT, pack
     from rmoe_megatron.data.packing.rows import Columns
 
@@ -168,12 +173,13 @@ def check_command(
 ) -> None:
     """Decode every sample and say what there is: sizes, captions, damage, duplicates."""
     launch.require_one_rank("rmoe data check")
+    atomic.require_empty(out, "The output")
+    _require_shards(str(folder))
     from rmoe_megatron.config.captions import parse_captions
     from rmoe_megatron.data.report import inspect_shards, lines, write_report
     from rmoe_megatron.data.training_dataset import SampleFormat
 
     sample_format = SampleFormat(captions=parse_captions(captions or ["txt"]))
-    atomic.require_empty(out, "The output")
     report = inspect_shards(folder, sample_format, Bar("check", "sample"), processes or _cores())
     write_report(report, out)
     print("\n".join(lines(report)))
@@ -196,6 +202,7 @@ def index_command(
 ) -> None:
     """Find the samples of all shards, once. Shards that haven't changed since the last time are not read again."""
     launch.require_one_rank("rmoe data index")
+    _require_shards(folder)
     from rmoe_megatron.config.sample_filter import SampleFilter
     from rmoe_megatron.data.shards.build_index import build_index, index_name
     from rmoe_megatron.data.storage.remote_store import shard_store
@@ -232,6 +239,8 @@ def precompute_command(
     from rmoe_megatron.config.loading import load_config
 
     loaded = load_config(config, overrides or [])
+    if not source.is_dir():
+        raise UserError(f"There is no folder {source}; name one with raw .tar shards in or below it.")
     from rmoe_megatron.precompute.job import check_precompute, precompute
 
     if check:
@@ -300,6 +309,9 @@ def show_command(
 def _show_shards(
     folder: Path, out: Path, config: Path | None, overrides: list[str], processes: int | None
 ) -> None:
+    if (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is a run: name one of its draws with --draw, or the folder of its shards.")
+    _require_shards(str(folder))
     from rmoe_megatron.config.loading import load_config
     from rmoe_megatron.data.page import SHOWN, write_page
     from rmoe_megatron.data.report import inspect_shards
@@ -307,8 +319,6 @@ def _show_shards(
     from rmoe_megatron.encoders.token_counts import token_counter
     from rmoe_megatron.input_pipeline.settings import sample_format
 
-    if (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is a run: name one of its draws with --draw, or the folder of its shards.")
     if config is None and overrides:
         raise UserError("Settings override those of a configuration; name it with --config.")
     atomic.check_writable(out.parent, "The folder of the page")
@@ -322,6 +332,15 @@ def _show_shards(
     report = inspect_shards(folder, taken, Bar("show", "sample"), processes or _cores(), SHOWN, counter)
     write_page(report, out, folder, taken, counter.limit if counter is not None else None)
     print(f"page     {out}")
+
+
+def _require_shards(location: str) -> None:
+    """Refuse a folder of this machine without shards before what is slow is imported; a URL is asked once, by what reads it."""
+    from rmoe_megatron.data.storage.remote_store import shard_store
+    from rmoe_megatron.data.storage.store import LocalStore
+
+    if isinstance(store := shard_store(location), LocalStore):
+        store.shards()
 
 
 def _cores() -> int:

@@ -267,6 +267,10 @@ def eval_compare(
 ) -> None:
     """Lay results side by side with published ones, and say whether they differ by more than chance, prompt by prompt."""
     launch.require_one_rank("rmoe eval compare")
+    from rmoe_megatron.evaluation.early_checks import results_file
+
+    for each in results:
+        results_file(each)
     atomic.check_writable(out, "--out")
     from rmoe_megatron.evaluation.comparison.compare import compare
 

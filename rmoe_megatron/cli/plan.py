@@ -13,36 +13,38 @@ from rmoe_megatron.files import atomic
 
 
 def plan_command(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    config: Annotated[Path, typer.Argument(help="Name the configuration of the run.")],
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, max=65536, help="Accelerators of the run.")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, max=65536, help="Plan for so many accelerators.")] = 8,
     gpu: Annotated[
-        str, typer.Option(help="The kind of accelerator: a100, h100, h200, b200 or mi300x.")
+        str, typer.Option(help="Take this kind of accelerator: a100, h100, h200, b200 or mi300x.")
     ] = "h100",
     gpus_per_node: Annotated[
-        int, typer.Option(min=1, max=128, help="Accelerators that share a node's links.")
+        int, typer.Option(min=1, max=128, help="Let so many accelerators share a node's links.")
     ] = 8,
     hardware: Annotated[
-        Path | None, typer.Option(help="A JSON file of rates and shares that take the place of the table's.")
+        Path | None, typer.Option(help="Take rates and shares from this JSON file in place of the table's.")
     ] = None,
     samples: Annotated[
         float | None,
         typer.Option(
-            min=1, max=1e15, help="Samples to train on, for the cost; default is the run's own steps."
+            min=1,
+            max=1e15,
+            help="Count the cost of training on so many samples. The default is what the run's own steps take.",
         ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(min=0, max=1e6, help="Price of one accelerator for an hour.")
+        float | None, typer.Option(min=0, max=1e6, help="Let one accelerator cost so much for an hour.")
     ] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Try every layout that fits the model, and plan the fastest one.")
     ] = False,
     write: Annotated[
         Path | None,
-        typer.Option(help="With --search: a YAML file to write the fastest layout's configuration to."),
+        typer.Option(help="With --search, write the fastest layout's configuration to this YAML file."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="A file to write all figures to.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="A PNG file to draw memory and time into.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw memory and time into this PNG file.")] = None,
 ) -> None:
     """Say what a layout needs before any GPU is booked: memory of a rank, messages, time of a step.
 
@@ -53,12 +55,18 @@ def plan_command(
     from rmoe_megatron.config.loading import load_config, to_yaml
     from rmoe_megatron.config.validation import validate
     from rmoe_megatron.planning.hardware import find_hardware
+
+    if write is not None and not search:
+        raise UserError("--write goes with --search; add it.")
+    found = find_hardware(gpu, hardware)
+    settings = load_config(config, overrides or [])
+    if not search:
+        validate(settings, gpus)
+    # Importing Megatron-Core takes seconds.
     from rmoe_megatron.planning.plan import figures, make_plan
     from rmoe_megatron.planning.report import compare, describe, draw
     from rmoe_megatron.planning.search import search as search_layouts
 
-    found = find_hardware(gpu, hardware)
-    settings = load_config(config, overrides or [])
     if search:
         plans, misfits = search_layouts(settings, gpus, found, gpus_per_node, Bar("layouts", "layout"))
         typer.echo(compare(plans, misfits) + "\n")
@@ -68,9 +76,6 @@ def plan_command(
         if write is not None:
             atomic.write(write, to_yaml(plan.config))
     else:
-        if write is not None:
-            raise UserError("--write goes with --search; add it.")
-        validate(settings, gpus)
         plan = make_plan(settings, gpus, found, gpus_per_node)
     training = settings.training
     typer.echo(describe(plan, samples or training.steps * training.global_batch_size, price))

@@ -70,10 +70,12 @@ def train(
             return
         from rmoe_megatron.config.loading import load_config
         from rmoe_megatron.config.validation import validate
+        from rmoe_megatron.input_pipeline.shard_folders import check_local_shards
 
         config = load_config(Path(arguments[0]), arguments[1:])
         validate(config, launch.world_size())
-        from rmoe_megatron.training import preflight
+        check_local_shards(config)
+        from rmoe_megatron.training import preflight  # importing PyTorch takes seconds
 
         preflight.check(config, launch.world_size())  # as the run does: importing Megatron-Core takes seconds
         from rmoe_megatron.training import run
@@ -83,29 +85,36 @@ def train(
 
 def _check_training(arguments: list[str], resume: Path | None, ranks: int, gpu: str | None) -> None:
     """Check a run of ``ranks`` ranks, new or resumed, and print its configuration, its layout and its memory on a GPU, if one is known."""
-    from rmoe_megatron.checkpoint.folders import list_checkpoints
-    from rmoe_megatron.checkpoint.size import checkpoint_bytes
     from rmoe_megatron.config.layout_checks import data_parallel_size
     from rmoe_megatron.config.loading import load_config, to_yaml
-    from rmoe_megatron.distributed.device import runs_on_cuda
+    from rmoe_megatron.config.validation import validate
+    from rmoe_megatron.input_pipeline.shard_folders import check_local_shards
     from rmoe_megatron.planning.hardware import find_hardware
+
+    if resume is None and not arguments:
+        raise UserError("train --check needs a configuration file, or --resume RUN.")
+    hardware = find_hardware(gpu) if gpu is not None else None
+    if resume is None:
+        config = load_config(Path(arguments[0]), arguments[1:])
+        validate(config, ranks)
+        check_local_shards(config)
+    # Importing PyTorch takes seconds.
+    from rmoe_megatron.checkpoint.folders import list_checkpoints
+    from rmoe_megatron.checkpoint.size import checkpoint_bytes
+    from rmoe_megatron.distributed.device import runs_on_cuda
     from rmoe_megatron.training import preflight
     from rmoe_megatron.training.resuming import read_resumed
 
-    hardware = find_hardware(gpu) if gpu is not None else None
-    if resume is not None and list_checkpoints(resume):
-        config, _ = read_resumed(resume, arguments)
-    elif resume is not None:
-        config = load_config(resume / "config.yaml", [*arguments, f"run_dir={resume}"])
-    elif arguments:
-        config = load_config(Path(arguments[0]), arguments[1:])
-        if list_checkpoints(Path(config.run_dir)):
-            raise UserError(
-                f"{config.run_dir} already holds checkpoints; continue it with --resume {config.run_dir} or choose another "
-                "run_dir."
-            )
-    else:
-        raise UserError("train --check needs a configuration file, or --resume RUN.")
+    if resume is not None:
+        if list_checkpoints(resume):
+            config, _ = read_resumed(resume, arguments)
+        else:
+            config = load_config(resume / "config.yaml", [*arguments, f"run_dir={resume}"])
+    elif list_checkpoints(Path(config.run_dir)):
+        raise UserError(
+            f"{config.run_dir} already holds checkpoints; continue it with --resume {config.run_dir} or choose another "
+            "run_dir."
+        )
     preflight.check_submission(config, ranks)
     memory = "memory is not counted: this machine has no GPU, so name that of the run with --gpu"
     if hardware is not None or runs_on_cuda(config.device):  # importing Megatron-Core takes seconds

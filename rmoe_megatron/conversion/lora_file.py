@@ -14,8 +14,8 @@ from rmoe_megatron.conversion.weight_record import weight_record
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
 from rmoe_megatron.pretrained.finite import require_finite
+from rmoe_megatron.pretrained.model_files import LORA_WEIGHTS
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
 COMPONENT = "transformer"  # of a pipeline, which the file is for
 
 

@@ -4,11 +4,9 @@ import os
 import re
 from pathlib import Path
 
-from rmoe_megatron.conversion.lora_file import LORA_WEIGHTS
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.files.foreign_errors import reason
 from rmoe_megatron.files.regular import check_regular, check_subfolder
-from rmoe_megatron.pretrained.model_files import MODEL_INDEX
+from rmoe_megatron.pretrained.model_files import LORA_WEIGHTS, MODEL_INDEX
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
@@ -76,6 +74,8 @@ def push(folder: Path, repository: str, public: bool = False, endpoint: str | No
 
 
 def _refused(folder: Path, repository: str, error: Exception) -> UserError:
+    from rmoe_megatron.files.foreign_errors import reason  # imports PyTorch, which takes seconds
+
     return UserError(
         f"{folder} cannot be sent to {repository} ({reason(error)}); log in with `hf auth login`, with a token that may write there."
     )

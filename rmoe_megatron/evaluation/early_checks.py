@@ -29,6 +29,21 @@ SCORERS = {
 TIMEOUT = 10.0  # seconds that the hub may take to answer
 
 
+RESULTS = "results.json"
+
+
+def results_file(path: Path) -> Path:
+    """Return the ``results.json`` that a path names, or the folder that it is in.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"There is no {file}; give a results.json, or the --out folder of an evaluation.")
+    return file
+
+
 def require_published(path: Path, option: str, url: str) -> None:
     """Check that a published file is there.
 

@@ -16,7 +16,8 @@ from rmoe_megatron.data.training_dataset import TrainingDataset
 from rmoe_megatron.encoders.fingerprint import DATASET, check_encoders
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files.untrusted import read_json
-from rmoe_megatron.input_pipeline.settings import buckets_of, latent_sizes, sample_format, store_of
+from rmoe_megatron.input_pipeline.settings import buckets_of, latent_sizes, sample_format
+from rmoe_megatron.input_pipeline.shard_folders import store_of
 
 # Validation draws get noise of their own: draw numbers that no training run reaches.
 FIRST_VALIDATION_DRAW = 1 << 40

@@ -1,9 +1,8 @@
-"""What a run's configuration means for its data: stores, sizes of pictures and latents, and what a sample has to be.
+"""What a run's configuration means for its data: sizes of pictures and latents, and what a sample has to be.
 
 Megatron-Core is not imported: a job's submission asks the same.
 """
 
-from pathlib import Path
 from typing import Annotated, TypedDict
 
 from pydantic import Field, TypeAdapter, with_config
@@ -13,11 +12,7 @@ from rmoe_megatron.config.captions import parse_captions
 from rmoe_megatron.config.model import ModelConfig
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.config.sample_filter import SampleFilter
-from rmoe_megatron.config.stages import Stage
 from rmoe_megatron.data.shards.bucketing import Bucketing
-from rmoe_megatron.data.storage.block_cache import BlockCache
-from rmoe_megatron.data.storage.remote_store import shard_store
-from rmoe_megatron.data.storage.store import ShardStore
 from rmoe_megatron.data.training_dataset import SampleFormat
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files.untrusted import OPEN, read_json
@@ -68,20 +63,6 @@ def latent_sizes(config: RunConfig, sample_size: int) -> list[tuple[int, int]]:
     """Return height and width of the latents of each bucket."""
     scale = pixels_per_latent(config.encoders.autoencoder)
     return [(bucket.height // scale, bucket.width // scale) for bucket in buckets_of(config, sample_size)]
-
-
-def folders_of(config: RunConfig, stage: Stage) -> list[ShardStore]:
-    """Return the shard folders of a stage."""
-    names = [*(dataset.path for dataset in stage.datasets), *filter(None, [stage.validation])]
-    return [store_of(config, name) for name in names]
-
-
-def store_of(config: RunConfig, location: str) -> ShardStore:
-    """Return the store of a folder or URL; what is remote goes through the run's cache."""
-    data, cache = config.data, None
-    if data.cache is not None:
-        cache = BlockCache(Path(data.cache), int(data.cache_gigabytes * 1e9))
-    return shard_store(location, cache)
 
 
 def sample_format(config: RunConfig, sample_size: int | None = None) -> SampleFormat:

@@ -21,6 +21,7 @@ from rmoe_megatron.files.untrusted import OPEN, read_json
 # The name of a model's weights if they are one file. diffusers has it, too, and takes seconds to import.
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
 MODEL_INDEX = "model_index.json"  # of a pipeline
 SD3_ENCODERS = {"clip_l": "", "clip_g": "_2", "t5": "_3"}  # the ends of the names of its folders
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # configurations, vocabularies, templates

@@ -69,7 +69,8 @@ def draw_curves(metrics: Path) -> bytes:
                 axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
         axes.set_xlabel("step")
         axes.set_yscale(scale)
-        axes.legend()
+        if axes.get_lines():  # matplotlib warns of a legend of nothing
+            axes.legend()
         axes.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

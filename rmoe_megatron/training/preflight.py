@@ -24,11 +24,11 @@ from rmoe_megatron.files import atomic
 from rmoe_megatron.input_pipeline.settings import (
     buckets_of,
     check_shapes,
-    folders_of,
     latent_sizes,
     pixels_per_latent,
     sample_format,
 )
+from rmoe_megatron.input_pipeline.shard_folders import check_shards, folders_of
 from rmoe_megatron.model.checks import check_model
 from rmoe_megatron.model.precision.backend import check_backend, is_installed
 from rmoe_megatron.training.base_checks import check_base
@@ -123,17 +123,6 @@ def check_files(config: RunConfig) -> None:
     if config.data.cache is not None:
         atomic.check_writable(Path(config.data.cache), "data.cache")
     check_space(config)
-
-
-def check_shards(config: RunConfig) -> None:
-    """Check that the shard folders of every stage are there.
-
-    Raises:
-        UserError: one is not, or has no shards.
-    """
-    for stage in stages_of(config):
-        for folder in folders_of(config, stage):
-            folder.shards()
 
 
 def check_space(config: RunConfig) -> None:

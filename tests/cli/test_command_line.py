@@ -162,6 +162,15 @@ def test_completion_completes() -> None:
         (["convert", "to-hf", "nowhere", "{folder}/m"], "no run at nowhere"),
         (["convert", "from-hf", "nowhere", "{folder}/m"], "nowhere is no folder"),
         (["inspect", "nowhere"], "no run at nowhere"),
+        (["convert", "push", "nowhere", "owner/name"], "nowhere holds no export"),
+        (["data", "build-shapes", "{folder}"], "exists and is not an empty folder"),
+        (["data", "build-mazes", "{folder}"], "exists and is not an empty folder"),
+        (["data", "pack", "nowhere", "{folder}/o"], "There is no folder or table nowhere"),
+        (["data", "pack", "{folder}", "{folder}"], "exists and is not an empty folder"),
+        (["data", "check", "nowhere", "{folder}/o"], "There is no shard folder nowhere"),
+        (["data", "index", "nowhere"], "There is no shard folder nowhere"),
+        (["data", "show", "nowhere"], "There is no shard folder nowhere"),
+        (["eval", "compare", "nowhere", "{folder}", "--out", "{folder}/o"], "There is no nowhere"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_said_before_anything_slow_is_imported(
@@ -180,7 +189,12 @@ def test_a_mistake_is_said_before_anything_slow_is_imported(
     [
         (["train", "{config}", "model.hiden_size=3"], "did you mean model.hidden_size?"),
         (["train", "{config}", "parallel.tensor_model_parallel_size=2"], "is not divisible by"),
+        (["train", "{config}", "data.train=nowhere"], "There is no shard folder nowhere"),
+        (["train", "{config}", "--check", "data.train=nowhere"], "There is no shard folder nowhere"),
         (["data", "precompute", "nowhere.yaml", "a", "b"], "nowhere.yaml"),
+        (["data", "precompute", "{config}", "nowhere", "b"], "There is no folder nowhere"),
+        (["plan", "nowhere.yaml"], "nowhere.yaml"),
+        (["plan", "{config}", "--write", "b.yaml"], "--write goes with --search"),
     ],
 )
 def test_a_mistake_in_a_configuration_waits_for_its_reader_alone(

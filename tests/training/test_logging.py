@@ -5,6 +5,7 @@ import json
 import logging
 import resource
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,8 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 def test_curves_are_drawn_in_every_panel(tmp_path: Path) -> None:
     log = RunLogger(tmp_path, LoggingConfig(tensorboard=False), 10, 0, is_rank0=True)
     log.log_metrics(1, {"loss": 0.5, "grad_norm": 1.0})
-    log.draw_curves()
+    with warnings.catch_warnings(action="error"):  # some panels have no curve yet
+        log.draw_curves()
     few = np.asarray(Image.open(tmp_path / CURVES).convert("RGB")).astype(int)
     log.log_metrics(2, {"loss": 0.25, "grad_norm": 3.0})
     log.log_metrics(3, {"loss": 0.125, "grad_norm": 2.0, "samples_per_second": 7.0})

@@ -8,9 +8,9 @@ from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.evaluation.comparison.significance import PromptScores
+from rmoe_megatron.evaluation.early_checks import results_file
 from rmoe_megatron.files.untrusted import OPEN, read_json, shown
 
-RESULTS = "results.json"
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -73,9 +73,7 @@ def read_entries(path: Path) -> list[Entry]:
     Raises:
         UserError: there is none, or it holds no results of a benchmark that is known here.
     """
-    file = path / RESULTS if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"There is no {file}; give a results.json, or the --out folder of an evaluation.")
+    file = results_file(path)
     results: dict[str, Any] = dict(read_json(file, TypeAdapter(Results)))
     if results["benchmark"] not in METRICS:
         raise UserError(
