@@ -33,7 +33,7 @@ from rmoe_megatron.engine.deepspeed.library import check_deepspeed, zero_section
 from rmoe_megatron.engine.protocol import Engine
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_chunks
-from rmoe_megatron.model.parameters import dense_parameters, module_parameters
+from rmoe_megatron.model.parameters import dense_parameters, expert_parameters
 from rmoe_megatron.model.precision.backend import resolve_precision
 
 MEGATRON = "Megatron-Core"
@@ -111,7 +111,7 @@ def measure(config: RunConfig, names: tuple[str, ...], repeats: int) -> list[dic
     """Return a row for each engine: bytes held, the closed form, seconds of a step (median)."""
     rows: list[dict[str, float | str]] = []
     with process_groups(config) as device:
-        parameters = dense_parameters(config) + module_parameters(config)
+        parameters = dense_parameters(config) + expert_parameters(config)
         engines = {}
         for name in names:
             engines[name], held = build(of_engine(config, name), device)

@@ -34,7 +34,7 @@ from rmoe_megatron.evaluation.mazes.evaluate import read_set
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.untrusted import CLOSED, check_value, read_json, read_text
 from rmoe_megatron.model.flops import training_flops_per_sample
-from rmoe_megatron.model.parameters import dense_parameters, module_parameters
+from rmoe_megatron.model.parameters import dense_parameters, expert_parameters
 
 LONGER = "longer than trained"
 
@@ -117,7 +117,7 @@ def arms_of(grid: GridFile) -> list[Arm]:
             arm["depths"],
             round(budget / _flops_of_step(configs[name])),
             training_flops_per_sample(configs[name]),
-            dense_parameters(configs[name]) + module_parameters(configs[name]),
+            dense_parameters(configs[name]) + expert_parameters(configs[name]),
         )
         for name, arm in grid["arms"].items()
     ]

@@ -1,4 +1,4 @@
-"""How the gates of a model decide: shares of the modules, entropy, margin, switches, and what the logits depend on."""
+"""How the gates of a model decide: shares of the experts, entropy, margin, switches, and what the logits depend on."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def gate_health(
     """Return what the gates' calls of a step say, for every layer and latent step and as means over all of them.
 
     Every rank takes part with the calls of its own gates and tokens; all get the figures of the whole global batch. The dict is empty for
-    a model without a choice of modules.
+    a model without a choice of experts.
 
     Args:
         drawn_time: gives samples' rng_keys, int64 [B], a float32 [B] in [0, 1) from which their timesteps follow.
@@ -60,8 +60,8 @@ def gate_health(
 def figures(sums: np.ndarray, num_modules: int, is_first: bool) -> dict[str, float]:
     """Return what the moments of one layer and latent step say; see :func:`_moments` for their order.
 
-    ``gate_entropy``: the mean entropy of softmax(logits), from 0, one module is certain, to 1, all are equally likely; ``gate_margin``: the
-    mean distance of the largest logit from the second; ``gate_switch_rate``: the share of tokens whose most likely module is another one
+    ``gate_entropy``: the mean entropy of softmax(logits), from 0, one expert is certain, to 1, all are equally likely; ``gate_margin``: the
+    mean distance of the largest logit from the second; ``gate_switch_rate``: the share of tokens whose most likely expert is another one
     than in the latent step before (not of the first step). ``gate_by_timestep``, ``gate_by_text`` and ``gate_by_token``: the shares of the
     logits' variance between samples of different timesteps, between samples of the same timestep (whose texts, pictures and noise differ),
     and between the tokens of a sample. The first is estimated without bias from ten bins of the timestep (epsilon squared, Kelley, 1935),

@@ -42,7 +42,7 @@ def load_balancing_loss(config: RunConfig, num_micro_batches: int, device: torch
     """Return the mean load-balancing loss of a gate in the last step.
 
     The value is that of the Switch Transformer without its coefficient: 1 when tokens spread evenly, M when all go
-    to one module. The dict is empty for a model without this loss. Every rank takes part.
+    to one expert. The dict is empty for a model without this loss. Every rank takes part.
     """
     recurrence = config.recurrence
     if recurrence is None or recurrence.aux_loss_coeff == 0:

@@ -1,6 +1,6 @@
 """Which layers of a trained model lose most in eight and four bits: ``rmoe diagnose precision``.
 
-The model runs forward and backward in float32 on samples of the run. At every linear layer of its blocks, and in the modules of
+The model runs forward and backward in float32 on samples of the run. At every linear layer of its blocks, and in the experts of
 a recurrence, the three products of training (output, gradient of the input, gradient of the weight) are taken again with
 operands rounded by each recipe, and compared with the exact ones: the error is that of one layer alone, not what has piled up
 before it.
@@ -8,7 +8,7 @@ before it.
 Delayed scaling takes its scales from the calls before, so it comes with histories of the :data:`HISTORY` micro-batches before
 those that are measured. In a run they are of the last 1024 calls; fewer know less of the largest values there are, and more of
 what is measured saturates (of a toy's input gradients 7.3 % was lost after 8 micro-batches, 5.4 % after 32 and after 128). The
-modules have no figures for delayed scaling, which leaves them as they are.
+experts have no figures for delayed scaling, which leaves them as they are.
 """
 
 import io
@@ -60,7 +60,7 @@ class Loss:
 
     Attributes:
         block: number of the block, from 0.
-        layer: name of the linear layer in it, or of the factor of the recurrence's modules.
+        layer: name of the linear layer in it, or of the factor of the recurrence's experts.
         weight_gradient: the error of the weight's gradient; a frozen layer has one too, as if it were trained.
     """
 

@@ -98,14 +98,14 @@ def products(
 def watch_products(model: nn.Module) -> dict[tuple[int, str], WatchedProduct]:
     """Watch what low precision rounds in a model's blocks; returns it by number of the block, from 0, and name of the layer.
 
-    Linear layers, but not modulations; of a recurrence each factor of its modules, all of them and all latent steps as one.
+    Linear layers, but not modulations; of a recurrence each factor of its experts, all of them and all latent steps as one.
     """
     watched = {}
     for block in (module for module in model.modules() if isinstance(module, Block)):
         for name, module in block.named_modules():
             found = {}
             if isinstance(module, Experts):
-                found = watch_modules(module)
+                found = watch_experts(module)
             elif _is_rounded(name, module):
                 found = {"": _watch_layer(module)}
             for factor, product in found.items():
@@ -113,8 +113,8 @@ def watch_products(model: nn.Module) -> dict[tuple[int, str], WatchedProduct]:
     return watched
 
 
-def watch_modules(experts: Experts) -> dict[str, WatchedProduct]:
-    """Watch the products of a recurrence's modules, by name of the factor; delayed scaling leaves modules as they are."""
+def watch_experts(experts: Experts) -> dict[str, WatchedProduct]:
+    """Watch the products of a recurrence's experts, by name of the factor; delayed scaling leaves experts as they are."""
     watched = {name: WatchedProduct(delayed=None) for name, _ in experts.named_parameters()}
 
     def product(tokens: Tensor, weight: Tensor) -> Tensor:

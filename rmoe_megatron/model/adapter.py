@@ -50,10 +50,10 @@ class Adapter[Section](ABC):
 
     @abstractmethod
     def parameters(self, model: ModelConfig, section: Section) -> int:
-        """Return the number of parameters of one block's adapter, without those of modules."""
+        """Return the number of parameters of one block's adapter, without those of experts."""
 
-    def module_parameters(self, model: ModelConfig, section: Section) -> int:
-        """Return the number of parameters of one block's modules, which expert parallelism spreads."""
+    def expert_parameters(self, model: ModelConfig, section: Section) -> int:
+        """Return the number of parameters of one block's experts, which expert parallelism spreads."""
         return 0
 
     @abstractmethod

@@ -10,7 +10,7 @@ GRADIENT_BYTES = 4  # gradients are reduced in float32
 
 
 def dense_parameters(description: ModelDescription) -> int:
-    """Return the number of parameters of the model without the modules of its recurrence."""
+    """Return the number of parameters of the model without the experts of its recurrence."""
     family, model, hidden = family_of(description), description.model, description.model.hidden_size
     patch = model.patch_size**2 * model.in_channels
     outputs = patch * (2 if model.learned_sigma else 1)
@@ -25,10 +25,10 @@ def dense_parameters(description: ModelDescription) -> int:
     return family.conditioning_parameters(model) + ends + blocks + added + recall
 
 
-def module_parameters(description: ModelDescription) -> int:
-    """Return the number of parameters of all modules of the recurrence, which expert parallelism spreads."""
+def expert_parameters(description: ModelDescription) -> int:
+    """Return the number of parameters of all experts of the recurrence, which expert parallelism spreads."""
     return sum(
-        len(section.layers) * adapter.module_parameters(description.model, section)
+        len(section.layers) * adapter.expert_parameters(description.model, section)
         for adapter, section in adapters_of(description)
     )
 
@@ -46,7 +46,7 @@ def check_memory(config: RunConfig, bytes_per_rank: int, where: str) -> None:
         UserError: they cannot.
     """
     parallel = config.parallel
-    dense, modules = dense_parameters(config), module_parameters(config)
+    dense, experts = dense_parameters(config), expert_parameters(config)
     shards = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     spread = parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
     trains_all = config.fine_tuning is None or config.fine_tuning.trainable is Trainable.all
@@ -54,10 +54,10 @@ def check_memory(config: RunConfig, bytes_per_rank: int, where: str) -> None:
     has_gradients = trains_all and not shards_gradients
     # ZeRO's third stage shards parameters, but builds them whole first.
     bytes_each = config.precision.parameter_bytes + (GRADIENT_BYTES if has_gradients else 0)
-    needed = (dense // shards + modules // spread) * bytes_each
+    needed = (dense // shards + experts // spread) * bytes_each
     if needed > bytes_per_rank:
         raise UserError(
-            f"The model has {dense + modules:.3g} parameters, which take at least {needed / 1e9:.4g} GB on a rank of this "
+            f"The model has {dense + experts:.3g} parameters, which take at least {needed / 1e9:.4g} GB on a rank of this "
             f"layout, but {where} has {bytes_per_rank / 1e9:.4g} GB for it; choose a smaller model or a layout that spreads "
             "it over more ranks."
         )

@@ -31,7 +31,7 @@ _new_group: Callable[..., Any] = dist.new_group
 def fake_rank(config: RunConfig, rank: int, world_size: int) -> Iterator[torch.device]:
     """Be one rank of ``world_size``, without the others: everything that is made inside is fake.
 
-    Models choose the kernels of a GPU: fused attention, grouped products of modules.
+    Models choose the kernels of a GPU: fused attention, grouped products of experts.
 
     Args:
         config: the run's configuration, whose parallel layout fits the number of ranks.
@@ -105,7 +105,7 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 @contextmanager
 def _balanced_routing() -> Iterator[None]:
-    """Give every module as many tokens as any other, up to one; the dispatcher reads their numbers on the host."""
+    """Give every expert as many tokens as any other, up to one; the dispatcher reads their numbers on the host."""
 
     def preprocess(dispatcher: Any, routing_map: Tensor) -> Tensor:
         chosen = len(routing_map) * dispatcher.config.moe_router_topk

@@ -10,7 +10,7 @@ from rmoe_megatron.config.bounds import bounds_of
 from rmoe_megatron.config.loading import load_config, save_config
 from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.errors import UserError
-from rmoe_megatron.model.parameters import dense_parameters, module_parameters
+from rmoe_megatron.model.parameters import dense_parameters, expert_parameters
 from rmoe_megatron.training.preflight import check
 from tests.support.runs import make_run
 
@@ -99,7 +99,7 @@ def test_shipped_configurations_are_valid_but_for_their_data(path: Path, tmp_pat
     if billions is None:
         assert path.stem.startswith(("shapes_", "mazes_"))
     else:
-        parameters = dense_parameters(config) + module_parameters(config)
+        parameters = dense_parameters(config) + expert_parameters(config)
         assert parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, Precision, Recompute, RunConfig
 from rmoe_megatron.engine.deepspeed.library import (
     OPTIONS,
-    OPTIONS_OF_SPREAD_MODULES,
+    OPTIONS_OF_SPREAD_EXPERTS,
     check_deepspeed,
 )
 from tests.distributed.test_parity import MODELS, RECURRENT_RUN, assert_same_run, relative_errors
@@ -117,7 +117,7 @@ RECOMPUTED = {
 SPREAD = {
     f"spread, {name}": replace(case, parallel=layout(ep=2))
     for name, case in (ON_THE_HOST | WITH_OPTIONS).items()
-    if name[-1] in "12" and name.split()[0] in ("offload_optimizer", *OPTIONS_OF_SPREAD_MODULES)
+    if name[-1] in "12" and name.split()[0] in ("offload_optimizer", *OPTIONS_OF_SPREAD_EXPERTS)
 }
 SHORT = ("offload_optimizer 2", "offload_optimizer offload_parameters 3", "reduce_bucket_size 2", "sub_group_size 3", "spread, overlap_comm 2", "full 3")  # fmt: skip
 

@@ -12,7 +12,7 @@ from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.checkpoint.run_checkpoint import Progress, load_checkpoint, save_checkpoint
 from rmoe_megatron.data.batch import ClassConditions, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss
-from rmoe_megatron.engine.deepspeed.expert_groups import mark_modules
+from rmoe_megatron.engine.deepspeed.expert_groups import mark_experts
 from rmoe_megatron.engine.deepspeed.optimizer import build_adam
 from rmoe_megatron.engine.megatron.engine import MegatronEngine
 from rmoe_megatron.engine.megatron.optimizer import _adam_optimizers
@@ -103,7 +103,7 @@ def test_what_decays_has_these_names(kind: str, engine: str) -> None:
         modules = build_chunks(config)
         names = {id(parameter): name for name, parameter in modules.named_parameters()}
         if engine == "deepspeed":
-            mark_modules(modules.parameters(), 1)
+            mark_experts(modules.parameters(), 1)
             groups = build_adam(config, dict(modules.named_parameters())).param_groups
         else:
             config = replace(config, optimizer=replace(config.optimizer, distributed_optimizer=False))

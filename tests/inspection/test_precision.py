@@ -21,7 +21,7 @@ from rmoe_megatron.inspection.watched_products import (
     SCALED_BY_OPERAND,
     WatchedProduct,
     products,
-    watch_modules,
+    watch_experts,
 )
 from rmoe_megatron.model.precision.rounding import NVFP4, RECIPES, DelayedScaling
 from rmoe_megatron.model.recurrence.experts import Experts
@@ -252,7 +252,7 @@ def test_modules_lose_what_each_loses_of_its_own_tokens(rank: int | None) -> Non
     gradient = torch.randn(16, 3 * HIDDEN, generator=generator) * torch.logspace(2, -2, 16).unsqueeze(1)
     inputs = (tokens.requires_grad_(), torch.tensor(counts), torch.ones(16))
     unwatched = experts(*inputs)
-    watched = watch_modules(experts)
+    watched = watch_experts(experts)
     for product in watched.values():
         product.measures = True
     output = experts(*inputs)

@@ -8,7 +8,7 @@ from rmoe_megatron.config.model import LoopConfig
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, FineTuningConfig, ParallelConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_transformer
-from rmoe_megatron.model.parameters import check_memory, dense_parameters, module_parameters
+from rmoe_megatron.model.parameters import check_memory, dense_parameters, expert_parameters
 from tests.model.test_flops import CASES, DIT
 from tests.support.configurations import RECURRENCE, one_rank, tiny_config
 
@@ -29,12 +29,12 @@ def test_closed_form_equals_the_model(name: str) -> None:
         parameters = dict(build_transformer(config).named_parameters())
     modules = sum(values.numel() for key, values in parameters.items() if ".experts." in key)
     total = sum(values.numel() for values in parameters.values())
-    assert (dense_parameters(config), module_parameters(config)) == (total - modules, modules)
+    assert (dense_parameters(config), expert_parameters(config)) == (total - modules, modules)
 
 
 def test_a_model_that_cannot_fit_is_refused() -> None:
     config = tiny_config()
-    whole = 8 * (dense_parameters(config) + module_parameters(config))  # float32 weights and gradients
+    whole = 8 * (dense_parameters(config) + expert_parameters(config))  # float32 weights and gradients
     check_memory(config, whole, "the CPU")
     with pytest.raises(UserError, match="choose a smaller model or a layout"):
         check_memory(config, whole - 8, "the CPU")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rmoe_megatron.config.run import RunConfig
 from rmoe_megatron.data.batch import Batch, Conditions
 from rmoe_megatron.diffusion.loss import DiffusionLoss, model_arguments
-from rmoe_megatron.engine.deepspeed.expert_groups import expert_groups_registered, mark_modules
+from rmoe_megatron.engine.deepspeed.expert_groups import expert_groups_registered, mark_experts
 from rmoe_megatron.engine.deepspeed.library import deepspeed_config, import_deepspeed
 from rmoe_megatron.engine.deepspeed.optimizer import build_adam, create_adam_state
 from rmoe_megatron.engine.deepspeed.state import ZeroState
@@ -46,7 +46,7 @@ class DeepSpeedEngine:
         self.watch: GateWatch | None = None  # of the last step
         (model,) = modules
         expert_ranks = config.parallel.expert_model_parallel_size
-        mark_modules(model.parameters(), expert_ranks)
+        mark_experts(model.parameters(), expert_ranks)
         trained: dict[str, Any] = {
             name: parameter for name, parameter in modules.named_parameters() if parameter.requires_grad
         }

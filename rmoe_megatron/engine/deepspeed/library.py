@@ -25,7 +25,7 @@ OPTIONS = {
     "stage3_max_reuse_distance": (3,), "stage3_prefetch_bucket_size": (3,), "sub_group_size": (3,), "zero_hpz_partition_size": (3,),
 }  # fmt: skip
 # With expert parallelism only these options are allowed; DeepSpeed's other code paths do not handle expert parameters.
-OPTIONS_OF_SPREAD_MODULES = ("allgather_bucket_size", "overlap_comm", "reduce_bucket_size")
+OPTIONS_OF_SPREAD_EXPERTS = ("allgather_bucket_size", "overlap_comm", "reduce_bucket_size")
 # Gradients in a bucket that is reduced, as in Megatron-Core. DeepSpeed's own choice of 5e8 takes 2 GB on every rank at stage 3.
 REDUCE_BUCKET_SIZE = 40_000_000
 MOST = 10**10
@@ -90,7 +90,7 @@ def _check_option(config: RunConfig, name: str) -> None:
         f"or where the run has it set {where}=null.",
     )
     require(
-        config.parallel.expert_model_parallel_size == 1 or name in OPTIONS_OF_SPREAD_MODULES,
+        config.parallel.expert_model_parallel_size == 1 or name in OPTIONS_OF_SPREAD_EXPERTS,
         f"{where} is not for parallel.expert_model_parallel_size="
         f"{config.parallel.expert_model_parallel_size}; leave it out.",
     )

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from rmoe_megatron.config.run import RunConfig
-from rmoe_megatron.engine.deepspeed.expert_groups import is_module
+from rmoe_megatron.engine.deepspeed.expert_groups import is_expert
 from rmoe_megatron.engine.lr_schedule import decays, group_of, own_rates
 
 
 def build_adam(config: RunConfig, parameters: Mapping[str, Tensor]) -> torch.optim.AdamW:
-    """Return AdamW with Megatron-Core's groups: what decays or not, has a rate of its own or not, and modules that are spread apart.
+    """Return AdamW with Megatron-Core's groups: what decays or not, has a rate of its own or not, and experts that are spread apart.
 
     One kernel updates a shard of a group with its moments, so that NVIDIA's fused Adam (Apex) would have nothing to gain.
     """
     settings = config.optimizer
     groups: dict[tuple[bool, bool, str], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        decay, spread = decays(parameter, name), is_module(parameter)
+        decay, spread = decays(parameter, name), is_expert(parameter)
         rates = own_rates(config, group_of(name))
         place = spread, decay, group_of(name) if rates else ""
         group = groups.setdefault(place, {"params": [], "wd_mult": float(decay), **rates})

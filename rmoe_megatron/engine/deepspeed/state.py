@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import Tensor, nn
 
 from rmoe_megatron.checkpoint.model_state import full_state, model_state, without_objects
-from rmoe_megatron.engine.deepspeed.expert_groups import is_module
+from rmoe_megatron.engine.deepspeed.expert_groups import is_expert
 from rmoe_megatron.engine.deepspeed.optimizer import flat_parameters
 from rmoe_megatron.engine.protocol import MainWeight
 
@@ -50,7 +50,7 @@ class ZeroState:
             parallel_state.get_data_parallel_group(),
             parallel_state.get_expert_data_parallel_group(),
         )
-        self.groups = {name: spread if is_module(parameter) else dense for name, parameter in trained.items()}
+        self.groups = {name: spread if is_expert(parameter) else dense for name, parameter in trained.items()}
         self.writers = self._choose_writers()
 
     def clear_padding(self, parameters: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers and modules that multiply what FP8 or NVFP4 tensor cores would: emulated, on any device.
+"""Linear layers and experts that multiply what FP8 or NVFP4 tensor cores would: emulated, on any device.
 
 With input x, weight w and gradient g of the output, each rounded for the product it goes into (see
 :mod:`rmoe_megatron.model.precision.rounding`):
@@ -85,7 +85,7 @@ class EmulatedRowParallelLinear(_Rounded, RowParallelLinear):
 
 
 class EmulatedExperts(Experts):
-    """The recurrence's modules with rounded operands: each module's tokens and factors have scales of their own.
+    """The recurrence's experts with rounded operands: each expert's tokens and factors have scales of their own.
 
     Tokens are those of its dense block, whose gaps are zero and come last: a group that is padded to whole blocks.
     """

@@ -30,7 +30,7 @@ class Layers:
         column_parallel_linear: a rank has rows of the weight: projections to queries, keys and values, first layer of the MLP.
         row_parallel_linear: a rank has columns of the weight: output projections, second layer of the MLP.
         core_attention: ``softmax(q k^T) v``.
-        experts: the modules of a recurrence.
+        experts: the experts of a recurrence.
     """
 
     column_parallel_linear: Callable[..., MegatronModule]

@@ -17,7 +17,7 @@ TOKEN_INPUTS = GATE_INPUTS[:2]
 
 
 class RecurrenceAdapter(Adapter[RecurrenceConfig]):
-    """M modules, picked by a gate for each vision token in each of T latent steps."""
+    """M experts, picked by a gate for each vision token in each of T latent steps."""
 
     name = "recurrence"
     weight_names = {
@@ -53,11 +53,11 @@ class RecurrenceAdapter(Adapter[RecurrenceConfig]):
         return recurrence_spec(section, layers.experts)
 
     def multiply_adds(self, model: ModelConfig, section: RecurrenceConfig, vision: int) -> float:
-        """Return modules and gate of every latent step, the attention of all but the last, and the one modulation."""
+        """Return experts and gate of every latent step, the attention of all but the last, and the one modulation."""
         text, hidden = model.text_length, model.hidden_size
-        module = 3 * hidden**2 if section.rank is None else 6 * hidden * section.rank
+        expert = 3 * hidden**2 if section.rank is None else 6 * hidden * section.rank
         gate = section.num_modules * hidden if set(TOKEN_INPUTS) & set(section.gate_inputs) else 0
-        step, modulation = vision * (module + gate), 2 * hidden**2 if section.modulation else 0
+        step, modulation = vision * (expert + gate), 2 * hidden**2 if section.modulation else 0
         intermediate = vision * hidden**2 + attention_multiply_adds(vision, vision + text, hidden)
         return section.steps * step + modulation + (section.steps - 1) * intermediate
 
@@ -67,14 +67,14 @@ class RecurrenceAdapter(Adapter[RecurrenceConfig]):
         gate = section.num_modules * hidden * len(section.gate_inputs)
         return gate + (linear_parameters(hidden, 2 * hidden) if section.modulation else 0)
 
-    def module_parameters(self, model: ModelConfig, section: RecurrenceConfig) -> int:
-        """Return the number of parameters of all M modules."""
+    def expert_parameters(self, model: ModelConfig, section: RecurrenceConfig) -> int:
+        """Return the number of parameters of all M experts."""
         hidden = model.hidden_size
-        module = 3 * hidden**2 if section.rank is None else 6 * hidden * section.rank
-        return section.num_modules * module
+        expert = 3 * hidden**2 if section.rank is None else 6 * hidden * section.rank
+        return section.num_modules * expert
 
     def transformer_settings(self, section: RecurrenceConfig) -> dict[str, Any]:
-        """Return the modules as Megatron-Core's experts: M experts, top-1, all-to-all dispatch, dropless."""
+        """Return Megatron-Core's settings of the experts: M of them, top-1, all-to-all dispatch, dropless."""
         return {
             "num_moe_experts": section.num_modules,
             "moe_router_topk": 1,

@@ -27,10 +27,10 @@ class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
         routing_map: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """Send every token to the rank of its module, apply the module there, and bring the result back.
+        """Send every token to the rank of its expert, apply the expert there, and bring the result back.
 
         Args:
-            experts: the modules on this rank.
+            experts: the experts on this rank.
             tokens: this rank's, [S, B, H].
             routing_map: bool [S * B, M], where a token goes.
             weights: float32 [S * B, M], with which weight.
@@ -63,7 +63,7 @@ class QueryKeyValueDispatcher(MoEAlltoAllTokenDispatcher):
         routing_map: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """Do the same where all modules are on this rank: nothing is sent, so the host need not know how much would be."""
+        """Do the same where all experts are on this rank: nothing is sent, so the host need not know how much would be."""
         states = tokens.flatten(0, 1)
         if not experts.sorts(states):
             picked = torch.where(routing_map, weights, 0).sum(dim=1)

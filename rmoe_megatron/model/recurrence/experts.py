@@ -1,4 +1,4 @@
-"""The neural modules of the recurrence: grouped low-rank or full-rank Q/K/V projections."""
+"""The experts of the recurrence: grouped low-rank or full-rank Q/K/V projections."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class _Gather(torch.autograd.Function):
 
 
 class Packing:
-    """Puts tokens into a dense [M, capacity, ...] block, each into the rows of its module, and back; gaps are zero.
+    """Puts tokens into a dense [M, capacity, ...] block, each into the rows of its expert, and back; gaps are zero.
 
     The host has to know the numbers of tokens, as it does already where the all-to-all dispatch needed them. The
     capacity is the longest group rounded up to a multiple of ``GRANULARITY``: CPU matrix products are compiled for
@@ -57,15 +57,15 @@ class Packing:
         self.first_rows = torch.arange(self.shape[0], device=tokens_per_expert.device) * self.shape[1]
 
     def rows_of_sorted(self, tokens_per_expert: Tensor, num_tokens: int, device: torch.device) -> Tensor:
-        """Return the row of every token where tokens are sorted by module, int64 [N]."""
+        """Return the row of every token where tokens are sorted by expert, int64 [N]."""
         ends = tokens_per_expert.cumsum(0)
         tokens = torch.arange(num_tokens, device=ends.device)
-        modules = torch.searchsorted(ends, tokens, right=True)
-        rows = tokens + (self.first_rows - ends + tokens_per_expert)[modules]
+        experts = torch.searchsorted(ends, tokens, right=True)
+        rows = tokens + (self.first_rows - ends + tokens_per_expert)[experts]
         return rows.to(device, non_blocking=True)
 
     def rows_of(self, routing_map: Tensor) -> Tensor:
-        """Return the row of every token, int64 [N], from the module that each goes to, bool [N, M]."""
+        """Return the row of every token, int64 [N], from the expert that each goes to, bool [N, M]."""
         number = routing_map.cumsum(0) - 1
         return torch.where(routing_map, number + self.first_rows, 0).sum(dim=1)
 
@@ -80,11 +80,11 @@ class Packing:
 
 
 class Experts(MegatronModule):
-    """The modules that live on this expert-parallel rank: M / EP of them, contiguous.
+    """The experts that live on this expert-parallel rank: M / EP of them, contiguous.
 
     Low rank (``B_m A_m`` for each of Q, K and V): ``down`` [M, 3 r, H] with rows of q, k and v, ``up`` [M, 3, H, r].
     Full rank: ``weight`` [M, 3 H, H] with rows of q, k and v. ``down`` starts Kaiming-uniform and ``up`` normal
-    with ``up_init_std`` (0: a fresh module leaves its base model unchanged); ``weight`` starts like ``up``.
+    with ``up_init_std`` (0: a fresh expert leaves its base model unchanged); ``weight`` starts like ``up``.
     """
 
     def __init__(
@@ -94,16 +94,16 @@ class Experts(MegatronModule):
         self.ep_group = pg_collection.ep
         self.expert_data_parallel_group = pg_collection.expt_dp
         self.num_local_experts = recurrence.num_modules // self.ep_group.size()
-        modules, hidden, rank = recurrence.num_modules, config.hidden_size, recurrence.rank
+        experts, hidden, rank = recurrence.num_modules, config.hidden_size, recurrence.rank
         if rank is None:
-            self.weight = self._parameter(self._normal((modules, 3 * hidden, hidden), recurrence.up_init_std))
+            self.weight = self._parameter(self._normal((experts, 3 * hidden, hidden), recurrence.up_init_std))
         else:
-            down = torch.empty(modules, 3 * rank, hidden).uniform_(-1, 1).mul_(1 / math.sqrt(hidden))
+            down = torch.empty(experts, 3 * rank, hidden).uniform_(-1, 1).mul_(1 / math.sqrt(hidden))
             self.down = self._parameter(down)
-            self.up = self._parameter(self._normal((modules, 3, hidden, rank), recurrence.up_init_std))
+            self.up = self._parameter(self._normal((experts, 3, hidden, rank), recurrence.up_init_std))
         self.rank = rank
         self._product: Callable[[Tensor, Tensor], Tensor] = grouped_product
-        # Otherwise modules run as batched products, and the run says so when it starts.
+        # Otherwise experts run as batched products, and the run says so when it starts.
         self.fits_grouped_mm = fits_grouped_mm(hidden, rank, config.params_dtype.itemsize)
 
     def multiply_with(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -114,9 +114,9 @@ class Experts(MegatronModule):
     def _normal(shape: tuple[int, ...], std: float) -> Tensor:
         return torch.randn(shape).mul_(std)
 
-    def _parameter(self, all_modules: Tensor) -> nn.Parameter:
+    def _parameter(self, all_experts: Tensor) -> nn.Parameter:
         """Keep this rank's slice of a tensor that every rank draws whole, so that values don't depend on the layout."""
-        mine = all_modules.chunk(self.ep_group.size())[self.ep_group.rank()]
+        mine = all_experts.chunk(self.ep_group.size())[self.ep_group.rank()]
         parameter = nn.Parameter(mine.to(self.config.params_dtype).contiguous())
         # Reduced over expert-data-parallel ranks; with EP=1 too, so that checkpoints have one form for every EP.
         parameter.allreduce = False  # type: ignore[attr-defined]
@@ -126,28 +126,28 @@ class Experts(MegatronModule):
         return parameter
 
     def sorts(self, tokens: Tensor) -> bool:
-        """Return whether tokens on this device have to come sorted by module, for grouped matrix products.
+        """Return whether tokens on this device have to come sorted by expert, for grouped matrix products.
 
-        Those run on a CPU too, but take 1.1 to 5 times as long there as batched ones in bf16 (512 to 4,096 tokens, five modules).
+        Those run on a CPU too, but take 1.1 to 5 times as long there as batched ones in bf16 (512 to 4,096 tokens, five experts).
         """
         return tokens.is_cuda and self.fits_grouped_mm
 
     def forward(
         self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor, routing_map: Tensor | None = None
     ) -> Tensor:
-        """Apply each module to its tokens.
+        """Apply each expert to its tokens.
 
         Args:
-            tokens: [N, H], sorted by module or with a routing map.
+            tokens: [N, H], sorted by expert or with a routing map.
             tokens_per_expert: int64 [M / EP], on the host after an all-to-all, else with the tokens; some may be zero.
             weights: float32 [N], the gate's weight of each token.
-            routing_map: bool [N, M], the module of each token, where all are on this rank and tokens come in any order; not
+            routing_map: bool [N, M], the expert of each token, where all are on this rank and tokens come in any order; not
                 where :meth:`sorts` says that they have to be sorted.
 
         Returns:
             [N, 3 H] in the order of the tokens: q, k and v side by side.
         """
-        # Modules are linear: what goes in is weighed, not what comes out, which is three times as wide.
+        # Experts are linear: what goes in is weighed, not what comes out, which is three times as wide.
         weighted = tokens * weights.unsqueeze(-1).to(tokens.dtype)
         if self.sorts(tokens):
             return self._project_grouped(weighted, tokens_per_expert)
@@ -161,7 +161,7 @@ class Experts(MegatronModule):
         return packing.unpack(self._project_packed(packing.pack(weighted, rows)), rows)
 
     def _project_grouped(self, tokens: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Project tokens [N, H], sorted by module, with grouped matrix products; returns [N, 3 H]."""
+        """Project tokens [N, H], sorted by expert, with grouped matrix products; returns [N, 3 H]."""
         offsets = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0, dtype=torch.int32)
         if self.rank is None:
             return F.grouped_mm(tokens, self.weight.transpose(1, 2), offs=offsets)
@@ -178,16 +178,16 @@ class Experts(MegatronModule):
         """Project tokens [M, capacity, H] with batched matrix products; returns [M, capacity, 3 H]."""
         if self.rank is None:
             return self._product(tokens, self.weight)
-        modules, capacity, _ = tokens.shape
-        reduced = self._product(tokens, self.down).view(modules, capacity, 3, self.rank)
-        reduced = reduced.transpose(1, 2).reshape(3 * modules, capacity, self.rank)
+        experts, capacity, _ = tokens.shape
+        reduced = self._product(tokens, self.down).view(experts, capacity, 3, self.rank)
+        reduced = reduced.transpose(1, 2).reshape(3 * experts, capacity, self.rank)
         projected = self._product(reduced, self.up.flatten(0, 1))
-        return projected.view(modules, 3, capacity, -1).transpose(1, 2).flatten(2)
+        return projected.view(experts, 3, capacity, -1).transpose(1, 2).flatten(2)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Shard the module dimension over expert-parallel ranks; replicas are the expert-data-parallel ranks."""
+        """Shard the expert dimension over expert-parallel ranks; replicas are the expert-data-parallel ranks."""
         offsets = (*sharded_offsets, (0, self.ep_group.rank(), self.ep_group.size()))
         return _replicated_over(
             self.expert_data_parallel_group.rank(), self.state_dict(keep_vars=True), prefix, offsets

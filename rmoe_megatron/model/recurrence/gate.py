@@ -1,4 +1,4 @@
-"""The gate of the recurrence: one module per visual token and latent step."""
+"""The gate of the recurrence: one expert per visual token and latent step."""
 
 import copy
 
@@ -22,11 +22,11 @@ class Gate(TopKRouter):
     """Megatron-Core's router with conditioning, Gumbel noise and a straight-through gradient.
 
     For token state a and conditioning s: ``logits = W_token a + W_conditioning s`` in float32; in training
-    ``z = logits + Gumbel(0, 1)``, ``p = softmax(z / tau)``, the module is ``argmax z`` and its weight is
-    ``1 + p - stop_gradient(p)``: 1 forward, the gradient of p backward. Modules that are not picked are not evaluated
-    and give no gradient. In evaluation the module is ``argmax logits`` and its weight is 1.
+    ``z = logits + Gumbel(0, 1)``, ``p = softmax(z / tau)``, the expert is ``argmax z`` and its weight is
+    ``1 + p - stop_gradient(p)``: 1 forward, the gradient of p backward. Experts that are not picked are not evaluated
+    and give no gradient. In evaluation the expert is ``argmax logits`` and its weight is 1.
 
-    The load-balancing loss uses softmax(logits), which is the probability of a module being picked: argmax of
+    The load-balancing loss uses softmax(logits), which is the probability of an expert being picked: argmax of
     Gumbel-perturbed logits samples from it whatever tau is. It is that of a micro-batch (Megatron-Core sums over the
     ranks that share one), so its value depends on how a global batch is cut into micro-batches, not on the ranks.
 
@@ -86,7 +86,7 @@ class Gate(TopKRouter):
     def forward(
         self, input: Tensor, conditioning: Tensor, noise: Tensor | None, latent_step: int, rng_keys: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Pick a module for every token.
+        """Pick an expert for every token.
 
         Args:
             input: this rank's token states [S, B, H].
@@ -96,7 +96,7 @@ class Gate(TopKRouter):
             rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
 
         Returns:
-            Weights float32 [S * B, M] and the routing map bool [S * B, M], both zero where a module is not picked.
+            Weights float32 [S * B, M] and the routing map bool [S * B, M], both zero where an expert is not picked.
         """
         logits = self.gating(input, conditioning).flatten(0, 1)
         logits = self.apply_z_loss(logits)

@@ -15,7 +15,7 @@ class GateCall:
         latent_step: from 1.
         rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
         sums: float64 [B, 5 + 2 M] over the tokens of a sample, in the columns that :func:`columns` names. The logits in them are without
-            noise and without their mean over the modules, which the softmax does not see.
+            noise and without their mean over the experts, which the softmax does not see.
     """
 
     layer: int
@@ -28,8 +28,8 @@ def columns(num_modules: int) -> dict[str, slice]:
     """Return where each kind of sum is in the columns of :attr:`GateCall.sums`.
 
     ``tokens``: their number; ``squares``: of the logits; ``entropy``: of softmax(logits), in nats; ``margin``: of the largest logit to the
-    second; ``switched``: tokens whose largest logit was another module's in the latent step before; ``picked``: tokens for which each
-    module was picked; ``logits``: of each module.
+    second; ``switched``: tokens whose largest logit was another expert's in the latent step before; ``picked``: tokens for which each
+    expert was picked; ``logits``: of each expert.
     """
     widths = {
         "tokens": 1, "squares": 1, "entropy": 1, "margin": 1, "switched": 1, "picked": num_modules, "logits": num_modules,

@@ -4,7 +4,7 @@ With x the modulated vision tokens, c the modulated text tokens, y the condition
 projection of vision tokens to queries, keys and values:
 
     a_0 = x
-    m_t(i) = gate(a_{t-1}[i], y)                                    one of M modules for every vision token i
+    m_t(i) = gate(a_{t-1}[i], y)                                    one of M experts for every vision token i
     q, k, v = B_m A_m Mod(LN(a_{t-1}))                              in steps t = 1 .. T - 1
     a_t = JointAttention(q, k, v; c) + x
     q, k, v = B_m A_m Mod(LN(a_{T-1})) + W x                        in step T: the base joins here only
@@ -36,13 +36,13 @@ from rmoe_megatron.model.sequence import sequence_to_heads
 
 @dataclass
 class RecurrenceSubmodules:
-    """The grouped projections of the modules."""
+    """The grouped projections of the experts."""
 
     experts: Callable[..., Experts]
 
 
 def recurrence_spec(recurrence: RecurrenceConfig, experts: Callable[..., Experts]) -> ModuleSpec:
-    """Return the module that takes the place of attention in a block with recurrence; ``experts`` makes its modules."""
+    """Return the module that takes the place of attention in a block with recurrence; ``experts`` makes its experts."""
     submodules = RecurrenceSubmodules(experts=experts)
     return ModuleSpec(module=Recurrence, submodules=submodules, params={"recurrence": recurrence})
 
@@ -107,12 +107,12 @@ class Recurrence(MegatronModule):
         shared = (conditioning, scale, shift, to_gate)
 
         def latent_step(step: int, state: Tensor, *inputs: Tensor | None) -> Tensor:
-            module_qkv = self.apply_modules(
+            expert_qkv = self.apply_experts(
                 attention, state, noise[step], step + 1, rng_keys, *inputs[: len(shared)]
             )
             text = inputs[len(shared) :]
             text_qkv = QueryKeyValue(*text) if text else None  # type: ignore[arg-type]
-            return attention.attend_vision(module_qkv, text_qkv, positions)
+            return attention.attend_vision(expert_qkv, text_qkv, positions)
 
         state = vision
         for step in range(steps - 1):
@@ -122,11 +122,11 @@ class Recurrence(MegatronModule):
             else:
                 attended = latent_step(step, *inputs)
             state = vision + attended
-        module_qkv = self.apply_modules(attention, state, noise[-1], steps, rng_keys, *shared)
-        return attention(module_qkv + attention.project_vision(vision), text_qkv, positions)
+        expert_qkv = self.apply_experts(attention, state, noise[-1], steps, rng_keys, *shared)
+        return attention(expert_qkv + attention.project_vision(vision), text_qkv, positions)
 
-    @torch.compiler.disable  # how many tokens a module gets is known on the host only
-    def apply_modules(
+    @torch.compiler.disable  # how many tokens an expert gets is known on the host only
+    def apply_experts(
         self,
         attention: Attention,
         state: Tensor,
@@ -138,7 +138,7 @@ class Recurrence(MegatronModule):
         shift: Tensor | None,
         to_gate: Tensor | None,
     ) -> Tensor:
-        """Project token states [S, B, H] with the module that the gate picks for each.
+        """Project token states [S, B, H] with the expert that the gate picks for each.
 
         With sequence parallelism a rank gates and dispatches its own tokens [S / TP, B, H]; an all-to-all then turns
         all heads of these tokens into this rank's heads of all tokens, [S, B, heads / TP, 3, head_dim].
