@@ -29,8 +29,9 @@ from rmoe_megatron.config.validation import validate
 from rmoe_megatron.distributed.device import select_device, synchronize
 from rmoe_megatron.distributed.launch import rank, world_size
 from rmoe_megatron.distributed.process_groups import process_groups
-from rmoe_megatron.engine.deepspeed.library import check_deepspeed, zero_section
+from rmoe_megatron.engine.deepspeed.library import zero_section
 from rmoe_megatron.engine.protocol import Engine
+from rmoe_megatron.engine.registry import engine_of
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.model.parameters import dense_parameters, expert_parameters
@@ -189,7 +190,7 @@ def run(
     config = replace(config, training=training)
     for name in ENGINES[engine]:
         validate(of_engine(config, name), world_size())
-        check_deepspeed(of_engine(config, name), world_size())
+        engine_of(of_engine(config, name)).check(of_engine(config, name), world_size())
     return measure(config, ENGINES[engine], repeats), config
 
 

@@ -19,8 +19,9 @@ from rmoe_megatron.checkpoint.run_checkpoint import save_checkpoint
 from rmoe_megatron.checkpoint.saving import NotSavedError
 from rmoe_megatron.config.run import EvaluationConfig, RunConfig
 from rmoe_megatron.data.batch import Batch
-from rmoe_megatron.distributed.device import peak_memory
+from rmoe_megatron.distributed.device import peak_memory, runs_on_cuda
 from rmoe_megatron.engine.protocol import StepResult
+from rmoe_megatron.engine.registry import engine_of
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.disk_errors import warned
 from rmoe_megatron.files.images import png
@@ -83,9 +84,11 @@ class TrainingLoop:
             is_rank0=dist.get_rank() == 0,
             description=describe_run(self.config),
         )
-        self.log.announce(describe_backend(self.config))
+        engine_kind = engine_of(self.config)
+        self.log.announce(describe_backend(self.config, engine_kind.libraries))
         if dist.get_rank() == 0:
-            logger.info(describe_kernels(self.config))
+            adam = engine_kind.describe_adam(self.config, runs_on_cuda(self.config.device))
+            logger.info(describe_kernels(self.config, adam))
         for warning in (
             warn_of_slow_precision(self.config),
             warn_of_new_histories(self.config, progress.step),

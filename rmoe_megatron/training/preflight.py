@@ -12,13 +12,13 @@ import torch
 from rmoe_megatron.checkpoint.folders import list_checkpoints
 from rmoe_megatron.checkpoint.size import checkpoint_bytes
 from rmoe_megatron.config.require import require
-from rmoe_megatron.config.run import Device, OptimizerName, RunConfig
+from rmoe_megatron.config.run import Device, RunConfig, Trainable
 from rmoe_megatron.config.stages import Stage, stages_of
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.data.loader import BatchLayout, batches
 from rmoe_megatron.data.storage.store import ShardStore
 from rmoe_megatron.data.training_dataset import TrainingDataset
-from rmoe_megatron.engine.deepspeed.library import check_deepspeed
+from rmoe_megatron.engine.registry import engine_of
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
 from rmoe_megatron.input_pipeline.settings import (
@@ -30,11 +30,13 @@ from rmoe_megatron.input_pipeline.settings import (
 )
 from rmoe_megatron.input_pipeline.shard_folders import check_shards, folders_of
 from rmoe_megatron.model.checks import check_model
-from rmoe_megatron.model.precision.backend import check_backend, is_installed
+from rmoe_megatron.model.parameters import dense_parameters, expert_parameters
+from rmoe_megatron.model.precision.backend import check_backend
 from rmoe_megatron.training.base_checks import check_base
 from rmoe_megatron.training.benchmarks import check_benchmark
 from rmoe_megatron.training.encoder_shapes import check_encoders_fit
 
+GRADIENT_BYTES = 4  # gradients are reduced in float32
 LOOKED_AT = 16  # samples of a set that a check loads, at most
 
 
@@ -47,8 +49,7 @@ def check(config: RunConfig, world_size: int) -> None:
     check_model(config)
     validate(config, world_size)
     check_device(config)
-    check_deepspeed(config, world_size)
-    check_muon(config)
+    engine_of(config).check(config, world_size)
     check_files(config)
     check_buckets(config)
     check_evaluations(config)
@@ -78,8 +79,7 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     """
     check_model(config)
     validate(config, world_size)
-    check_deepspeed(config, world_size)
-    check_muon(config)
+    engine_of(config).check(config, world_size)
     check_files(config)
     check_buckets(config)
     check_evaluations(config)
@@ -100,16 +100,6 @@ def check_device(config: RunConfig) -> None:
     check_backend(config)
 
 
-def check_muon(config: RunConfig) -> None:
-    """Check that the package that has Muon's arithmetic is here, which Megatron-Core does not ask for.
-
-    Raises:
-        ModuleNotFoundError: it is not; the command line says which extra brings it.
-    """
-    if config.optimizer.name is OptimizerName.muon and not is_installed("emerging_optimizers"):
-        raise ModuleNotFoundError("No module named 'emerging_optimizers'", name="emerging_optimizers")
-
-
 def check_files(config: RunConfig) -> None:
     """Check that the files a validated configuration names are there, and that its checkpoints will have room.
 
@@ -123,6 +113,35 @@ def check_files(config: RunConfig) -> None:
     if config.data.cache is not None:
         atomic.check_writable(Path(config.data.cache), "data.cache")
     check_space(config)
+
+
+def check_memory(config: RunConfig, bytes_per_rank: int, where: str) -> None:
+    """Check that the parameters of a rank and the gradients of what is trained can fit into its memory at all.
+
+    What is counted is less than a run needs: activations, averages and the optimizer's state come on top.
+
+    Args:
+        bytes_per_rank: memory of the device, divided by the ranks that share it.
+        where: what the error message calls this memory.
+
+    Raises:
+        UserError: they cannot.
+    """
+    parallel = config.parallel
+    dense, experts = dense_parameters(config), expert_parameters(config)
+    shards = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    spread = parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    trains_all = config.fine_tuning is None or config.fine_tuning.trainable is Trainable.all
+    has_gradients = trains_all and not engine_of(config).shards_gradients(config)
+    # ZeRO's third stage shards parameters, but builds them whole first.
+    bytes_each = config.precision.parameter_bytes + (GRADIENT_BYTES if has_gradients else 0)
+    needed = (dense // shards + experts // spread) * bytes_each
+    if needed > bytes_per_rank:
+        raise UserError(
+            f"The model has {dense + experts:.3g} parameters, which take at least {needed / 1e9:.4g} GB on a rank of this "
+            f"layout, but {where} has {bytes_per_rank / 1e9:.4g} GB for it; choose a smaller model or a layout that spreads "
+            "it over more ranks."
+        )
 
 
 def check_space(config: RunConfig) -> None:

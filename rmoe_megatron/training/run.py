@@ -33,7 +33,6 @@ from rmoe_megatron.files.disk_errors import message_of, warned
 from rmoe_megatron.files.foreign_errors import reason
 from rmoe_megatron.input_pipeline.batches import TrainingSource
 from rmoe_megatron.model.build import build_chunks
-from rmoe_megatron.model.parameters import check_memory
 from rmoe_megatron.model.precision.backend import resolve_precision
 from rmoe_megatron.training import preflight
 from rmoe_megatron.training.ema import ExponentialMovingAverage
@@ -167,7 +166,9 @@ def _write_down(config: RunConfig, run_dir: Path) -> None:
 def _build(config: RunConfig, checkpoint: CheckpointFolder | None, device: torch.device) -> TrainingLoop:
     """Build everything that trains, with its state from ``checkpoint`` or anew."""
     sharing = ranks_on_host() if device.type == "cpu" else 1
-    check_memory(config, device_memory(device) // sharing, f"the {device.type.upper()} of rank {rank()}")
+    preflight.check_memory(
+        config, device_memory(device) // sharing, f"the {device.type.upper()} of rank {rank()}"
+    )
     source = TrainingSource(config, device)
     modules = build_chunks(config, initialise=config.fine_tuning is None)
     fingerprint = start_from_base(modules, config) if config.fine_tuning is not None else None

@@ -22,6 +22,7 @@ from rmoe_megatron.config.run import (
 )
 from rmoe_megatron.engine.deepspeed import library
 from rmoe_megatron.engine.deepspeed.library import check_deepspeed
+from rmoe_megatron.engine.registry import engine_of
 from rmoe_megatron.errors import UserError
 from tests.support.commands import rmoe
 from tests.support.configurations import tiny_config
@@ -98,9 +99,9 @@ def test_second_shards_divide_the_ranks_and_null_takes_an_option_back() -> None:
 
 def test_without_deepspeed_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "is_installed", lambda package: False)
-    check_deepspeed(tiny_config(), 1)
+    engine_of(tiny_config()).check(tiny_config(), 1)
     with pytest.raises(UserError, match=re.escape("rmoe-megatron[deepspeed]")):
-        check_deepspeed(DEEPSPEED, 1)
+        engine_of(DEEPSPEED).check(DEEPSPEED, 1)
 
 
 def test_the_table_of_what_an_engine_can_do_is_that_of_the_rules() -> None:
@@ -309,7 +310,7 @@ def test_a_run_is_exported_and_inspected_like_any_other(runs: Path) -> None:
 def describe(config: RunConfig) -> str:
     from rmoe_megatron.model.precision.backend import describe_kernels
 
-    return describe_kernels(config)
+    return describe_kernels(config, engine_of(config).describe_adam(config, on_cuda=False))
 
 
 def test_the_line_about_kernels_names_the_engine() -> None:

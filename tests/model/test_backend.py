@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from rmoe_megatron.config.run import Backend, Device, Fp8Config, Fp8Recipe, Precision, RunConfig
 from rmoe_megatron.config.validation import validate
 from rmoe_megatron.distributed.processor import ProductSeconds
+from rmoe_megatron.engine.registry import engine_of
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.precision import backend
 from rmoe_megatron.model.precision.backend import (
@@ -112,7 +113,8 @@ def test_layers_that_are_not_traced_are_not_compiled(machine: dict[str, bool]) -
 def test_a_line_says_what_is_fused_and_why_the_rest_is_not(machine: dict[str, bool]) -> None:
     def line(config: RunConfig = CONFIG, **has: bool) -> str:
         machine.update(has)
-        return describe_kernels(config)
+        adam = engine_of(config).describe_adam(config, machine["gpu"] and config.device is not Device.cpu)
+        return describe_kernels(config, adam)
 
     assert "\n" not in line()
     assert "linear Transformer Engine's, attention fused" in line()
@@ -210,7 +212,9 @@ def test_the_line_says_how_attention_is_computed(
     machine["gpu"] = False
     monkeypatch.setattr(backend, "bf16_is_fast", lambda: False)
     training = replace(CONFIG.training, micro_batch_size=micro_batch, global_batch_size=micro_batch)
-    assert f"attention {expected}, norms" in describe_kernels(replace(CONFIG, training=training, **changes))
+    assert f"attention {expected}, norms" in describe_kernels(
+        replace(CONFIG, training=training, **changes), "PyTorch's"
+    )
 
 
 def test_what_is_installed_is_found_without_importing_it(

@@ -8,7 +8,8 @@ from rmoe_megatron.config.model import LoopConfig
 from rmoe_megatron.config.run import DeepSpeedConfig, EngineName, FineTuningConfig, ParallelConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_transformer
-from rmoe_megatron.model.parameters import check_memory, dense_parameters, expert_parameters
+from rmoe_megatron.model.parameters import dense_parameters, expert_parameters
+from rmoe_megatron.training.preflight import check_memory
 from tests.model.test_flops import CASES, DIT
 from tests.support.configurations import RECURRENCE, one_rank, tiny_config
 

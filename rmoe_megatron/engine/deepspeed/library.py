@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rmoe_megatron.config.require import require
-from rmoe_megatron.config.run import EngineName, Precision, RunConfig
+from rmoe_megatron.config.run import Precision, RunConfig
 from rmoe_megatron.distributed.device import runs_on_cuda
 from rmoe_megatron.distributed.launch import local_rank
 from rmoe_megatron.errors import UserError
@@ -44,13 +44,11 @@ def import_deepspeed(on_cpu: bool) -> ModuleType:
 
 
 def check_deepspeed(config: RunConfig, world_size: int) -> None:
-    """Check that DeepSpeed is here if it is asked for, and takes the options on ``world_size`` ranks.
+    """Check that DeepSpeed is here, and takes the options on ``world_size`` ranks.
 
     Raises:
         UserError: it is not, or names the option that is wrong.
     """
-    if config.engine is not EngineName.deepspeed:
-        return
     if not is_installed("deepspeed"):
         raise UserError(
             f"engine=deepspeed needs DeepSpeed, which is not installed: {INSTALL}, or set engine=megatron."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rmoe_megatron.config.run import Backend, EngineName, Fp8Recipe, Precision, RunConfig
+from rmoe_megatron.config.run import Backend, Fp8Recipe, Precision, RunConfig
 from rmoe_megatron.config.stages import stages_of
 from rmoe_megatron.distributed.device import PARAMS_DTYPE, runs_on_cuda
 from rmoe_megatron.distributed.processor import (
@@ -99,19 +99,26 @@ def check_backend(config: RunConfig) -> None:
         raise UserError(f"{wanted} needs Transformer Engine, which is not installed: {INSTALL}, or {remedy}.")
 
 
-def describe_backend(config: RunConfig) -> str:
-    """Return one sentence: on what and in which precision a run computes, and with whose layers."""
+def describe_backend(config: RunConfig, engine: str = "") -> str:
+    """Return one sentence: on what and in which precision a run computes, and with whose layers.
+
+    Args:
+        engine: the libraries of the engine besides Megatron-Core, as " and DeepSpeed".
+    """
     where = "a GPU" if runs_on_cuda(config.device) else "the CPU"
     layers = "Transformer Engine" if uses_transformer_engine(config) else "Megatron-Core"
-    engine = " and DeepSpeed" if config.engine is EngineName.deepspeed else ""
     return (
         f"The run computes in {config.precision.value} on {where} with the layers of {layers}{engine}; --verbose says which kernels "
         "are used and why."
     )
 
 
-def describe_kernels(config: RunConfig) -> str:
-    """Return one line: which layers are whose, what is fused, and why the rest is not."""
+def describe_kernels(config: RunConfig, adam: str) -> str:
+    """Return one line: which layers are whose, what is fused, and why the rest is not.
+
+    Args:
+        adam: whose Adam the engine takes, in its own words.
+    """
     cuda = runs_on_cuda(config.device)
     if config.precision.is_emulated:
         linear = f"Megatron-Core's, rounded as {_recipe(config)} (emulated)"
@@ -135,7 +142,7 @@ def describe_kernels(config: RunConfig) -> str:
     compiled = "compiled" if config.training.compile else "not compiled (training.compile)"
     return (
         f"precision {precision}; layers: linear {linear}, attention {_attention(config, cuda)}, norms PyTorch's without weights, "
-        f"Adam fused ({_adam(config, cuda)}){modules}, blocks {compiled}."
+        f"Adam fused ({adam}){modules}, blocks {compiled}."
     )
 
 
@@ -156,21 +163,6 @@ def _attention(config: RunConfig, cuda: bool) -> str:
         Way.products: "by batched products (the faster way here; scores are kept)",
     }
     return " or ".join(names[way] for way in Way if way in ways)
-
-
-def _adam(config: RunConfig, cuda: bool) -> str:
-    """Say whose Adam the engine takes, and why not another's; see :func:`rmoe_megatron.distributed.megatron_on_cpu.use_cpu`."""
-    if config.engine is EngineName.deepspeed:
-        where = " on the host" if config.deepspeed.offload_optimizer else ""
-        return f"PyTorch's{where} on the flat shards of DeepSpeed's ZeRO {config.deepspeed.zero_stage}"
-    if not cuda:
-        return "PyTorch's: others need a GPU"
-    if is_installed("transformer_engine"):
-        return "Transformer Engine's"
-    if is_installed("apex", "optimizers"):
-        return "Apex's"
-    other = " (the apex here is PyPI's, another project)" if is_installed("apex") else ""
-    return f"PyTorch's: no Transformer Engine, no Apex{other}"
 
 
 def _recipe(config: RunConfig) -> str:
