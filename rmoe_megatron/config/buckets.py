@@ -36,7 +36,7 @@ def build_buckets(config: BucketsConfig, side: int) -> tuple[Bucket, ...]:
         side: pixels of a side of the model's square picture, whose number of pixels generated buckets do not exceed.
 
     Raises:
-        UserError: a size is none, or is there twice; there are too many.
+        UserError: a size is malformed or given twice, or there are too many.
     """
     buckets = [parse_bucket("data.buckets.sizes", size) for size in config.sizes] or _generated(config, side)
     ordered = sorted(buckets, key=lambda bucket: (-bucket.aspect_ratio, bucket.width))
@@ -55,7 +55,7 @@ def parse_bucket(name: str, size: str) -> Bucket:
     """Return the size that ``WIDTHxHEIGHT`` is; ``name`` is where it is written.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is no size.
     """
     match = _SIZE.fullmatch(size)
     if match is None:

@@ -28,7 +28,7 @@ def parse_captions(entries: list[str]) -> tuple[CaptionSource, ...]:
     """Return the sources that ``txt``, ``caption`` and ``json:KEY`` name, each with ``=WEIGHT`` behind it or without.
 
     Raises:
-        UserError: an entry is none of these, is there twice, or there is none.
+        UserError: an entry is none of these or is given twice, or the list is empty.
     """
     sources = []
     for entry in entries:

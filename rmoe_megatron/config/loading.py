@@ -35,7 +35,7 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
     names a run, the model is that run's in all that neither the file nor an override says.
 
     Raises:
-        UserError: the file is none, an unknown key (names the nearest valid one), a value of a wrong type, or a required
+        UserError: the file is no YAML mapping, it has an unknown key (names the nearest valid one), a value of a wrong type, or a required
             value missing.
     """
     tree = OmegaConf.structured(RunConfig)

@@ -31,7 +31,7 @@ class SampleFilter:
         names: that it asks for.
 
     Raises:
-        UserError: it is none; says which part is unknown.
+        UserError: the text is no filter; says which part is unknown.
     """
 
     def __init__(self, text: str) -> None:

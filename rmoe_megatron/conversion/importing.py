@@ -72,7 +72,7 @@ def import_diffusers(
         parallel: layout of the ranks that import; the checkpoint can be loaded under any.
 
     Raises:
-        UserError: the folder is none, its tensors are not those of its architecture, it says something that no run can be, or
+        UserError: the folder holds no model, its tensors are not those of its architecture, it says something that no run can be, or
             run_dir holds a run.
     """
     name = None  # of a repository
@@ -143,7 +143,7 @@ def import_facebook_dit(
         objective: ddpm for a DiT, rectified_flow for SiT, whose files hold the same tensors; None is for a DiT.
 
     Raises:
-        UserError: the file is none, or says that it is SiT's and ``objective`` is None.
+        UserError: the file holds no model, or says that it is SiT's and ``objective`` is None.
     """
     dit = FacebookDiT(file, num_attention_heads)
     if objective is None and looks_like_sit(file, dit.arguments):

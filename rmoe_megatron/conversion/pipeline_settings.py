@@ -91,7 +91,7 @@ def read_settings(folder: Path, name: str, diffusion: DiffusionConfig) -> ReadSe
         diffusion: what the transformer says of it.
 
     Raises:
-        UserError: a file is malformed, or a setting of the sampler is none that a run can have.
+        UserError: a file is malformed, or a setting of the sampler is one that no run can have.
     """
     path = folder / MODEL_INDEX
     index: dict[str, Any] = read_json(path, OBJECT) if path.is_file() else {}

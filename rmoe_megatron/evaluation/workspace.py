@@ -39,7 +39,7 @@ def plan(
         layout: from a folder to all that may be there.
 
     Raises:
-        UserError: something is wrong with the folder, or it has images of other prompts; or the model is none.
+        UserError: something is wrong with the folder, or it has images of other prompts; or the model's folder holds no pipeline.
     """
     if not sampling.is_given:
         record = sampling_record(sampling)

@@ -120,7 +120,7 @@ def sampling_record(sampling: Sampling, sampler: SchedulerMixin | None = None) -
         sampler: which takes the place of that of the folder or of ``sampling``.
 
     Raises:
-        UserError: the folder is none, or the sampler does not fit it.
+        UserError: the folder holds no pipeline, or the sampler does not fit it.
     """
     folder = Path(sampling.model)
     sampler = sampler or load_sampler(folder, sampling.scheduler)

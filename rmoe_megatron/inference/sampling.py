@@ -77,7 +77,7 @@ def open_pipeline(
         compile_transformer: run the transformer through torch.compile.
 
     Raises:
-        UserError: the folder is none, a model of it holds values that ``dtype`` does not, the sampler does not fit, or there are
+        UserError: the folder holds no pipeline, a model of it holds values that ``dtype`` does not, the sampler does not fit, or there are
             fewer GPUs than ranks on this host.
     """
     device = inference_device(local_rank())  # before a folder of gigabytes is read
@@ -134,7 +134,7 @@ def load_sampler(folder: Path, name: str | None) -> SchedulerMixin:
     """Return the sampler that :func:`open_pipeline` gives to a folder's pipeline, without loading any model.
 
     Raises:
-        UserError: the folder is none, or the sampler does not fit.
+        UserError: the folder holds no pipeline, or the sampler does not fit it.
     """
     sampler = load_pipeline_scheduler(folder)
     return sampler if name is None else make_sampler(name, sampler.config)

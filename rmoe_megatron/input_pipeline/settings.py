@@ -51,7 +51,7 @@ def buckets_of(config: RunConfig, sample_size: int) -> tuple[Bucket, ...]:
         sample_size: side of the square latents.
 
     Raises:
-        UserError: a bucket is none, or the autoencoder is not here, or its configuration cannot be read.
+        UserError: a bucket is malformed, or the autoencoder is not here, or its configuration cannot be read.
     """
     side = sample_size * pixels_per_latent(config.encoders.autoencoder)
     if config.data.buckets is None:

@@ -21,7 +21,7 @@ def check_base(config: RunConfig) -> None:
     """Check that ``fine_tuning.base`` is a run with a checkpoint, of this run's architecture, that has learned the same.
 
     Raises:
-        UserError: it is none, or differs; names the key.
+        UserError: there is no such run, or it differs; names the key.
     """
     assert config.fine_tuning is not None
     base = Path(config.fine_tuning.base)

@@ -25,7 +25,7 @@ GATES = (
 
 
 def read_records(metrics: Path) -> list[tuple[int, dict[str, float | None]]]:
-    """Return the records of ``metrics.jsonl``, each with its step; a torn last line is none.
+    """Return the records of ``metrics.jsonl``, each with its step; an incomplete last line is passed over.
 
     Raises:
         UserError: the file cannot be read, or another line is no record; names the line.

@@ -67,7 +67,7 @@ def record(run_dir: Path, event: EventName, step: int, why: str | None = None) -
 
 
 def read_history(run_dir: Path) -> list[Event]:
-    """Return the events of a run; a line that a killed process tore is none.
+    """Return the events of a run; a line that a killed process left incomplete is passed over.
 
     Raises:
         UserError: the file cannot be read, or a whole line is no event.

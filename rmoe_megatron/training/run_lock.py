@@ -48,7 +48,7 @@ def check_files(run_dir: Path) -> None:
     """Check that what a run writes in its folder stays there, before anything of the run is built.
 
     Raises:
-        UserError: a folder is a link out of it, or a file is none that can be written.
+        UserError: a folder is a link out of it, or a file cannot be written.
     """
     for name in WRITTEN:
         check_subfolder(run_dir / name, run_dir)

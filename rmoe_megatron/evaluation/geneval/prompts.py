@@ -61,7 +61,7 @@ def read_metadata(path: Path) -> list[Metadata]:
     """Return the prompts of a file of GenEval's form, one JSON object a line.
 
     Raises:
-        UserError: the file cannot be read, or a line is none; names it.
+        UserError: the file cannot be read, or a line is malformed; names the line.
     """
     prompts = []
     for number, line in enumerate(lines_of(read_text(path, MAX_BYTES, follow=True)), start=1):

@@ -43,7 +43,7 @@ def published_sampler(folder: Path, asked: str | None) -> SchedulerMixin:
         asked: as ``make_sampler`` takes it.
 
     Raises:
-        UserError: the folder is none, or the sampler does not fit.
+        UserError: the folder holds no pipeline, or the sampler does not fit it.
     """
     sampler = load_sampler(folder, asked)
     learns_variance = read_architecture(folder / "transformer", text_length=1).model.learned_sigma
@@ -101,7 +101,7 @@ def sample(
     Args:
         pipeline: class-conditional, with the sampler of :func:`published_sampler`.
         seeds: one for every image, whose noise, also that of the steps, depends on its own seed alone.
-        guidance: 1 is none.
+        guidance: the scale of classifier-free guidance; 1 applies none.
         interval: guide only where timestep / 1000 lies in it.
 
     Returns:
@@ -136,7 +136,7 @@ def predict(transformer: Any, latents: Tensor, timestep: Tensor, classes: Tensor
 
     Args:
         classes: int64 [B].
-        guidance: 1 is none.
+        guidance: the scale of classifier-free guidance; 1 applies none.
     """
     if guidance != 1:
         null = torch.full_like(classes, transformer.config.num_embeds_ada_norm)

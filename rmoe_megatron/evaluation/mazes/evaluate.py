@@ -66,7 +66,7 @@ def read_set(data: Path, limit: int | None) -> tuple[Description, list[Grid]]:
     """Return what a set says of itself, and its test grids.
 
     Raises:
-        UserError: it is no set of mazes, or a grid of it is none.
+        UserError: it is no set of mazes, or one of its grids is malformed.
     """
     description = read_json(data / "dataset.json", DESCRIPTION)
     if description["name"] != "mazes" or not description["test_steps"]:
