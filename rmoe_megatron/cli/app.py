@@ -17,7 +17,7 @@ from rmoe_megatron.cli.options import Bar
 from rmoe_megatron.cli.plan import plan_command
 from rmoe_megatron.cli.prompt_benchmarks import eval_app
 from rmoe_megatron.cli.sample import sample
-from rmoe_megatron.cli.train import inspect, report, train
+from rmoe_megatron.cli.train import inspect, report, train, watch
 from rmoe_megatron.distributed import launch
 from rmoe_megatron.errors import Interrupted, RunError, UserError, exit_code
 from rmoe_megatron.files.disk_errors import message_of
@@ -51,6 +51,7 @@ app.command("train", epilog="Example: rmoe train configs/shapes_tiny.yaml optimi
     train
 )
 app.command("inspect", epilog="Example: rmoe inspect runs/shapes_tiny")(inspect)
+app.command("watch", epilog="Example: rmoe watch runs/shapes_tiny")(watch)
 app.command(
     "report", epilog="Example: rmoe report runs/shapes_tiny runs/shapes_tiny_dense --out report.html"
 )(report)

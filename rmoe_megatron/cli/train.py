@@ -169,3 +169,21 @@ def report(
     out = out or (run_dirs[0] / "report.html" if len(run_dirs) == 1 else Path("report.html"))
     write_report(run_dirs, out)
     print(out)
+
+
+def watch(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Name the folders of training runs.")
+    ],
+    interval: Annotated[
+        float, typer.Option(min=0.2, max=3600, help="Read the runs again after so many seconds.")
+    ] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Show how the runs are now, and end.")] = False,
+) -> None:
+    """Show on a live screen how runs are going: loss, speed, gates, checkpoints, restarts, time left. Ctrl-C ends it, not the runs."""
+    launch.require_one_rank("rmoe watch")
+    for run_dir in run_dirs:
+        require_run(run_dir)
+    from rmoe_megatron.inspection.watch import watch as watch_runs
+
+    watch_runs(run_dirs, interval, once)
