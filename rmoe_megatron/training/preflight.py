@@ -3,7 +3,9 @@
 Megatron-Core is not imported: these checks also take place where a job is submitted.
 """
 
+import logging
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +38,11 @@ from rmoe_megatron.training.base_checks import check_base
 from rmoe_megatron.training.benchmarks import check_benchmark
 from rmoe_megatron.training.encoder_shapes import check_encoders_fit
 
+logger = logging.getLogger(__name__)
+
 GRADIENT_BYTES = 4  # gradients are reduced in float32
-LOOKED_AT = 16  # samples of a set that a check loads, at most
+LOOKED_AT = 16  # samples of a shard that a check loads, at most
+SHARDS_LOOKED_AT = 64  # of a set, at equal distances
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -86,7 +91,7 @@ def check_submission(config: RunConfig, world_size: int) -> None:
     check_encoders_fit(config)
     for stage in stages_of(config):
         for folder in folders_of(config, stage):
-            check_first_batch(config, folder, stage)
+            check_samples(config, folder, stage)
 
 
 def check_device(config: RunConfig) -> None:
@@ -165,15 +170,46 @@ def check_space(config: RunConfig) -> None:
         )
 
 
-def check_first_batch(config: RunConfig, folder: ShardStore, stage: Stage) -> None:
-    """Load the first samples of a shard folder as training does, and check that they fit the model; no other shard is opened.
+def check_samples(config: RunConfig, folder: ShardStore, stage: Stage) -> None:
+    """Look into a shard folder: load samples of its first and its last shard, and see that others begin as shards do.
+
+    Training passes over what is damaged, with a warning, and so does this; it goes through every shard when it makes the index.
+
+    Raises:
+        UserError: a shard cannot be opened, or samples cannot be used, lack a member, or have another shape than the model takes.
+    """
+    shards = folder.shards()
+    between = [shards[number * len(shards) // SHARDS_LOOKED_AT] for number in range(SHARDS_LOOKED_AT)]
+    looked_at = dict.fromkeys(shard.name for shard in (shards[0], *between, shards[-1]))
+    sound = [name for name in looked_at if _begins_as_a_shard(folder, name)]
+    for name in dict.fromkeys((sound or [shards[0].name])[:: max(len(sound) - 1, 1)]):
+        check_first_batch(config, folder, stage, name)
+
+
+def _begins_as_a_shard(folder: ShardStore, name: str) -> bool:
+    """Whether a shard begins with the header of a tar archive; warns if not."""
+    with folder.open(name) as file:
+        head = file.read(tarfile.BLOCKSIZE)
+    try:
+        tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        logger.warning(
+            "Shard %s is no tar archive, or holds nothing; training will pass over it. `rmoe data check %s REPORT` goes through all "
+            "samples.", folder.path(name), folder,
+        )  # fmt: skip
+        return False
+    return True
+
+
+def check_first_batch(config: RunConfig, folder: ShardStore, stage: Stage, shard: str) -> None:
+    """Load the first samples of a shard as training does, and check that they fit the model; no other shard is opened.
 
     Raises:
         UserError: none can be used, they lack a member, or have another shape than the model takes.
     """
     # One shard may well have no sample that the filter takes, and none of some bucket: then samples are of several sizes.
     taken = replace(sample_format(config, stage.sample_size), filter=None, divides=False)
-    samples = TrainingDataset(folder, taken, shards=[folder.shards()[0].name])
+    samples = TrainingDataset(folder, taken, shards=[shard])
     count = 1 if config.data.buckets is not None else min(stage.micro_batch_size, LOOKED_AT)
     batch = next(batches(samples, InTurn(len(samples)), BatchLayout(count, count, 0, 1), last_draw=count))
     shapes = {
@@ -182,10 +218,10 @@ def check_first_batch(config: RunConfig, folder: ShardStore, stage: Stage) -> No
     sizes = latent_sizes(config, stage.sample_size)
     if samples.precomputed:
         expected = next((size for size in sizes if size == shapes["latents"][1:]), sizes[0])
-        check_shapes(shapes, config.model, expected, str(folder), precomputed=True)
+        check_shapes(shapes, config.model, expected, folder.path(shard), precomputed=True)
     elif samples.has_text:
         shapes["latents"] = (config.model.in_channels, *sizes[0])  # encoders and buckets see to it
-        check_shapes(shapes, config.model, sizes[0], str(folder), precomputed=True)
+        check_shapes(shapes, config.model, sizes[0], folder.path(shard), precomputed=True)
 
 
 class InTurn:

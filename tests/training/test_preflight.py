@@ -143,6 +143,30 @@ def test_a_batch_is_loaded_of_training_and_of_validation(tmp_path: Path, split: 
         preflight.check_submission(load_config(config, []), 1)
 
 
+def test_shards_behind_the_first_are_looked_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another shape in the last one is refused; what is no archive is passed over with a warning, as in training; a link to nowhere is named."""
+    config = make_run(tmp_path)
+    (tmp_path / "other").mkdir()
+    make_run(tmp_path / "other", side=4)
+    last, junk = (
+        tmp_path / "data" / "train" / "train-000009.tar",
+        tmp_path / "data" / "train" / "train-000003.tar",
+    )
+    preflight.check_submission(load_config(config, []), 1)
+    assert caplog.text == ""
+    shutil.copy(tmp_path / "other" / "data" / "train" / "train-000000.tar", last)
+    with pytest.raises(UserError, match=f"latents from {last} has shape"):
+        preflight.check_submission(load_config(config, []), 1)
+    last.unlink()
+    junk.write_bytes(b"no archive" * 100)
+    preflight.check_submission(load_config(config, []), 1)
+    assert f"Shard {junk} is no tar archive" in caplog.text
+    junk.unlink()
+    junk.symlink_to(tmp_path / "nowhere.tar")
+    with pytest.raises(UserError, match=f"The shard {junk} cannot be read"):
+        preflight.check_submission(load_config(config, []), 1)
+
+
 def test_the_check_of_a_resumed_run_is_that_of_its_start(tmp_path: Path) -> None:
     config, settings = (
         make_run(tmp_path),
