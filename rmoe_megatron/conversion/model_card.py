@@ -1,6 +1,7 @@
 """The page that an export carries, README.md: what the model is, of whom it is, how it was trained, resolved, and how to sample it."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from rmoe_megatron.config.model import Objective
 from rmoe_megatron.config.run import RunConfig, Trainable
 from rmoe_megatron.conversion.origin import Origin
 from rmoe_megatron.conversion.original_limits import beyond_original
+from rmoe_megatron.errors import UserError
 from rmoe_megatron.files.untrusted import read_json
 from rmoe_megatron.pretrained.config_files import AUTOENCODERS, OBJECT, read_config
 from rmoe_megatron.pretrained.model_files import MODEL_INDEX
 from rmoe_megatron.training.curves import read_records
 from rmoe_megatron.versions import versions_of
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "megatron-core", "diffusers", "transformers")
 GRID = "samples.png"
@@ -172,7 +176,12 @@ def _scores(weights: RunWeights, averaged: bool) -> str:
         return ""
     names = tuple(f"{each.name}_" for each in weights.config.training.evaluations)
     newest: dict[str, tuple[int, float]] = {}
-    for step, record in read_records(metrics):
+    try:
+        records = read_records(metrics)
+    except UserError as error:
+        logger.warning("The page of the export has no scores: %s", error)
+        return ""
+    for step, record in records:
         for name, value in record.items():
             is_score = name == "validation_loss" or (names and name.startswith(names))
             if is_score and value is not None and step <= weights.checkpoint.step:

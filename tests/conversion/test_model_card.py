@@ -53,6 +53,9 @@ def test_scores_and_pictures_are_those_of_the_step(tmp_path: Path, monkeypatch: 
     assert Image.open(tmp_path / "out" / "samples.png").getpixel((0, 0)) == 40
     assert "| data | `data/train` |" in page
     assert str(tmp_path) not in page
+    (run / "metrics.jsonl").write_text('{"loss": 1}\n')
+    export_run(run, tmp_path / "without")  # an export does not fail for what its page cannot say
+    assert "validation_loss" not in (tmp_path / "without" / "README.md").read_text()
     export_run(run, tmp_path / "raw", averaged=False)
     assert (
         "validation_loss" not in (tmp_path / "raw" / "README.md").read_text()
