@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
@@ -18,6 +20,7 @@ from typing import Annotated, NotRequired, TypedDict
 from pydantic import Field, TypeAdapter, with_config
 
 from rmoe_megatron.checkpoint.unpickling import METADATA, find_untrusted
+from rmoe_megatron.config.run import CheckpointConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.files import atomic
 from rmoe_megatron.files.disk_errors import sentence
@@ -69,6 +72,9 @@ class RunState(TypedDict):
     licence: NotRequired[Annotated[dict[str, str], Field(max_length=3)]]
     job: NotRequired[str]  # SLURM's number of the job that saved it
     base_fingerprint: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    validation_loss: NotRequired[
+        float | None
+    ]  # of the averaged weights, if this step was validated before it was saved
 
 
 MANIFEST_MODEL = TypeAdapter(dict[str, ManifestEntry])
@@ -215,8 +221,8 @@ def forget_pending(run_dir: Path) -> None:
     (run_dir / "checkpoints" / PENDING).unlink(missing_ok=True)
 
 
-def remove_old(run_dir: Path, keep_last: int, step: int) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints up to ``step``, and what unfinished saves left.
+def remove_old(run_dir: Path, settings: CheckpointConfig, step: int) -> None:
+    """Remove all checkpoints up to ``step`` but those that ``settings`` keep, and what unfinished saves left.
 
     What cannot be removed is warned of; it is tried again at the next save.
 
@@ -225,11 +231,25 @@ def remove_old(run_dir: Path, keep_last: int, step: int) -> None:
     """
     try:
         up_to_now = [checkpoint for checkpoint in list_checkpoints(run_dir) if checkpoint.step <= step]
-        for checkpoint in up_to_now[keep_last:]:
-            atomic.remove(checkpoint.path)
+        kept = {*up_to_now[: settings.keep_last], *_best(up_to_now, settings.keep_best)}
+        for checkpoint in up_to_now:
+            is_milestone = settings.keep_every is not None and checkpoint.step % settings.keep_every == 0
+            if checkpoint not in kept and not is_milestone:
+                atomic.remove(checkpoint.path)
         _remove_unfinished(run_dir)
     except OSError as error:
         logger.warning("Old checkpoints stay for now: %s", sentence(error))
+
+
+def _best(checkpoints: Sequence[CheckpointFolder], count: int) -> list[CheckpointFolder]:
+    """Return those of the least validation loss, of equal ones the newer; a checkpoint whose step was not validated is none."""
+    losses = {}
+    for checkpoint in checkpoints if count else ():
+        with suppress(UserError):  # a damaged one has no loss
+            loss = read_state(checkpoint.path).get("validation_loss")
+            if loss is not None:
+                losses[checkpoint] = loss
+    return sorted(losses, key=lambda each: (losses[each], -each.step))[:count]
 
 
 def begin_writing(run_dir: Path) -> None:

@@ -35,13 +35,15 @@ class Progress:
     """Where a run is: optimizer steps done and samples drawn; the data order is a function of the latter.
 
     ``skipped_steps`` counts the steps that left the weights alone because a loss or gradient was not finite; ``pending``
-    is what follows the last step and is not done yet: validation, a checkpoint, samples, in this order.
+    is what follows the last step and is not done yet: validation, a checkpoint, samples, in this order; ``validation_loss``
+    is that after the last step, if it was validated.
     """
 
     step: int = 0
     samples: int = 0
     skipped_steps: int = 0
     pending: list[str] = field(default_factory=list)
+    validation_loss: float | None = None
 
 
 class SavedState(Protocol):
@@ -111,7 +113,7 @@ def save_checkpoint(
                 run_state["job"] = job_id()
             (partial / "run_state.json").write_text(json.dumps(run_state))
     if is_rank0:
-        remove_old(run_dir, config.checkpoint.keep_last, state.progress.step)
+        remove_old(run_dir, config.checkpoint, state.progress.step)
     return final
 
 

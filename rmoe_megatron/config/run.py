@@ -441,6 +441,10 @@ class CheckpointConfig:
     every: int = number(500, least=1, most=10**9)
     # So many checkpoints are kept; older ones are removed.
     keep_last: int = number(2, least=1, most=10**6)
+    # Beside them those of steps that this number divides are kept; null keeps none of them. It is a multiple of every.
+    keep_every: int | None = number(None, least=1, most=10**9)
+    # Beside them so many of the least validation loss are kept. It needs training.validate_every to divide every.
+    keep_best: int = number(0, least=0, most=10**6)
 
 
 @dataclass

@@ -37,6 +37,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         _check_fine_tuning(config, config.fine_tuning)
     _check_data(config)
     _check_stages(config)
+    _check_kept(config)
     check_engine(config)
     check_layout(config, world_size)
     check_batch(config, world_size)
@@ -47,6 +48,20 @@ def validate(config: RunConfig, world_size: int) -> None:
     parse_captions(config.data.captions)
     if config.data.filter is not None:
         SampleFilter(config.data.filter)
+
+
+def _check_kept(config: RunConfig) -> None:
+    checkpoint, training = config.checkpoint, config.training
+    require(
+        checkpoint.keep_every is None or checkpoint.keep_every % checkpoint.every == 0,
+        f"checkpoint.keep_every ({checkpoint.keep_every}) must be a multiple of checkpoint.every ({checkpoint.every}), whose steps are saved.",
+    )
+    has_validation = config.data.validation is not None and checkpoint.every % training.validate_every == 0
+    require(
+        checkpoint.keep_best == 0 or has_validation,
+        f"checkpoint.keep_best ({checkpoint.keep_best}) needs the validation loss of every step that is saved; set data.validation, and "
+        f"training.validate_every ({training.validate_every}) to what divides checkpoint.every ({checkpoint.every}).",
+    )
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ class TrainingLoop:
         if result.suspects is None:
             self.averages_due = progress.step
         progress.step += 1
+        progress.validation_loss = None
         progress.samples += (
             sum(len(batch.latents) for batch in micro_batches) * parallel_state.get_data_parallel_world_size()
         )
@@ -280,6 +282,8 @@ class TrainingLoop:
         metrics |= {f"fixed_timestep_loss_{share:.3f}": fmean(found) for share, found in at_times.items()}
         if self.config.data.buckets is not None:
             metrics |= {f"validation_loss_{bucket}": fmean(found) for bucket, found in losses.items()}
+        if math.isfinite(metrics["validation_loss"]):
+            self.state.progress.validation_loss = metrics["validation_loss"]
         self.log.log_metrics(step, metrics)
 
     def prepare(self, settings: EvaluationConfig) -> Evaluation:

@@ -160,12 +160,14 @@ def check_space(config: RunConfig) -> None:
         existing = existing.parent
     saves = -(-config.training.steps // config.checkpoint.every)
     there = len(list_checkpoints(folder))
-    missing = max(min(config.checkpoint.keep_last + 1, saves) - there, 1)
+    kept, every = config.checkpoint, config.checkpoint.keep_every
+    milestones = config.training.steps // every if every is not None else 0
+    missing = max(min(kept.keep_last + kept.keep_best + milestones + 1, saves) - there, 1)
     needed, free = missing * checkpoint_bytes(config), shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
             f"run_dir {folder} has {free / 1e9:.4g} GB of free disk, but {missing} checkpoints of "
-            f"{checkpoint_bytes(config) / 1e9:.4g} GB are to come (checkpoint.keep_last, and one while it is written); "
+            f"{checkpoint_bytes(config) / 1e9:.4g} GB are to come (checkpoint.keep_last, keep_best and keep_every, and one while it is written); "
             "make room or choose another run_dir."
         )
 

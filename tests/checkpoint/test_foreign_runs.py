@@ -21,7 +21,7 @@ from rmoe_megatron.checkpoint.folders import (
 )
 from rmoe_megatron.checkpoint.weights import RunWeights
 from rmoe_megatron.cli.options import read_prompts
-from rmoe_megatron.config.run import LoggingConfig
+from rmoe_megatron.config.run import CheckpointConfig, LoggingConfig
 from rmoe_megatron.conversion.export import export_run
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.training.curves import draw_curves, read_records
@@ -226,5 +226,5 @@ def test_a_damaged_later_checkpoint_keeps_no_other_out(tmp_path: Path) -> None:
     """A run that went on from step 500 because 1000 is damaged saves at 600."""
     for step in (400, 500, 600, 1000):
         checkpoint_path(tmp_path, step).mkdir(parents=True)
-    remove_old(tmp_path, keep_last=1, step=600)
+    remove_old(tmp_path, CheckpointConfig(keep_last=1), step=600)
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1000, 600]

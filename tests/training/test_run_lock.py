@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from rmoe_megatron.checkpoint.folders import CheckpointFolder, list_checkpoints, remove_old
 from rmoe_megatron.config.loading import load_config
-from rmoe_megatron.config.run import LoggingConfig, RunConfig
+from rmoe_megatron.config.run import CheckpointConfig, LoggingConfig, RunConfig
 from rmoe_megatron.distributed.process_groups import process_groups
 from rmoe_megatron.errors import RunError, UserError
 from rmoe_megatron.training import run, run_lock
@@ -287,7 +287,7 @@ def test_a_folder_of_a_run_is_no_link_out_of_it(tmp_path: Path, name: str) -> No
         pass
     if name == "checkpoints":
         with pytest.raises(UserError, match="link out of its folder"):
-            remove_old(tmp_path / "run", keep_last=1, step=9)
+            remove_old(tmp_path / "run", CheckpointConfig(keep_last=1), step=9)
         (tmp_path / "run" / name).unlink()
         (tmp_path / "run" / name).mkdir()
         (tmp_path / "run" / name / "step-00000001").symlink_to(tmp_path / "other" / "step-00000001")
