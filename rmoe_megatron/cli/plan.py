@@ -36,6 +36,14 @@ def plan_command(
     price: Annotated[
         float | None, typer.Option(min=0, max=1e6, help="Let one accelerator cost so much for an hour.")
     ] = None,
+    imbalance: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            max=4096,
+            help="Give the experts of the planned rank so many times as many tokens as on average.",
+        ),
+    ] = 1.0,
     search: Annotated[
         bool, typer.Option("--search", help="Try every layout that fits the model, and plan the fastest one.")
     ] = False,
@@ -58,29 +66,35 @@ def plan_command(
 
     if write is not None and not search:
         raise UserError("--write goes with --search; add it.")
+    if search and imbalance != 1:
+        raise UserError("--imbalance is of one layout; leave out --search.")
     found = find_hardware(gpu, hardware)
     settings = load_config(config, overrides or [])
     if not search:
         validate(settings, gpus)
     # Importing Megatron-Core takes seconds.
+    from rmoe_megatron.planning.costs import storage_of
     from rmoe_megatron.planning.plan import figures, make_plan
     from rmoe_megatron.planning.report import compare, describe, draw
     from rmoe_megatron.planning.search import search as search_layouts
 
     if search:
-        plans, misfits = search_layouts(settings, gpus, found, gpus_per_node, Bar("layouts", "layout"))
-        typer.echo(compare(plans, misfits) + "\n")
-        if not plans:
+        best, estimates, misfits = search_layouts(
+            settings, gpus, found, gpus_per_node, Bar("layouts", "layout")
+        )
+        typer.echo(compare(estimates, misfits) + "\n")
+        if best is None:
             raise UserError(f"No layout fits {gpus} x {found.name}; take more GPUs, or larger ones.")
-        plan = plans[0]
+        plan = best
         if write is not None:
             atomic.write(write, to_yaml(plan.config))
     else:
-        plan = make_plan(settings, gpus, found, gpus_per_node)
+        plan = make_plan(settings, gpus, found, gpus_per_node, imbalance)
     training = settings.training
-    typer.echo(describe(plan, samples or training.steps * training.global_batch_size, price))
+    storage = storage_of(plan.config)
+    typer.echo(describe(plan, storage, samples or training.steps * training.global_batch_size, price))
     if json_file is not None:
-        atomic.write(json_file, json.dumps(figures(plan), indent=1) + "\n")
+        atomic.write(json_file, json.dumps(figures(plan, storage), indent=1) + "\n")
     if picture is not None:
         with atomic.writing(picture) as partial:
             draw(plan, partial)

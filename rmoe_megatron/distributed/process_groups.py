@@ -55,16 +55,17 @@ def _torch_distributed(backend: str) -> Iterator[None]:
         try:
             yield
         finally:
-            _destroy_groups()
+            destroy_groups()
         return
     store, _, _ = next(rendezvous(rendezvous_url()))
     with watch_ranks(store, rank(), world_size()):  # before the ranks meet: one that has failed does not come
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
         yield
-    _destroy_groups()
+    destroy_groups()
 
 
-def _destroy_groups() -> None:
+def destroy_groups() -> None:
+    """Give all process groups back, Megatron-Core's, DeepSpeed's and PyTorch's."""
     parallel_state.destroy_model_parallel()
     comm = sys.modules.get("deepspeed.comm.comm")
     if comm is not None and comm.cdb is not None:

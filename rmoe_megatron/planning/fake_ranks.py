@@ -12,13 +12,16 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from rmoe_megatron.config.run import Device, RunConfig
+from rmoe_megatron.config.run import Device, EngineName, RunConfig
 from rmoe_megatron.distributed.device import select_device
+from rmoe_megatron.distributed.process_groups import destroy_groups
+from rmoe_megatron.engine.deepspeed.library import import_deepspeed
 from rmoe_megatron.model import core_attention
 from rmoe_megatron.model.recurrence.dispatch import QueryKeyValueDispatcher
 from rmoe_megatron.model.recurrence.experts import Experts
@@ -28,24 +31,26 @@ _new_group: Callable[..., Any] = dist.new_group
 
 
 @contextmanager
-def fake_rank(config: RunConfig, rank: int, world_size: int) -> Iterator[torch.device]:
+def fake_rank(
+    config: RunConfig, rank: int, world_size: int, imbalance: float = 1.0
+) -> Iterator[torch.device]:
     """Be one rank of ``world_size``, without the others: everything that is made inside is fake.
 
     Models choose the kernels of a GPU: fused attention, grouped products of experts.
 
     Args:
         config: the run's configuration, whose parallel layout fits the number of ranks.
+        imbalance: how many times as many tokens as on average this rank's experts get, where experts are spread over ranks.
     """
     device = select_device(Device.cpu)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        with _answers_of_other_ranks():
+        with _answers_of_other_ranks(config.engine):
             _make_groups(config)
-            with FakeTensorMode(allow_non_fake_inputs=True), _gpu_kernels(), _balanced_routing():
+            with FakeTensorMode(allow_non_fake_inputs=True), _gpu_kernels(), _routing(imbalance):
                 yield device
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        destroy_groups()
 
 
 def _make_groups(config: RunConfig) -> None:
@@ -62,7 +67,7 @@ def _make_groups(config: RunConfig) -> None:
 
 
 @contextmanager
-def _answers_of_other_ranks() -> Iterator[None]:
+def _answers_of_other_ranks(engine: EngineName) -> Iterator[None]:
     """Make all groups fake, gloo's too, and let the other ranks have the same objects as this one."""
 
     def new_group(*arguments: Any, **settings: Any) -> Any:
@@ -71,10 +76,32 @@ def _answers_of_other_ranks() -> Iterator[None]:
     def all_gather_object(objects: list[Any], mine: Any, group: Any = None) -> None:
         objects[:] = [mine] * len(objects)
 
-    with (
-        mock.patch.object(dist, "new_group", new_group),
-        mock.patch.object(dist, "all_gather_object", all_gather_object),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dist, "new_group", new_group))
+        stack.enter_context(mock.patch.object(dist, "all_gather_object", all_gather_object))
+        if engine is EngineName.deepspeed:
+            stack.enter_context(_answers_to_deepspeed())
+        yield
+
+
+@contextmanager
+def _answers_to_deepspeed() -> Iterator[None]:
+    """Let ranks agree on the order of layers, which ZeRO's third stage asks in its first step, and norms be finite."""
+    import_deepspeed(on_cpu=True)
+    from deepspeed.runtime import bf16_optimizer, utils
+    from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
+
+    def is_invalid_grad_norm(norm: Any) -> bool:
+        is_invalid(norm)
+        return False
+
+    is_invalid = utils.is_invalid_grad_norm
+    with ExitStack() as stack:
+        stack.enter_context(
+            mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks")
+        )
+        for module in (bf16_optimizer, stage_1_and_2, stage3):
+            stack.enter_context(mock.patch.object(module, "is_invalid_grad_norm", is_invalid_grad_norm))
         yield
 
 
@@ -94,27 +121,37 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
     for name, parameter in module._parameters.items():
         if parameter is not None:
             with torch.no_grad():
-                changed = nn.Parameter(function(parameter), parameter.requires_grad)
-            changed.__dict__.update(parameter.__dict__)
-            module._parameters[name] = changed
+                changed = function(parameter)
+            if changed is not parameter:
+                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+                module._parameters[name].__dict__.update(parameter.__dict__)
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = function(buffer)
     return module
 
 
+def _shared_out(tokens: int, experts: int) -> Tensor:
+    """Return how many tokens each expert gets, int64 [experts]: as many as any other, up to one."""
+    each = torch.full((experts,), tokens // max(experts, 1))
+    each[: tokens % max(experts, 1)] += 1
+    return each
+
+
 @contextmanager
-def _balanced_routing() -> Iterator[None]:
-    """Give every expert as many tokens as any other, up to one; the dispatcher reads their numbers on the host."""
+def _routing(imbalance: float) -> Iterator[None]:
+    """Give every expert of this rank as many tokens as any other of it, up to one; the dispatcher reads their numbers on the host."""
 
     def preprocess(dispatcher: Any, routing_map: Tensor) -> Tensor:
         chosen = len(routing_map) * dispatcher.config.moe_router_topk
         modules, ranks, local = dispatcher.num_experts, dispatcher.ep_size, dispatcher.num_local_experts
+        first = dispatcher.local_expert_indices[0]
+        # Ranks tell one another how many tokens they have for each module.
+        gather_from_sequence_parallel_region(routing_map.sum(dim=0), group=dispatcher.tp_ep_group)
         with unset_fake_temporarily():
-            each = torch.full((modules,), chosen // modules)
-            each[: chosen % modules] += 1
-            first = dispatcher.local_expert_indices[0]
-            mine = each[first : first + local]
+            mine = _shared_out(min(chosen, round(chosen * imbalance / ranks)), local)
+            others = _shared_out(chosen - int(mine.sum()), modules - local)
+            each = torch.cat((others[:first], mine, others[first:]))
             dispatcher.num_out_tokens = chosen
             dispatcher.input_splits = each.view(ranks, local).sum(dim=1).numpy()
             dispatcher.output_splits = mine.sum().repeat(ranks).numpy()

@@ -26,6 +26,7 @@ class Hardware:
             messages reach.
         latency: seconds before the first byte of a message arrives.
         kernel: seconds that the smallest kernel takes.
+        storage: bytes a second that all ranks together write to the file system that they share.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Hardware:
     message: float = 0.75
     latency: float = 15e-6
     kernel: float = 4e-6
+    storage: float = 10e9
 
 
 # Data sheets of NVIDIA (SXM modules; NVLink's rate is given there for both directions together) and AMD. The network is one adapter
@@ -71,6 +73,7 @@ class Measured(TypedDict, total=False):
     message: float
     latency: float
     kernel: float
+    storage: float
 
 
 def find_hardware(name: str, measured: Path | None = None) -> Hardware:

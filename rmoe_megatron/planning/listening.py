@@ -19,8 +19,14 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 ATTENTION = "scaled_dot_product"
+# In place of a block's name.
+OUTSIDE = "outside of blocks"
+# Begins a block's name; its number follows.
+BLOCK = "block "
 # Gives memory and writes nothing into it.
 ALLOCATIONS = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided}
+# Moves what is there, in another order, place or type of number, and computes nothing.
+COPIES = {aten.copy_, aten.clone, aten._to_copy, aten.cat, aten.stack, aten._foreach_copy_}
 # Collective operations of torch.distributed by what they do; of those with two tensors the larger one is the message.
 COLLECTIVES = {
     "allreduce_": "all-reduce",
@@ -41,13 +47,14 @@ COLLECTIVES = {
 
 
 class Operation(NamedTuple):
-    """A kind of computation: ``product``, ``attention`` or ``element-wise``, in the pass that it belongs to."""
+    """A kind of computation: ``product``, ``attention``, ``element-wise`` or ``copy``, in the pass that it belongs to."""
 
     kind: str
     phase: str  # forward, backward or update
     dtype: str
-    flops: int  # 2 for a multiply and an add; 0 for what is element-wise
+    flops: int  # 2 for a multiply and an add; 0 for what is element-wise, and for copies
     bytes: int  # read and written
+    shapes: str = ""  # of the operands of a product or of attention
 
 
 class Collective(NamedTuple):
@@ -60,38 +67,78 @@ class Collective(NamedTuple):
     is_data_parallel: bool = False  # gradients that are reduced, or parameters that are gathered
 
 
+class Place(NamedTuple):
+    """Where a tensor was made: in which block of the model, or outside of them, and in which pass."""
+
+    part: str
+    phase: str
+
+
+BEFORE = Place("freed of what was there before", "")
+
+
 @dataclass
 class Memory:
-    """Bytes of all storages that are alive.
+    """Bytes of all storages that are alive, and since :meth:`begin` who made them.
 
     Attributes:
-        peak: the most so far.
+        live: now.
+        peak: the most since the beginning.
     """
 
     live: int = 0
     peak: int = 0
-    _known: dict[int, int] = field(default_factory=dict)
+    _known: dict[int, tuple[int, Place]] = field(default_factory=dict)
+    _changes: list[tuple[Place, int]] = field(default_factory=list)
+    _before: int = 0
 
-    def see(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor from now until it is freed."""
+    def begin(self) -> None:
+        """Let the peak begin at what is alive now."""
+        self.peak = self._before = self.live
+        self._changes.clear()
+        self._known = {key: (size, BEFORE) for key, (size, _) in self._known.items()}
+
+    def see(self, tensor: Tensor, part: str, phase: str) -> None:
+        """Count the storage of a tensor from now until it is freed; one on the device ``meta`` has none."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes()
-        self._known[key] = size
-        self.live += size
+        size, place = storage.nbytes(), Place(part, phase)
+        self._known[key] = size, place
+        self._change(place, size)
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, key)
 
+    def at_peak(self) -> Counter[Place]:
+        """Return the bytes at the fullest moment on top of what was alive at the beginning, by who made them."""
+        found: Counter[Place] = Counter()
+        live = most = self._before
+        last = 0
+        for number, (_, size) in enumerate(self._changes):
+            live += size
+            if live > most:
+                most, last = live, number + 1
+        for place, size in self._changes[:last]:
+            found[place] += size
+        return Counter({place: size for place, size in found.items() if size != 0})
+
+    def _change(self, place: Place, size: int) -> None:
+        self.live += size
+        self._changes.append((place, size))
+
     def _forget(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
+        if key in self._known:
+            size, place = self._known.pop(key)
+            self._change(place, -size)
 
 
 class Listener(TorchDispatchMode):
     """Counts operations, messages and memory of what runs inside.
 
-    Messages between fake tensors go nowhere, and what the host reads from them is 1.
+    Messages between fake tensors go nowhere, and what the host reads from them is 1, of bytes 0.
 
     Attributes:
         operations: how often each took place.
@@ -99,6 +146,7 @@ class Listener(TorchDispatchMode):
         memory: counts the memory of all tensors that came by.
         is_updating: the optimizer is at work, neither a forward nor a backward pass.
         is_data_parallel: what is sent now are gradients or parameters.
+        place: the block of the model that is at work, or OUTSIDE.
     """
 
     def __init__(self) -> None:
@@ -107,12 +155,14 @@ class Listener(TorchDispatchMode):
         self.collectives: Counter[Collective] = Counter()
         self.memory = Memory()
         self.is_updating = self.is_data_parallel = False
+        self.place = OUTSIDE
 
     def begin(self) -> None:
         """Forget what was counted, and let the peak of memory begin at what is alive now."""
         self.operations.clear()
         self.collectives.clear()
-        self.memory.peak = self.memory.live
+        self.memory.begin()
+        self.is_updating, self.place = False, OUTSIDE
 
     @property
     def phase(self) -> str:
@@ -127,13 +177,14 @@ class Listener(TorchDispatchMode):
         """Let an operation run, or answer in the place of what fake tensors cannot, and count it."""
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0 if args[0].is_floating_point() else 1
+            # Bytes are DeepSpeed's flags of gradients that are not finite.
+            return 1.0 if args[0].is_floating_point() else int(args[0].dtype is not torch.uint8)
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs)
         result = func(*args, **kwargs)
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         for tensor in outputs:
-            self.memory.see(tensor)
+            self.memory.see(tensor, OUTSIDE if self.is_updating else self.place, self.phase)
         self._count(func, args, kwargs, result, inputs, outputs)
         return result
 
@@ -150,16 +201,20 @@ class Listener(TorchDispatchMode):
                 flops = 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]
         elif packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=result)
-        kind = "element-wise" if flops == 0 else "attention" if ATTENTION in str(packet) else "product"
+        kind, shapes = "copy" if packet in COPIES else "element-wise", ""
+        if flops > 0:
+            kind = "attention" if ATTENTION in str(packet) else "product"
+            shapes = " ".join("x".join(map(str, tensor.shape)) for tensor in inputs)
         moved = sum(tensor.numel() * tensor.itemsize for tensor in (*inputs, *outputs))
-        self.operations[Operation(kind, self.phase, _name(outputs[0].dtype), flops, moved)] += 1
+        self.operations[Operation(kind, self.phase, _name(outputs[0].dtype), flops, moved, shapes)] += 1
 
     def _communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = COLLECTIVES.get(str(func.overloadpacket).rpartition(".")[2])
         tensors = [_tensors(argument) for argument in args]
         if kind is not None:
             sizes = [sum(tensor.numel() * tensor.itemsize for tensor in each) for each in tensors]
-            message = Collective(kind, self.phase, max(sizes), _ranks_of(args), self.is_data_parallel)
+            is_data = self.is_data_parallel and kind != "all-to-all"
+            message = Collective(kind, self.phase, max(sizes), _ranks_of(args), is_data)
             self.collectives[message] += 1
         if not any(isinstance(tensor, FakeTensor) for each in tensors for tensor in each):
             return func(*args, **kwargs)

@@ -30,10 +30,19 @@ class StepTime:
 
 def operation_seconds(operation: Operation, hardware: Hardware) -> float:
     """Return the time of one operation: the longest of its arithmetic, its traffic with memory, and that of the smallest kernel."""
+    return max(arithmetic_seconds(operation, hardware), traffic_seconds(operation, hardware), hardware.kernel)
+
+
+def arithmetic_seconds(operation: Operation, hardware: Hardware) -> float:
+    """Return the time of an operation's arithmetic alone."""
     rate = hardware.fp32_flops if operation.dtype == "float32" else hardware.bf16_flops
     share = hardware.attention if operation.kind == "attention" else hardware.product
-    traffic = operation.bytes / (hardware.bandwidth * hardware.element_wise)
-    return max(operation.flops / (rate * share), traffic, hardware.kernel)
+    return operation.flops / (rate * share)
+
+
+def traffic_seconds(operation: Operation, hardware: Hardware) -> float:
+    """Return the time of an operation's traffic with memory alone."""
+    return operation.bytes / (hardware.bandwidth * hardware.element_wise)
 
 
 def message_seconds(message: Collective, hardware: Hardware, ranks_per_node: int) -> float:
@@ -49,6 +58,23 @@ def message_seconds(message: Collective, hardware: Hardware, ranks_per_node: int
     rate = (hardware.link if len(nodes) == 1 else hardware.network) * hardware.message
     passes = {"all-reduce": 2 * (ranks - 1) / ranks, "broadcast": 1.0, "send": 1.0, "receive": 0.0}
     return hardware.latency + message.bytes * passes.get(message.kind, (ranks - 1) / ranks) / rate
+
+
+def hides_behind(message: Collective, overlaps_reduce: bool, overlaps_gather: bool) -> str | None:
+    """Return the pass behind which a message can hide, None if it is waited for.
+
+    Args:
+        overlaps_reduce: gradients are reduced while the backward pass goes on.
+        overlaps_gather: parameters are gathered while passes go on.
+    """
+    if not message.is_data_parallel:
+        return None
+    if message.kind in ("reduce-scatter", "all-reduce"):
+        return "backward" if overlaps_reduce else None
+    if message.kind == "all-gather" and overlaps_gather:
+        # ZeRO's third stage gathers parameters for the backward pass too.
+        return "backward" if message.phase == "backward" else "forward"
+    return None
 
 
 def stage_time(
@@ -69,17 +95,16 @@ def stage_time(
     exposed, hidden = 0.0, Counter[str]()
     for message, count in usage.collectives.items():
         seconds = count * message_seconds(message, hardware, ranks_per_node)
-        if message.is_data_parallel and overlaps_reduce and message.kind in ("reduce-scatter", "all-reduce"):
-            hidden["backward"] += seconds  # type: ignore[assignment]
-        elif message.is_data_parallel and overlaps_gather and message.kind == "all-gather":
-            hidden["forward"] += seconds  # type: ignore[assignment]
-        else:
+        behind = hides_behind(message, overlaps_reduce, overlaps_gather)
+        if behind is None:
             exposed += seconds
+        else:
+            hidden[behind] += seconds  # type: ignore[assignment]
     exposed += sum(max(0.0, seconds - HIDES * passes[phase]) for phase, seconds in hidden.items())
     return StepTime(
         products=kinds["product"],
         attention=kinds["attention"],
-        element_wise=kinds["element-wise"],
+        element_wise=kinds["element-wise"] + kinds["copy"],
         exposed=exposed,
     )
 

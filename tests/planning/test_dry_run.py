@@ -14,7 +14,7 @@ from rmoe_megatron.config.run import OptimizerName, Precision, Recompute, RunCon
 from rmoe_megatron.model import core_attention
 from rmoe_megatron.model.softmax_attention import Way
 from rmoe_megatron.planning.dry_run import RankUsage, dry_run
-from rmoe_megatron.planning.listening import Collective, Listener
+from rmoe_megatron.planning.listening import Collective, Listener, Place
 from tests.support.configurations import MODEL, one_rank, tiny_config
 from tests.support.ranks import DIT, MMDIT, conditions, configuration, layout, run_on_ranks
 
@@ -150,6 +150,14 @@ def test_recomputing_keeps_less_and_computes_more() -> None:
         return sum(operation.flops * count for operation, count in usage.operations.items())
 
     assert usages[1].activations < 0.6 * usages[0].activations
+    # Of a block that is computed again its input alone is kept: [S, B, H] in float32, 64 patches and 16 tokens of 128 values.
+    hidden = 80 * 16 * 128 * 4
+    alive = [
+        {block: usage.at_peak[Place(f"block {block}", "forward")] for block in range(4)} for usage in usages
+    ]
+    assert all(size > 5 * hidden for size in alive[0].values())
+    assert alive[1][0] == alive[1][1] == hidden
+    assert max(size for place, size in usages[1].at_peak.items() if place.phase == "backward") > 5 * hidden
     # The blocks' forward pass, a third of what they compute, takes place again.
     assert 1.2 < flops(usages[1]) / flops(usages[0]) < 1.35
 
@@ -199,3 +207,18 @@ def test_modules_get_as_many_tokens_each() -> None:
     assert sent["forward", 3 * hidden_bytes] == calls
     assert sent["backward", 3 * hidden_bytes] == calls
     assert sent["backward", hidden_bytes] == calls
+
+
+def test_an_imbalance_brings_more_tokens_to_this_rank() -> None:
+    """Of two ranks' tokens this one's modules get three quarters: one and a half times what it has itself."""
+    config = replace(configuration(MMDIT, recurrent=True), parallel=layout(ep=2))
+    even, uneven = (dry_run(config, rank=1, world_size=2, imbalance=factor) for factor in (1.0, 1.5))
+    tokens = config.training.micro_batch_size * (config.model.sample_size // config.model.patch_size) ** 2
+    hidden_bytes = tokens * config.model.hidden_size * 4
+    received = {
+        message.bytes
+        for message in uneven.collectives
+        if (message.kind, message.phase) == ("all-to-all", "forward")
+    }
+    assert {3 * hidden_bytes // 2, 9 * hidden_bytes // 2} <= received
+    assert uneven.activations > even.activations

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from rmoe_megatron.config.model import RecurrenceConfig
 from rmoe_megatron.config.run import Recompute, RunConfig
 from rmoe_megatron.errors import UserError
 from rmoe_megatron.planning import plan as plan_module
@@ -14,8 +15,10 @@ from rmoe_megatron.planning.hardware import HARDWARE, Hardware
 from rmoe_megatron.planning.listening import Operation
 from rmoe_megatron.planning.plan import USABLE
 from rmoe_megatron.planning.search import Misfit, accepted_layouts, largest_micro_batch, search
+from rmoe_megatron.planning.shallow import two_depths
+from rmoe_megatron.planning.step_time import stage_time
 from tests.support.configurations import MODEL, RECURRENCE, tiny_config
-from tests.support.ranks import MMDIT
+from tests.support.ranks import MMDIT, layout
 
 WIDER = replace(
     MODEL, hidden_size=64, num_attention_heads=2, num_layers=4, sample_size=16, pos_embed_max_size=8
@@ -31,12 +34,12 @@ def test_layouts_of_four_ranks() -> None:
     config = tiny_config(RECURRENCE, model=MMDIT)
     found = {
         (
-            layout.parallel.tensor_model_parallel_size,
-            layout.parallel.pipeline_model_parallel_size,
-            layout.parallel.expert_model_parallel_size,
+            each.parallel.tensor_model_parallel_size,
+            each.parallel.pipeline_model_parallel_size,
+            each.parallel.expert_model_parallel_size,
         )
-        for layout in accepted_layouts(config, 4)
-        if layout.training.recompute is Recompute.none
+        for each in accepted_layouts(config, 4)
+        if each.training.recompute is Recompute.none
     }
     # 8 samples a step: as many replicas as 4 / (tensor x pipeline); experts up to the ranks of a stage.
     assert found == {
@@ -76,29 +79,31 @@ def test_the_fastest_comes_first_and_what_does_not_fit_is_named(monkeypatch: pyt
     A recomputed sample takes a second on one rank, another 0.8 s; a pipeline of two waits a quarter of its time for four micro-batches.
     """
 
-    def pretend(config: RunConfig, rank: int, ranks: int) -> RankUsage:
+    def pretend(config: RunConfig, rank: int, ranks: int, imbalance: float = 1.0) -> RankUsage:
         parallel, training = config.parallel, config.training
         parts = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         recomputes = training.recompute is Recompute.full
-        sample = 2 if recomputes else 8
-        peak = (100 + parts * sample * training.micro_batch_size) / parts
-        return usage(round(peak * 1e9), (1.0 if recomputes else 0.8) / parts)
+        sample = 2e9 if recomputes else 8e9
+        stays = round(100e9 / parts)
+        found = usage(stays, (1.0 if recomputes else 0.8) / parts)
+        return replace(found, activations=round(sample * training.micro_batch_size))
 
     monkeypatch.setattr(search_module, "dry_run", pretend)
     monkeypatch.setattr(plan_module, "dry_run", pretend)
     config = tiny_config(None, model=MMDIT, training=replace(tiny_config().training, global_batch_size=8))
-    plans, misfits = search(config, 4, with_memory(60e9), 8)
-    assert {(misfit.config.training.recompute, misfit.needed) for misfit in misfits} == {
-        (Recompute.none, 108e9), (Recompute.selective, 108e9), (Recompute.full, 102e9),
-    }  # fmt: skip
+    plan, estimates, misfits = search(config, 4, with_memory(60e9), 8)
+    # What stays is too much by itself: recomputation is not tried.
+    assert [(each.config.training.recompute, each.needed, each.stays) for each in misfits] == [
+        (Recompute.none, 108e9, True)
+    ]
     found = [
         (
-            plan.config.parallel.tensor_model_parallel_size,
-            plan.config.parallel.pipeline_model_parallel_size,
-            plan.config.training.recompute,
-            plan.config.training.micro_batch_size,
+            each.config.parallel.tensor_model_parallel_size,
+            each.config.parallel.pipeline_model_parallel_size,
+            each.config.training.recompute,
+            each.config.training.micro_batch_size,
         )
-        for plan in plans
+        for each in estimates
     ]
     # Of two parts 60 - 50 = 10 GB are free: one sample of 8, or four of 2. Of four 35 GB: four samples of 8, or eight of 2.
     halves = {
@@ -109,8 +114,40 @@ def test_the_fastest_comes_first_and_what_does_not_fit_is_named(monkeypatch: pyt
     assert (4, 1, Recompute.none, 4) in found
     assert (4, 1, Recompute.full, 8) in found
     assert found[0] == (4, 1, Recompute.none, 4)
-    rates = [plan.samples_per_second for plan in plans]
+    rates = [each.samples_per_second for each in estimates]
     assert rates == sorted(rates, reverse=True)
+    assert plan is not None
+    assert plan.config == estimates[0].config
+
+
+@pytest.mark.parametrize(
+    ("recurrence", "pipeline"),
+    [
+        (None, 1),
+        (replace(RECURRENCE, layers=[1, 3, 5, 7, 9, 11, 13, 15]), 1),
+        (replace(RECURRENCE, layers=[2, 9]), 2),
+    ],
+    ids=["plain", "every second", "two of two stages"],
+)
+def test_two_depths_say_what_all_blocks_need(recurrence: RecurrenceConfig | None, pipeline: int) -> None:
+    """Sixteen blocks, planned whole, need what the line through two shallow plans says."""
+    training = replace(tiny_config().training, micro_batch_size=16, global_batch_size=64)
+    config = tiny_config(
+        recurrence, model=replace(WIDER, num_layers=16), training=training, parallel=layout(pp=pipeline)
+    )
+    depths = two_depths(config)
+    assert depths is not None
+    assert depths.second.model.num_layers <= 8
+    whole, first, second = (dry_run(each, 0, 2) for each in (config, depths.first, depths.second))
+    assert depths.whole(first.peak, second.peak) == pytest.approx(whole.peak, rel=0.01)
+    times = [stage_time(each, HARDWARE["h100"], 8, False, False).total for each in (first, second, whole)]
+    assert depths.whole(times[0], times[1]) == pytest.approx(times[2], rel=0.02)
+
+
+def test_blocks_that_are_not_alike_are_all_planned() -> None:
+    dual = tiny_config(None, model=replace(WIDER, num_layers=16, dual_attention_layers=[0, 1]))
+    assert two_depths(dual) is None
+    assert two_depths(tiny_config(None)) is None  # three blocks spare nothing
 
 
 def test_a_number_of_ranks_without_a_layout_is_refused() -> None:
