@@ -12,6 +12,8 @@ from rmoe_megatron.cli.options import (
     Dtype,
     Guidance,
     Overrides,
+    Prompts,
+    PromptsFile,
     Seed,
     Steps,
     check_guidance,
@@ -72,15 +74,8 @@ def diagnose_routing(
     model: Annotated[
         Path, typer.Argument(help="Name the folder of a training run or an exported diffusers folder.")
     ],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Draw this prompt, or this class label of a DiT. The option can be given several times."
-        ),
-    ] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="Draw the prompts of this text file, one a line.")
-    ] = None,
+    prompt: Prompts = None,
+    prompts_file: PromptsFile = None,
     out: Annotated[
         Path,
         typer.Option(help="Write index.html, routing.json and the pictures to this folder."),

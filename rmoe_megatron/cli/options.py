@@ -36,6 +36,13 @@ Dtype = Annotated[
         help="Compute in fp32, fp16 or bf16. With auto it is bf16 on a GPU, and on a CPU the faster of bf16 and fp32."
     ),
 ]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Draw this prompt, or this class label of a DiT. The option can be given several times."
+    ),
+]
+PromptsFile = Annotated[Path | None, typer.Option(help="Draw the prompts of this text file, one a line.")]
 Depth = Annotated[
     int | None,
     typer.Option(

@@ -11,6 +11,8 @@ from rmoe_megatron.cli.options import (
     Depth,
     Dtype,
     Guidance,
+    Prompts,
+    PromptsFile,
     Seed,
     Steps,
     check_guidance,
@@ -28,15 +30,8 @@ def sample(
     model: Annotated[
         Path, typer.Argument(help="Name an exported diffusers folder, or a hub repository (owner/name).")
     ],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Draw this prompt, or this class label of a DiT. The option can be given several times."
-        ),
-    ] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="Draw the prompts of this text file, one a line.")
-    ] = None,
+    prompt: Prompts = None,
+    prompts_file: PromptsFile = None,
     out: Annotated[Path, typer.Option(help="Write the images and grid.png to this folder.")] = Path(
         "samples"
     ),
