@@ -28,7 +28,7 @@ def with_memory(memory: float) -> Hardware:
     return replace(HARDWARE["h100"], memory=memory / USABLE)
 
 
-def pretend(config: RunConfig, rank: int, ranks: int) -> RankUsage:
+def pretend(config: RunConfig, rank: int, ranks: int, imbalance: float = 1.0) -> RankUsage:
     """100 GB of a model over the ranks that share it, and 8 GB for each sample, or 2 if they are recomputed."""
     training = config.training
     parts = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
