@@ -235,7 +235,12 @@ def remove_old(run_dir: Path, settings: CheckpointConfig, step: int) -> None:
         for checkpoint in up_to_now:
             is_milestone = settings.keep_every is not None and checkpoint.step % settings.keep_every == 0
             if checkpoint not in kept and not is_milestone:
-                atomic.remove(checkpoint.path)
+                # What is removed in part has no final name; the next save removes the rest.
+                atomic.remove(
+                    checkpoint.path.rename(
+                        checkpoint.path.with_name(f"{checkpoint.path.name}.removed.partial")
+                    )
+                )
         _remove_unfinished(run_dir)
     except OSError as error:
         logger.warning("Old checkpoints stay for now: %s", sentence(error))

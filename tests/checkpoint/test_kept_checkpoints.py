@@ -1,6 +1,8 @@
 """Which checkpoints of a run are kept, by hand; and those of a real run by its own record of validation losses."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,3 +87,31 @@ def test_what_cannot_be_kept_is_refused(overrides: list[str], words: str, tmp_pa
         validate(load_config(tmp_path / "config.yaml", overrides), 1)
     kept = replace(config.checkpoint, keep_best=1, every=10)
     validate(replace(config, checkpoint=kept), 1)
+
+
+def test_a_checkpoint_that_is_removed_in_part_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk takes the first file away and refuses the second."""
+    for step in (1, 2):
+        path = checkpoint_path(tmp_path, step)
+        path.mkdir(parents=True)
+        for name in ("a", "b", "c"):
+            (path / name).write_text("")
+    unlink, removed = os.unlink, list[str]()
+
+    def fail_second(path: str, dir_fd: int | None = None) -> None:
+        removed.append(path)
+        if len(removed) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", fail_second)
+    remove_old(tmp_path, CheckpointConfig(keep_last=1), step=2)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [2]
+    assert "Old checkpoints stay for now" in caplog.text
+    assert len([path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]) == 3 + 2
+    remove_old(tmp_path, CheckpointConfig(keep_last=1), step=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        checkpoint_path(tmp_path, 2).name
+    ]
