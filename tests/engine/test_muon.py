@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rmoe_megatron.checkpoint.folders import list_checkpoints
+from rmoe_megatron.checkpoint.run_checkpoint import Progress, load_checkpoint, save_checkpoint
 from rmoe_megatron.config.loading import load_config
 from rmoe_megatron.config.model import LoopConfig, LoraConfig
 from rmoe_megatron.config.run import (
@@ -31,7 +32,7 @@ from rmoe_megatron.errors import UserError
 from rmoe_megatron.model.build import build_chunks
 from rmoe_megatron.training import run
 from rmoe_megatron.training.ema import ExponentialMovingAverage
-from rmoe_megatron.training.state import Progress, TrainingState, load_checkpoint, save_checkpoint
+from rmoe_megatron.training.state import TrainingState
 from tests.distributed.test_parity import LAYOUTS, assert_same_run, fitting
 from tests.support.commands import rmoe
 from tests.support.configurations import one_rank, randomise, tiny_config
