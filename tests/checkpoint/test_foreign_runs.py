@@ -56,12 +56,17 @@ def test_a_file_in_the_place_of_a_folder_is_named(run: Path, tmp_path: Path) -> 
     copy_folder(run, tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "step-00000010"
     step.write_text("")
-    for action in (list_checkpoints, find_checkpoint, RunWeights, lambda run: remove_old(run, 1, 20)):
+    for action in (
+        list_checkpoints,
+        find_checkpoint,
+        RunWeights,
+        lambda run: remove_old(run, CheckpointConfig(keep_last=1), 20),
+    ):
         with pytest.raises(UserError, match="step-00000010 is no folder"):
             action(tmp_path / "run")  # type: ignore[operator]
     step.unlink()
     (tmp_path / "run" / "checkpoints" / "step-00000020.partial").write_text("")
-    remove_old(tmp_path / "run", 1, 20)
+    remove_old(tmp_path / "run", CheckpointConfig(keep_last=1), 20)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000000"]
     (tmp_path / "other").mkdir()
     for make in (lambda path: path.write_text(""), os.mkfifo, lambda path: path.symlink_to(path)):
