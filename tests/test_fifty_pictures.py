@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.support.commands import rmoe
 from tests.support.runs import losses
@@ -142,3 +143,37 @@ def test_the_python_of_the_page_draws(day: Path, monkeypatch: pytest.MonkeyPatch
     assert isinstance(
         StableDiffusion3Pipeline.from_pretrained(day / "models" / "my_dog"), StableDiffusion3Pipeline
     )
+
+
+def test_diffusers_loads_the_lora_beside_the_base(day: Path, tmp_path: Path) -> None:
+    """``load_lora_weights`` on the base's pipeline adds B A to each projection; two steps move B little, so here it is larger."""
+    pytest.importorskip("peft", reason="there is no peft: pip install peft")
+    name = "pytorch_lora_weights.safetensors"
+    factors = {
+        key: value.float() * (100 if ".lora_B." in key else 1)
+        for key, value in load_file(day / "models" / "my_dog_lora" / name).items()
+    }
+    save_file(factors, tmp_path / name)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(day / HUB, torch_dtype=torch.float32)
+    merged = SD3Transformer2DModel.from_pretrained(day / HUB / "transformer", torch_dtype=torch.float32)
+    weights = merged.state_dict()
+    for key in factors:
+        if key.endswith(".lora_B.weight"):
+            adapted = key.removeprefix("transformer.").removesuffix(".lora_B.weight")
+            weights[f"{adapted}.weight"] += factors[key] @ factors[key.replace(".lora_B.", ".lora_A.")]
+    config, generator = merged.config, torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(
+            1, config.in_channels, config.sample_size, config.sample_size, generator=generator
+        ),
+        "encoder_hidden_states": torch.randn(1, 7, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
+        "timestep": torch.tensor([500.0]),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        base = pipeline.transformer(**inputs)[0]
+        pipeline.load_lora_weights(str(tmp_path))
+        found, expected = pipeline.transformer(**inputs)[0], merged(**inputs)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (base - expected).abs().max() > 1e-3
