@@ -89,7 +89,7 @@ def result(folder: Path) -> dict[str, object]:
         name = str(path.relative_to(folder))
         if path.is_dir() or path.name in OF_THE_MOMENT or path.suffix == ".distcp":
             found[name] = None
-            if path.name == ".metadata":
+            if path.name == ".metadata" and path.parent.suffix != ".partial":  # which may have lost the rest
                 found[f"{path.parent.name} holds"] = tensors_of(path.parent)
         elif path.name == "metrics.jsonl":
             records = [json.loads(line) for line in path.read_text().splitlines()]
