@@ -1,8 +1,11 @@
 """A screen that shows how runs are going while they train: ``rmoe watch``. It only reads, so runs of others can be watched."""
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -154,13 +157,21 @@ def watch(run_dirs: Sequence[Path], interval: float, once: bool) -> None:
     if once:
         console.print(frame([Run.read(run_dir) for run_dir in run_dirs], time.time()))
         return
+    ended = threading.Event()
+    # Not KeyboardInterrupt, which a library that reads a file may catch.
+    before = signal.signal(signal.SIGINT, lambda number, frame: ended.set())
     try:
-        while not console.is_terminal:
-            console.print(frame([Run.read(run_dir) for run_dir in run_dirs], time.time()))
-            time.sleep(interval)
-        with Live(console=console, auto_refresh=False, screen=True) as live:
-            while True:
-                live.update(frame([Run.read(run_dir) for run_dir in run_dirs], time.time()), refresh=True)
-                time.sleep(interval)
-    except KeyboardInterrupt:
-        return
+        with (
+            Live(console=console, auto_refresh=False, screen=True)
+            if console.is_terminal
+            else nullcontext() as live
+        ):
+            while not ended.is_set():
+                shown = frame([Run.read(run_dir) for run_dir in run_dirs], time.time())
+                if live is None:
+                    console.print(shown)
+                else:
+                    live.update(shown, refresh=True)
+                ended.wait(interval)
+    finally:
+        signal.signal(signal.SIGINT, before)

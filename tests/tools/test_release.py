@@ -88,7 +88,8 @@ def test_a_wheel_without_a_file_of_the_package_is_refused(
     repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = repository / "pyproject.toml"
-    project.write_text(project.read_text().replace('rmoe_megatron = ["py.typed"]', "rmoe_megatron = []"))
+    found = 'include = ["rmoe_megatron*"]'
+    project.write_text(project.read_text().replace(found, f'{found}\nexclude = ["rmoe_megatron.planning*"]'))
     git(repository, "commit", "--quiet", "--all", "--message", "forget a file")
     assert release.main(["9.8.7", "--offline"], repository) == 2
-    assert "The wheel lacks rmoe_megatron/py.typed" in capsys.readouterr().err
+    assert "The wheel lacks rmoe_megatron/planning/" in capsys.readouterr().err
