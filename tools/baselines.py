@@ -37,7 +37,8 @@ class Check:
 def checks() -> Iterator[Check]:
     """Yield what is checked on this processor, in the precision that ``precision=auto`` takes here."""
     precision = "bf16" if bf16_is_fast() else "fp32"
-    ratios = ("dense_over_diffusers", "over_flops", "dense_over_products")
+    # Not dense_over_products: the same code gave 1.73 and 2.88 on two machines of one kind.
+    ratios = ("dense_over_diffusers", "over_flops")
     for config in ("shapes_tiny", "shapes_small"):
         command = f"tools/benchmark_step.py configs/{config}.yaml --repeats 8 precision={precision}"
         # diffusers' own step in bf16 is up to 1.6 times as fast in some processes as in others (tools/benchmark_results.md). Of the
