@@ -42,7 +42,7 @@ def read_origin(folder: Path, repository: str | None) -> Origin:
     """Return what a folder is called, and what its page says of its licence.
 
     Args:
-        repository: of the hub, which the folder is a copy of.
+        repository: the name of the hub repository that the folder is a copy of.
     """
     origin = named(repository or folder.resolve().name)
     origin["is_repository"] = repository is not None

@@ -28,7 +28,7 @@ EVENTS = 3  # shown of a run, if it is alone
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
     """Return values as bars between their least and their most, on a scale of logarithms if all are positive.
 
-    Of more values than ``width`` the means of equal parts are shown.
+    If there are more values than ``width``, they are cut into equal parts, and the mean of each part is shown.
     """
     if not values:
         return ""

@@ -53,7 +53,7 @@ def make_pipeline(shift_factor: float = 0.06, **architecture: Any) -> StableDiff
     """All components random; pooled width is CLIP-L's plus CLIP-G's projection.
 
     Args:
-        architecture: of the transformer, where it is not SD3-medium's: QK norms and second attentions of SD3.5's.
+        architecture: arguments of the transformer that differ from SD3-medium's, such as SD3.5's QK norms and second attentions.
     """
     torch.manual_seed(3)
     t5 = T5EncoderModel(T5Config(vocab_size=9, d_model=T5_WIDTH, d_kv=8, d_ff=16, num_layers=2, num_heads=2))

@@ -11,7 +11,7 @@ class GateCall:
     """One decision of a gate for all tokens that this rank has of a micro-batch.
 
     Attributes:
-        layer: of the block, from 0.
+        layer: the number of the block, from 0.
         latent_step: from 1.
         rng_keys: int64 [B], one key of the counter-based random numbers for every sample.
         sums: float64 [B, 5 + 2 M] over the tokens of a sample, in the columns that :func:`columns` names. The logits in them are without
